@@ -1,0 +1,7 @@
+"""childtune_fast: masked fine-tuning of pretrained transformers (Child-Tuning) at the speed of fused AdamW."""
+
+from ._version import __version__
+from .mask import bernoulli_mask
+from .optimizer import ChildAdamW
+
+__all__ = ["ChildAdamW", "__version__", "bernoulli_mask"]

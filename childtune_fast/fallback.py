@@ -1,0 +1,128 @@
+"""The step in pure torch, on any device: the readable specification of the compiled kernels, with the same bits.
+
+Each line rounds as csrc/core does: no fused multiply-add, no reciprocal, constants computed in double and rounded once.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .mask import KEEP_ALL, bernoulli_mask
+from .step_group import StepGroup
+
+_NORM_CHUNK = 1024
+
+
+class AdamWConstants(NamedTuple):
+    """Everything in a step that does not depend on the element. csrc/core/constants.h, line by line."""
+
+    grad_factor: float
+    decay_before: float
+    step_size: float
+    bias_correction2_sqrt: float
+    decay_after: float
+
+
+def integer_power(base: float, exponent: int) -> float:
+    """`base**exponent` by repeated squaring, which has the same bits on every machine (libm's `pow` has not)."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def step_constants(group: StepGroup, step: int) -> AdamWConstants:
+    """Computes the constants of the step number `step`, 1 for the first, in double."""
+    bias_correction1 = 1 - integer_power(group.beta1, step)
+    bias_correction2_sqrt = math.sqrt(1 - integer_power(group.beta2, step))
+    step_size = group.lr / bias_correction1
+    decay = 1 - group.lr * group.weight_decay
+    grad_factor = group.grad_factor / (group.keep_threshold / KEEP_ALL)
+    if group.published_code:
+        return AdamWConstants(grad_factor, 1.0, step_size * bias_correction2_sqrt, 1.0, decay)
+    return AdamWConstants(grad_factor, decay, step_size, bias_correction2_sqrt, 1.0)
+
+
+def step(groups: list[StepGroup]) -> None:
+    """Takes one step for every parameter of every group, in place."""
+    for group in groups:
+        for i in range(len(group.params)):
+            _step_param(group, i)
+
+
+def _step_param(group: StepGroup, i: int) -> None:
+    param, exp_avg, exp_avg_sq = group.params[i], group.exp_avgs[i], group.exp_avg_sqs[i]
+    step = int(group.steps[i].item()) + 1
+    c = step_constants(group, step)
+
+    grad = group.grads[i].to(exp_avg.dtype) * c.grad_factor
+    if group.keep_threshold < KEEP_ALL:
+        grad = torch.where(_mask(group, i, step), grad, 0.0)
+    exp_avg.copy_(exp_avg * group.beta1 + grad * (1 - group.beta1))
+    exp_avg_sq.copy_(exp_avg_sq * group.beta2 + grad * (1 - group.beta2) * grad)
+    second_moment = exp_avg_sq
+    if group.amsgrad:
+        second_moment = group.max_exp_avg_sqs[i]
+        second_moment.copy_(torch.where(exp_avg_sq <= second_moment, second_moment, exp_avg_sq))
+    # A divisor in a tensor on the device: by a number, torch multiplies with the reciprocal on CUDA.
+    bias_correction2_sqrt = torch.full((), c.bias_correction2_sqrt, dtype=exp_avg.dtype, device=exp_avg.device)
+    denom = _sqrt(second_moment) / bias_correction2_sqrt + group.eps
+    decayed = param.to(exp_avg.dtype) * c.decay_before
+    param.copy_((decayed - exp_avg * c.step_size / denom) * c.decay_after)
+    group.steps[i].fill_(step)
+
+
+def _mask(group: StepGroup, i: int, step: int) -> Tensor:
+    """The mask of a parameter, or of the part of a sharded one that is here."""
+    grad = group.grads[i]
+    offset, run, stride = (0, grad.numel(), 0) if group.slices is None else group.slices[i]
+    runs = [
+        bernoulli_mask(
+            (run,),
+            group.keep_threshold / KEEP_ALL,
+            seed=group.seed,
+            step=step,
+            param_index=group.indices[i],
+            offset=offset + k * stride,
+            device=grad.device,
+        )
+        for k in range(grad.numel() // max(run, 1))
+    ]
+    return torch.cat(runs).view(grad.shape) if runs else torch.empty(grad.shape, dtype=torch.bool, device=grad.device)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root. torch's own on the CPU is off by an ulp for a tenth of all floats (MKL's)."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.is_cpu else torch.sqrt(x)
+
+
+def sum_of_squares(tensors: list[Tensor]) -> float:
+    """Returns the sum of the squares of all elements, in double and in a fixed order.
+
+    Per tensor: chunks of 1024 elements in logical order, summed by halving; the chunks' sums likewise, as if padded
+    with zeros to a power of two; then one tensor after the other.
+    """
+    total = 0.0
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        squares = tensor.double().flatten().square()
+        chunks = -(-squares.numel() // _NORM_CHUNK)
+        padded = torch.nn.functional.pad(squares, (0, chunks * _NORM_CHUNK - squares.numel()))
+        sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))
+        sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
+        total += _sum_by_halving(sums).item()
+    return total
+
+
+def _sum_by_halving(x: Tensor) -> Tensor:
+    while x.shape[-1] > 1:
+        low, high = x.chunk(2, dim=-1)
+        x = low + high
+    return x.squeeze(-1)

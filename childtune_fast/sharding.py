@@ -1,0 +1,44 @@
+"""Sharded parameters (DTensor, as FSDP2's fully_shard makes them): the local part, and where it lies in the whole.
+
+A leaf: imported only once a DTensor has been seen.
+"""
+
+import math
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mask_slice(param: Tensor) -> tuple[int, int, int]:
+    """Returns (offset, run, stride): which elements of the whole parameter this rank holds.
+
+    They form runs of `run` elements that are consecutive in the whole parameter's flat order; the first run begins at
+    `offset`, each next one `stride` further on.
+
+    Raises:
+        ValueError: the shards are no such runs.
+    """
+    if not isinstance(param, DTensor) or all(isinstance(p, Replicate) for p in param.placements):
+        return 0, local_tensor(param).numel(), 0
+    if any(isinstance(p, Partial) for p in param.placements):
+        raise ValueError("ChildAdamW: parameters must be sharded or replicated (got a DTensor that is partial)")
+    shape = tuple(param.shape)
+    local, start = compute_local_shape_and_global_offset(shape, param.device_mesh, param.placements)
+    if tuple(local) != tuple(param.to_local().shape):
+        raise ValueError(f"ChildAdamW: cannot tell which part of a parameter this rank holds (got {param.placements})")
+    split = [d for d in range(len(shape)) if local[d] != shape[d]]
+    last = split[-1] if split else 0
+    if any(math.prod(local[:last]) > 1 for _ in split[:-1]):
+        raise ValueError(
+            f"ChildAdamW: parameters sharded along several dimensions are not supported (got {param.placements}); "
+            "shard along one"
+        )
+    stride = math.prod(shape[last:])
+    offset = sum(start[d] * math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    return offset, math.prod(local[last:]), stride

@@ -1,0 +1,35 @@
+// The AdamW update of one weight: the only place where this arithmetic is written, for CPU and GPU.
+//
+// One multiplication, addition, division or square root per operation, each rounded as IEEE 754 says: no contraction, no
+// reciprocal. That is what makes the result the same bits everywhere. childtune_fast/fallback.py is the same in torch.
+#pragma once
+
+#include <cmath>
+
+#include "core/constants.h"
+
+namespace childtune {
+
+CHILDTUNE_INLINE float square_root(float x) { return sqrtf(x); }
+CHILDTUNE_INLINE double square_root(double x) { return sqrt(x); }
+
+// `grad` is the gradient as autograd left it; a weight that the mask drops passes keep = false and still moves by its
+// momentum and decay. T is float or double. max_exp_avg_sq is read and written only with kAmsgrad.
+template <bool kAmsgrad, class T>
+CHILDTUNE_INLINE void adamw_update(const AdamWConstants<T>& c, bool keep, T grad, T& param, T& exp_avg, T& exp_avg_sq,
+                                   T& max_exp_avg_sq) {
+  const T scaled = grad * c.grad_factor;
+  const T g = keep ? scaled : T(0);
+  exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * g;
+  exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * g * g;
+  T second_moment = exp_avg_sq;
+  if (kAmsgrad) {
+    max_exp_avg_sq = exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;  // a NaN gets through
+    second_moment = max_exp_avg_sq;
+  }
+  const T denom = square_root(second_moment) / c.bias_correction2_sqrt + c.eps;
+  const T decayed = param * c.decay_before;
+  param = (decayed - c.step_size * exp_avg / denom) * c.decay_after;
+}
+
+}  // namespace childtune

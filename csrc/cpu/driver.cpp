@@ -1,0 +1,151 @@
+// A whole CPU step. All parameters form one line of elements, cut into slices of equal size: a thousand tiny tensors and
+// one huge one are the same work, and there is one parallel region per step.
+#include "cpu/driver.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace childtune {
+namespace {
+
+constexpr int64_t kSliceElements = 1 << 15;  // large against a slice's overhead, small against a thread's share
+
+bool runs_avx2() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx2");
+#else
+  return false;
+#endif
+}
+
+bool runs_avx512() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+std::vector<CpuKernels> supported_kernels() {
+  std::vector<CpuKernels> all{baseline::kernels()};
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (runs_avx2()) all.push_back(avx2::kernels());
+  if (runs_avx512()) all.push_back(avx512::kernels());
+#endif
+  return all;
+}
+
+CpuKernels& current() {
+  static CpuKernels kernels = supported_kernels().back();
+  return kernels;
+}
+
+// The line of elements. Each parameter starts at a multiple of `unit`, and slices are cut at multiples of it.
+class Line {
+ public:
+  Line(const std::vector<StepItem>& items, int64_t unit, std::vector<int64_t>* starts)
+      : items_(items), starts_(*starts), unit_(unit) {
+    starts_.clear();
+    int64_t at = 0;
+    for (const StepItem& item : items) {
+      starts_.push_back(at);
+      at += (item.numel + unit - 1) / unit * unit;
+    }
+    length_ = at;
+  }
+
+  int64_t length() const { return length_; }
+  int64_t start(size_t item) const { return starts_[item]; }
+  int64_t slices() const { return (length_ + kSliceElements - 1) / kSliceElements; }
+
+  // Calls visit(item's number, begin, end) for the parts of parameters that slice `i` covers.
+  template <class Visit>
+  void visit_slice(int64_t i, Visit visit) const {
+    const int64_t begin = i * kSliceElements, end = std::min(begin + kSliceElements, length_);
+    size_t k = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
+    for (; k < items_.size() && starts_[k] < end; ++k) {
+      const int64_t from = std::max<int64_t>(begin - starts_[k], 0), to = std::min(end - starts_[k], items_[k].numel);
+      if (from < to) visit(k, from, to);
+    }
+  }
+
+ private:
+  const std::vector<StepItem>& items_;
+  std::vector<int64_t>& starts_;
+  int64_t unit_, length_;
+};
+
+template <class Body>
+void parallel_over(const Line& line, int threads, Body body) {
+  struct Context {
+    const Line& line;
+    Body& body;
+  } context{line, body};
+  const auto slice = [](void* argument, int64_t i) {
+    const Context& c = *static_cast<Context*>(argument);
+    c.line.visit_slice(i, c.body);
+  };
+  parallel_slices(threads, line.slices(), slice, &context);
+}
+
+// Sums by halving, as if padded with zeros to a power of two. Overwrites its input.
+double sum_by_halving(double* values, int64_t count) {
+  int64_t half = 1;
+  while (half < count) half *= 2;
+  for (half /= 2; half >= 1; half /= 2) {
+    for (int64_t i = 0; i + half < count; ++i) values[i] += values[i + half];
+    count = std::min(count, half);
+  }
+  return count == 0 ? 0.0 : values[0];
+}
+
+}  // namespace
+
+void step_cpu(const std::vector<StepItem>& items, int threads) {
+  thread_local std::vector<int64_t> starts;  // kept, so that a step allocates nothing
+  const CpuKernels kernels = current();
+  const Line line(items, kMaskBlock, &starts);
+  parallel_over(line, threads,
+                [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
+}
+
+double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
+  thread_local std::vector<int64_t> starts;
+  thread_local std::vector<double> chunk_sums;
+  const CpuKernels kernels = current();
+  const Line line(items, kNormChunk, &starts);
+  chunk_sums.resize(line.length() / kNormChunk);
+  double* sums = chunk_sums.data();
+  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += kNormChunk) {
+      sums[(line.start(k) + at) / kNormChunk] = kernels.sum_of_squares(items[k], at, std::min(at + kNormChunk, end));
+    }
+  });
+  double total = 0.0;
+  for (size_t k = 0; k < items.size(); ++k) {
+    total += sum_by_halving(sums + line.start(k) / kNormChunk, (items[k].numel + kNormChunk - 1) / kNormChunk);
+  }
+  return total;
+}
+
+std::vector<std::string> supported_instruction_sets() {
+  std::vector<std::string> names;
+  for (const CpuKernels& kernels : supported_kernels()) names.emplace_back(kernels.name);
+  return names;
+}
+
+std::string instruction_set() { return current().name; }
+
+bool set_instruction_set(const std::string& name) {
+  for (const CpuKernels& kernels : supported_kernels()) {
+    if (name == kernels.name) {
+      current() = kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace childtune

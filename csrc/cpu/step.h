@@ -1,0 +1,55 @@
+// What a CPU step works on: one plain struct per parameter, and the functions that each instruction set provides.
+#pragma once
+
+#include <cstdint>
+
+#include "core/constants.h"
+#include "core/mask.h"
+
+namespace childtune {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int kStreams = 5;  // arrays of a step, in this order
+enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
+
+// Where a sharded parameter's elements lie in the whole parameter: equal runs at equal distances.
+struct MaskSlice {
+  uint64_t offset = 0;  // flat index of the first element
+  int64_t run = 0;      // consecutive elements in a run; 0: all of them
+  uint64_t stride = 0;  // distance between the beginnings of neighbouring runs
+};
+
+struct StepItem {
+  void* data[kStreams];   // kMaxExpAvgSq: nullptr without amsgrad
+  int64_t numel;          // elements here; all arrays have the same shape
+  const int64_t* layout;  // nullptr: every array is contiguous. Else ndim, shape[ndim], strides[ndim] per stream
+  DType dtype;            // of param and grad; the state is float, or double for double
+  bool masked;
+  uint32_t keep_threshold;
+  MaskKey key;
+  MaskSlice slice;
+  AdamWConstants<double> constants;
+};
+
+struct CpuKernels {
+  const char* name;
+  // One step over the elements [begin, end) of the item, by logical index.
+  void (*step)(const StepItem& item, int64_t begin, int64_t end);
+  // The sum of squares of the gradient's elements [begin, end), at most kNormChunk of them, begin a multiple of it.
+  double (*sum_of_squares)(const StepItem& item, int64_t begin, int64_t end);
+};
+
+constexpr int kNormChunk = 1024;
+
+namespace baseline {
+CpuKernels kernels();
+}
+namespace avx2 {
+CpuKernels kernels();
+}
+namespace avx512 {
+CpuKernels kernels();
+}
+
+}  // namespace childtune

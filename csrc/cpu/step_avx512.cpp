@@ -1,0 +1,24 @@
+// The CPU step for x86 processors with AVX-512 (F, BW, DQ, VL). Empty elsewhere.
+#if defined(__x86_64__) && defined(__GNUC__)
+// System headers first: their inline functions must stay plain code, since the linker may share them.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header, GCC bug 105593
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define CHILDTUNE_ISA avx512
+#define CHILDTUNE_VECTOR_BYTES 64
+#define CHILDTUNE_VECTOR __m512i
+#define CHILDTUNE_MULTIPLY_LOW _mm512_mul_epu32
+#include "cpu/step_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

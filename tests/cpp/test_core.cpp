@@ -1,0 +1,203 @@
+// Unit tests of csrc/core and csrc/cpu, to be run under the address and undefined-behaviour sanitizers: every array is a
+// heap block of exactly its size, so that a read or write beside it is caught. Exit status 0 if all holds.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "core/adamw.h"
+#include "core/dtypes.h"
+#include "core/mask.h"
+#include "cpu/driver.h"
+
+using namespace childtune;
+
+static int failures = 0;
+
+static void expect(bool holds, const char* what, long long detail = 0) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s (%lld)\n", what, detail);
+}
+
+// Known answers of Random123, kat_vectors, philox4x32 10.
+static void test_philox() {
+  const uint32_t cases[3][10] = {
+      {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+      {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+      {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+       0x24126ea1},
+  };
+  for (const auto& c : cases) {
+    const Philox4 out = philox4x32_10(c[0], c[1], c[2], c[3], c[4], c[5]);
+    for (int i = 0; i < 4; ++i) expect(out.word[i] == c[6 + i], "Philox known answer", i);
+  }
+}
+
+static void test_half_precision() {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    Float16 h{static_cast<uint16_t>(bits)}, back;
+    store(back, load(h));
+    const bool nan = (bits & 0x7FFF) > 0x7C00;
+    expect(nan ? std::isnan(load(h)) && std::isnan(load(back)) : back.bits == bits, "fp16 round trip", bits);
+    BFloat16 b{static_cast<uint16_t>(bits)}, again;
+    store(again, load(b));
+    const bool bnan = (bits & 0x7FFF) > 0x7F80;
+    expect(bnan ? std::isnan(load(b)) && std::isnan(load(again)) : again.bits == bits, "bf16 round trip", bits);
+  }
+  // Between two neighbours: down below the middle, to even at it, up above it.
+  for (uint32_t bits = 0; bits < 0x7BFF; ++bits) {
+    const float low = load(Float16{static_cast<uint16_t>(bits)}), high = load(Float16{static_cast<uint16_t>(bits + 1)});
+    const float middle = low + (high - low) / 2;
+    Float16 h;
+    store(h, middle);
+    expect(h.bits == bits + (bits & 1), "fp16 tie to even", bits);
+    store(h, std::nextafter(middle, 0.0f));
+    expect(h.bits == bits, "fp16 below the middle", bits);
+    store(h, std::nextafter(middle, 1e9f));
+    expect(h.bits == bits + 1, "fp16 above the middle", bits);
+  }
+  Float16 h;
+  store(h, 65520.0f);
+  expect(h.bits == 0x7C00, "fp16 overflow");
+}
+
+static float noise(uint32_t i, uint32_t stream) {
+  return static_cast<float>(static_cast<int32_t>(philox4x32_10(i, stream, 0, 0, 7, 7).word[0])) * 0x1p-31f;
+}
+
+// Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
+template <class P>
+struct Arrays {
+  using T = typename ComputeType<P>::type;
+  std::vector<P> param, grad;
+  std::vector<T> state[3];
+  int64_t numel, stride;
+  std::vector<int64_t> layout;
+
+  Arrays(int64_t n, int64_t s) : numel(n), stride(s), layout{1, n, s, s, s, s, s} {
+    const size_t length = n == 0 ? 0 : static_cast<size_t>((n - 1) * s + 1);
+    param.resize(length);
+    grad.resize(length);
+    for (size_t i = 0; i < length; ++i) {
+      store(param[i], T(noise(i, 0)));
+      store(grad[i], T(noise(i, 1)));
+    }
+    for (int k = 0; k < 3; ++k) {
+      for (size_t i = 0; i < length; ++i) state[k].push_back(std::fabs(T(noise(i, 2 + k))));
+    }
+  }
+
+  StepItem item(bool masked, bool amsgrad, MaskSlice slice) {
+    StepItem it{};
+    void* data[kStreams] = {param.data(), grad.data(), state[0].data(), state[1].data(), state[2].data()};
+    for (int k = 0; k < kStreams; ++k) it.data[k] = data[k];
+    if (!amsgrad) it.data[kMaxExpAvgSq] = nullptr;
+    it.numel = numel;
+    it.layout = stride == 1 ? nullptr : layout.data();
+    it.dtype = sizeof(P) == 8 ? DType::kFloat64 : sizeof(P) == 4 ? DType::kFloat32 : DType::kBFloat16;
+    it.masked = masked;
+    it.keep_threshold = masked ? 19661 : kKeepAll;
+    it.key = {0x123456789ABCDEFull, 3, 5};
+    it.slice = slice;
+    const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, masked ? 19661.0 / kKeepAll : 1.0, false};
+    it.constants = step_constants(h, 3);
+    return it;
+  }
+};
+
+template <class P>
+static void plain_step(const StepItem& it, Arrays<P>* a) {
+  using T = typename ComputeType<P>::type;
+  const auto c = it.constants.cast<T>();
+  const int64_t run = it.slice.run == 0 ? it.numel : it.slice.run;
+  for (int64_t i = 0; i < it.numel; ++i) {
+    const uint64_t element = it.slice.offset + i / run * it.slice.stride + i % run;
+    const bool keep = !it.masked || keep_element(it.key, element, it.keep_threshold);
+    const size_t at = static_cast<size_t>(i * a->stride);
+    T param = load(a->param[at]);
+    if (it.data[kMaxExpAvgSq]) {
+      adamw_update<true>(c, keep, T(load(a->grad[at])), param, a->state[0][at], a->state[1][at], a->state[2][at]);
+    } else {
+      adamw_update<false>(c, keep, T(load(a->grad[at])), param, a->state[0][at], a->state[1][at], a->state[2][at]);
+    }
+    store(a->param[at], param);
+  }
+}
+
+template <class V>
+static bool same_bytes(const V& a, const V& b) {
+  return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
+}
+
+// The vectorised step, cut over threads, equals a plain loop over core's scalar functions.
+template <class P>
+static void test_step(bool masked, bool amsgrad, int64_t stride, MaskSlice slice, int threads) {
+  for (int64_t n : {0, 1, 3, 127, 128, 129, 4097, 70001}) {
+    if (slice.run != 0 && n % slice.run != 0) continue;
+    Arrays<P> fast(n, stride), plain(n, stride);
+    plain_step(plain.item(masked, amsgrad, slice), &plain);
+    step_cpu({fast.item(masked, amsgrad, slice)}, threads);
+    expect(same_bytes(fast.param, plain.param), "param equals the plain loop's", n);
+    for (int k = 0; k < 3; ++k) expect(same_bytes(fast.state[k], plain.state[k]), "state equals the plain loop's", n);
+  }
+}
+
+template <class P>
+static void test_steps() {
+  const MaskSlice slices[] = {{}, {1000003, 0, 0}, {(1ull << 35) - 64, 0, 0}, {77, 43, 1000}};
+  for (bool masked : {false, true}) {
+    for (bool amsgrad : {false, true}) {
+      for (int64_t stride : {1, 3}) {
+        for (const MaskSlice& slice : slices) test_step<P>(masked, amsgrad, stride, slice, 2);
+      }
+    }
+  }
+}
+
+// The same sum for every number of threads and every cut, close to the exact one, and NaN if there is one.
+static void test_sum_of_squares() {
+  for (int64_t n : {0, 1, 1023, 1024, 1025, 70001}) {
+    Arrays<float> a(n, 1), strided(n, 3);
+    double exact = 0;
+    for (float g : a.grad) exact += static_cast<double>(g) * g;
+    const StepItem item = a.item(false, false, {});
+    const double one = sum_of_squares_cpu({item}, 1), two = sum_of_squares_cpu({item}, 2);
+    expect(one == two, "sum_of_squares does not depend on threads", n);
+    // Sums of n positive terms, each partial sum rounded to 2^-53 of itself at most n times.
+    expect(std::fabs(one - exact) <= static_cast<double>(n) * 0x1p-52 * exact, "sum_of_squares", n);
+    if (n > 0) {
+      a.grad.back() = std::numeric_limits<float>::quiet_NaN();
+      expect(std::isnan(sum_of_squares_cpu({a.item(false, false, {})}, 2)), "a NaN gets through", n);
+    }
+    for (int64_t i = 0; i < n; ++i) strided.grad[static_cast<size_t>(3 * i)] = noise(static_cast<uint32_t>(i), 1);
+    expect(sum_of_squares_cpu({strided.item(false, false, {})}, 2) == one, "sum_of_squares of a strided array", n);
+  }
+}
+
+static void test_integer_power() {
+  expect(integer_power(0.9, 0) == 1.0 && integer_power(0.9, 1) == 0.9, "first powers");
+  for (uint64_t t : {2, 10, 1000, 100000}) {
+    const double exact = std::pow(0.999, static_cast<double>(t));
+    // Squaring doubles the relative error so far and adds a rounding: at most 2 t roundings of 2^-53 in all.
+    expect(std::fabs(integer_power(0.999, t) - exact) <= static_cast<double>(t) * 0x1p-51 * exact, "integer_power", t);
+  }
+}
+
+int main() {
+  test_philox();
+  test_half_precision();
+  test_integer_power();
+  for (const std::string& name : supported_instruction_sets()) {
+    expect(set_instruction_set(name), "set_instruction_set");
+    test_steps<float>();
+    test_steps<double>();
+    test_steps<BFloat16>();
+    test_sum_of_squares();
+    std::printf("%s: done\n", name.c_str());
+  }
+  expect(!set_instruction_set("none"), "an unknown instruction set is refused");
+  std::printf(failures == 0 ? "all passed\n" : "%d failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}
