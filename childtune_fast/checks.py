@@ -69,12 +69,15 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); for "
             "complex ones pass torch.view_as_real of them"
         )
+    _check_like(name, "the value", param, param, param.dtype)
     _check_like(name, "the gradient", grad, param, param.dtype)
 
 
 def _check_like(name: str, what: str, tensor: Tensor, param: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"ChildAdamW: {what} of {name} must be a tensor (got {type(tensor).__name__})")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"ChildAdamW: {what} of {name} must be a strided tensor (got {tensor.layout})")
     if tensor.dtype != dtype:
         raise TypeError(f"ChildAdamW: {what} of {name} must be {dtype} (got {tensor.dtype}); convert it with .to()")
     if tensor.shape != param.shape:
@@ -84,6 +87,8 @@ def _check_like(name: str, what: str, tensor: Tensor, param: Tensor, dtype: torc
             f"ChildAdamW: {what} of {name} must be on the parameter's device {param.device} (got {tensor.device}); "
             "move the model before the backward pass, and load_state_dict after moving it"
         )
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(f"ChildAdamW: {what} of {name} has no memory any more; its storage was resized to 0")
 
 
 def _check_step(name: str, step: Tensor) -> None:
@@ -92,6 +97,16 @@ def _check_step(name: str, step: Tensor) -> None:
     value = step.item()
     if not 0 <= value < 2**32 - 1 or value != int(value):
         raise ValueError(f"ChildAdamW: state 'step' of {name} must be a whole number below 2**32 - 1 (got {value})")
+
+
+def check_no_lazy_negation(params: list[Tensor]) -> None:
+    """Raises ValueError for a lazily negated view (of a complex tensor): its memory holds the opposite of its values."""
+    for i, param in enumerate(params):
+        if param.is_neg():
+            raise ValueError(
+                f"ChildAdamW: parameters must not be lazily negated views, such as x.conj().imag (got one at index {i} "
+                "of its group); pass resolve_neg() of it"
+            )
 
 
 def check_overlap(params: list[Tensor]) -> None:

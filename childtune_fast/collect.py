@@ -18,14 +18,17 @@ PLAIN_TENSORS = (Tensor, Parameter)  # any other class may be a DTensor
 
 
 def collect(
-    optimizer: torch.optim.Optimizer, use_native: bool, new_states: list[Tensor]
+    optimizer: torch.optim.Optimizer, use_native: bool, states_before: dict[Tensor, dict[str, Any]]
 ) -> tuple[list[StepGroup], list[StepGroup]]:
     """Sorts the parameters that have a gradient by who steps them: the compiled kernels, or the fallback.
 
     Args:
         optimizer: a ChildAdamW.
         use_native: whether there are compiled kernels; they take what lies on the CPU.
-        new_states: receives the parameters whose state this call has begun.
+        states_before: receives, for each parameter whose state this call begins or extends, what it was.
+
+    Raises:
+        KeyError: a group or the state of a parameter lacks an entry.
     """
     on_native: list[StepGroup] = []
     on_torch: list[StepGroup] = []
@@ -40,11 +43,10 @@ def collect(
             if grad.is_neg():  # a lazily negated view, whose memory holds the opposite
                 grad = grad.resolve_neg()
             state = optimizer.state[param]
-            if "exp_avg" not in state or (amsgrad and "max_exp_avg_sq" not in state):
-                if not state:
-                    new_states.append(param)
+            if not state or (amsgrad and "max_exp_avg_sq" not in state):
+                states_before[param] = dict(state)
                 init_state(state, param, amsgrad)
-            sharded = type(param) not in PLAIN_TENSORS
+            sharded = type(param) not in PLAIN_TENSORS and hasattr(param, "placements")  # a DTensor
             kind = (use_native and param.is_cpu, sharded)
             target = targets.get(kind)
             if target is None:

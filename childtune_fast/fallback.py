@@ -99,7 +99,7 @@ def _mask(group: StepGroup, i: int, step: int) -> Tensor:
 
 def _sqrt(x: Tensor) -> Tensor:
     """The correctly rounded square root. torch's own on the CPU is off by an ulp for a tenth of all floats (MKL's)."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.is_cpu else torch.sqrt(x)
+    return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.is_cpu else torch.sqrt(x)
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:

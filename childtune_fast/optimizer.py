@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from . import backend as backends
 from . import fallback
-from .checks import check_group, check_options, check_overlap
+from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
 from .collect import PLAIN_TENSORS, clip, collect
 from .mask import MASK_VERSION, check_seed
 from .state import restored_state
@@ -115,10 +115,11 @@ class ChildAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; see there. Raises as the constructor does, and then has added nothing."""
-        self.defaults.update(self._child_defaults)  # the base class calls this before the defaults are complete
+        self.defaults = {**self._child_defaults, **self.defaults}  # the base class calls this before they are complete
         super().add_param_group(param_group)
         try:
             check_options(self.param_groups[-1], self.defaults["seed"])
+            check_no_lazy_negation(self.param_groups[-1]["params"])
             check_overlap([p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS])
         except Exception:
             self.param_groups.pop()
@@ -145,18 +146,28 @@ class ChildAdamW(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)  # this and grad_scale are set by torch.amp.GradScaler
         if found_inf is not None and found_inf.item():
             return loss
-        new_states: list[Tensor] = []
+        states_before: dict[Tensor, dict[str, Any]] = {}
         try:
-            self._step(new_states)
+            self._step(states_before)
         except Exception:
-            for param in new_states:
-                del self.state[param]
+            for param, state in states_before.items():
+                self.state[param].clear()
+                self.state[param].update(state)
+                if not state:
+                    del self.state[param]
             raise
         return loss
 
-    def _step(self, new_states: list[Tensor]) -> None:
+    @torch._disable_dynamo  # compiled, the fallback would round otherwise; the kernels cannot be traced
+    def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> None:
         native = backends.resolve(self.backend)
-        on_native, on_torch = collect(self, native is not None, new_states)
+        try:
+            on_native, on_torch = collect(self, native is not None, states_before)
+        except KeyError as error:
+            raise ValueError(
+                f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, or "
+                "delete that parameter's state to begin anew"
+            ) from None
         for group in on_torch:
             check_group(group)
         try:
@@ -193,6 +204,7 @@ class ChildAdamW(torch.optim.AdamW):
             for param, saved in ((p, loaded["state"].get(i)) for i, p in zip(ids, params, strict=True)):
                 if saved is not None:
                     self.state[param] = restored_state(param, saved)
+            self.defaults["seed"] = self.seed  # of groups that are added later
 
         handles = [
             self.register_load_state_dict_pre_hook(before),
@@ -211,7 +223,7 @@ class ChildAdamW(torch.optim.AdamW):
             present = self.param_groups[min(i, len(self.param_groups) - 1)]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
-            check_options(group, group["seed"])
+            check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
             if group["mask_version"] != MASK_VERSION:
                 raise ValueError(
                     f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {group['mask_version']}, "

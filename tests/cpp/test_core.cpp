@@ -1,5 +1,7 @@
 // Unit tests of csrc/core and csrc/cpu, to be run under the address and undefined-behaviour sanitizers: every array is a
 // heap block of exactly its size, so that a read or write beside it is caught. Exit status 0 if all holds.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -156,6 +158,26 @@ static void test_steps() {
   }
 }
 
+// Elements beyond 2^31, in arrays of which only the touched pages exist.
+static void test_large_index() {
+  const int64_t n = (1ll << 31) + 5000, begin = (1ll << 31) - 3000, end = (1ll << 31) + 3000;
+  StepItem item = Arrays<float>(1, 1).item(true, true, {});
+  item.numel = n;
+  for (void*& data : item.data) {
+    data = mmap(nullptr, static_cast<size_t>(n) * 4, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data == MAP_FAILED) return std::printf("large index: not tested, no address space\n"), void();
+  }
+  float* grad = static_cast<float*>(item.data[kGrad]);
+  for (int64_t i = begin; i < end; ++i) grad[i] = 1.0f;
+  baseline::kernels().step(item, begin, end);
+  const float* exp_avg = static_cast<float*>(item.data[kExpAvg]);
+  for (int64_t i = begin - 200; i < end + 200; ++i) {
+    const bool keep = i >= begin && i < end && keep_element(item.key, static_cast<uint64_t>(i), item.keep_threshold);
+    expect((exp_avg[i] != 0) == keep, "large index", i);
+  }
+  for (void* data : item.data) munmap(data, static_cast<size_t>(n) * 4);
+}
+
 // The same sum for every number of threads and every cut, close to the exact one, and NaN if there is one.
 static void test_sum_of_squares() {
   for (int64_t n : {0, 1, 1023, 1024, 1025, 70001}) {
@@ -189,6 +211,7 @@ int main() {
   test_philox();
   test_half_precision();
   test_integer_power();
+  test_large_index();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();

@@ -1,0 +1,129 @@
+"""What a bug report needs: `python -m childtune_fast` prints it and checks the native backend against pure torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import _build, backend
+
+SIZES = (1, 127, 128, 129, 4097)  # of the parameters in the self-check: a mask block is 128 elements
+STEPS = 3
+
+
+def main() -> int:
+    """Prints the report; returns 1 if the self-check fails, 2 if an environment variable is wrong, else 0."""
+    try:
+        native = backend.find_native()
+        served = list(_devices(native))
+    except ValueError as error:
+        print(error)
+        return 2
+    for label, value in [*_versions(), *_native(native), *served]:
+        print(f"{label:<18}{value}")
+    verdict, passed = self_check(native)
+    print(f"{'self-check':<18}{verdict}")
+    return 0 if passed else 1
+
+
+def self_check(native: backend.Native) -> tuple[str, bool]:
+    """Takes the same steps with both backends; returns a sentence, and False if they differ by a single bit."""
+    if native.module is None:
+        return "skipped: there is no native backend to compare with pure torch", True
+    try:
+        ours, expected = _steps("native"), _steps("torch")
+    except Exception as error:  # a report must end with a line that says what happened
+        return f"FAILED: {type(error).__name__}: {error}", False
+    differing = sum(
+        int((a.view(torch.int32) != b.view(torch.int32)).sum()) for a, b in zip(ours, expected, strict=True)
+    )
+    if differing:
+        return (
+            f"MISMATCH: {differing} of {sum(SIZES)} weights differ between native and torch; please report this",
+            False,
+        )
+    return f"OK: after {STEPS} steps on {sum(SIZES)} weights, native and torch agree in every bit", True
+
+
+def _steps(name: str) -> list[torch.Tensor]:
+    """Returns float32 parameters after a few steps with the named backend, from a fixed start."""
+    from . import ChildAdamW
+
+    random = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, generator=random)) for size in SIZES]
+    optimizer = ChildAdamW(params, lr=1e-2, reserve_p=0.3, seed=0, backend=name)
+    for _ in range(STEPS):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=random)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "childtune_fast", f"{_build.version()} in {_build.PACKAGE}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "numpy", importlib.metadata.version("numpy")
+    yield "system", platform.platform()
+    yield "CPU", f"{_cpu_name()}, {os.cpu_count()} logical cores"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(gpus) or "none that torch can use"
+
+
+def _native(native: backend.Native) -> Iterator[tuple[str, str]]:
+    from . import _jit
+
+    module = native.module
+    if module is None:
+        yield "native backend", "none"
+    else:
+        yield "native backend", f"{native.origin}, {module.__file__}"
+        yield "compiled by", module.compiler()
+        yield (
+            "instruction set",
+            f"{module.instruction_set()} (this CPU has: {', '.join(module.supported_instruction_sets())})",
+        )
+        yield "parallel runtime", module.parallel_runtime()
+    for note in native.notes:
+        yield "  because", note
+    yield "cache folder", str(_jit.cache_folder())
+
+
+def _devices(native: backend.Native) -> Iterator[tuple[str, str]]:
+    """Says which backend serves which device when the code asks for "auto", and why."""
+    asked = os.environ.get("CHILDTUNE_BACKEND")
+    if asked:
+        backend.check(asked, "the environment variable CHILDTUNE_BACKEND")
+    if asked == "torch":
+        why = "torch (CHILDTUNE_BACKEND=torch asks for it)"
+    elif native.module is None:
+        why = (
+            "none: CHILDTUNE_BACKEND=native forbids torch"
+            if asked == "native"
+            else "torch (no native backend, see above)"
+        )
+    else:
+        why = f"native ({native.origin})"
+    yield "serves cpu", why
+    if torch.cuda.is_available():
+        yield "serves cuda", "torch (the native backend has no GPU kernels yet)"
+
+
+def _cpu_name() -> str:
+    """Returns the processor's name; Python alone knows only its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

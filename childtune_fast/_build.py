@@ -1,0 +1,75 @@
+"""The build description: which files make the native backend, with which flags, and their fingerprint.
+
+`setup.py` (ahead of time) and `_jit.py` (just in time) both read it, so the two builds cannot drift apart. It needs
+nothing but the standard library: `setup.py` loads it by path where neither torch nor this package is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+MODULE = "_native"
+RECORD = "_native.json"  # lies beside a prebuilt binary and says which sources it was made from
+
+# No fast-math, no contraction, no -march=native: the same bits on every machine (docs/numerics.md). Instruction sets
+# are chosen inside the files. The last two flags only drop errno and floating-point traps, which nobody reads.
+UNIX_FLAGS = [
+    "-O3",
+    "-g0",  # Python's own flags ask for debug information: ten times the size, half as long again to build
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
+
+
+def csrc() -> Path:
+    """Returns the folder of the C++ sources: inside an installed package, beside it in a source tree."""
+    installed = PACKAGE / "csrc"
+    return installed if installed.is_dir() else PACKAGE.parent / "csrc"
+
+
+def sources() -> list[Path]:
+    """Returns every file to compile, in a fixed order."""
+    return sorted(csrc().rglob("*.cpp"))
+
+
+def headers() -> list[Path]:
+    """Returns every header that those files may include."""
+    return sorted(csrc().rglob("*.h"))
+
+
+def compile_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
+    """Returns the flags that every source file is compiled with."""
+    return list(MSVC_FLAGS if msvc else UNIX_FLAGS)
+
+
+def link_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
+    """Returns the flags of the link step: torch's own OpenMP is looked up at run time, so nothing else is needed."""
+    if msvc or sys.platform == "darwin":
+        return []
+    return ["-Wl,--as-needed", "-ldl", "-lpthread"]
+
+
+def version() -> str:
+    """Returns the version in `_version.py`, without importing the package."""
+    scope: dict[str, str] = {}
+    exec((PACKAGE / "_version.py").read_text(encoding="utf-8"), scope)
+    return scope["__version__"]
+
+
+def fingerprint() -> str:
+    """Returns a digest of version, flags, sources and headers: a binary that has another one is not ours."""
+    digest = hashlib.sha256(json.dumps([version(), compile_flags(), link_flags()]).encode())
+    root = csrc()
+    for path in sources() + headers():
+        # Length-prefixed, so that no text can move from one file to its neighbour unnoticed.
+        name, text = path.relative_to(root).as_posix().encode(), path.read_bytes()
+        digest.update(b"%d %d " % (len(name), len(text)) + name + text)
+    return digest.hexdigest()

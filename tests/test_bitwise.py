@@ -1,0 +1,164 @@
+"""The compiled step has the same bits as the fallback: all dtypes, sizes, threads, instruction sets and layouts."""
+
+import pytest
+import torch
+
+from childtune_fast import ChildAdamW, bernoulli_mask
+from childtune_fast.backend import load_native
+from childtune_fast.fallback import sum_of_squares
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [0, 1, 3, 127, 128, 129, 4097]
+OPTIONS = {
+    "F": {},
+    "plain": {"reserve_p": 1.0},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.5},
+    "maximize": {"maximize": True, "betas": (0.5, 0.9), "eps": 1e-3},
+    "hf": {"variant": "hf", "reserve_p": 0.1, "weight_decay": 0.1},
+    "clipped": {"max_grad_norm": 1e-2},
+}
+
+
+@pytest.fixture
+def native():
+    """The compiled module; whatever a test changes of it is put back."""
+    module = load_native()
+    yield module
+    module.set_instruction_set(module.supported_instruction_sets()[-1])
+    module.force_attribute_access(False)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def params_and_grads(shapes, dtype, seed=0, steps=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(shape, scale):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    return [tensor(s, 1.0) for s in shapes], [[tensor(s, 1e-2) for s in shapes] for _ in range(steps)]
+
+
+def run(backend, params, grads, **options):
+    """Steps copies of `params` and returns them with their states, in a fixed order."""
+    params = [torch.nn.Parameter(p.clone(memory_format=torch.preserve_format)) for p in params]
+    opt = ChildAdamW(params, lr=1e-2, seed=3, backend=backend, **options)
+    for step in grads:
+        for param, grad in zip(params, step, strict=True):
+            param.grad = grad
+        opt.step()
+    return [t for p in params for t in (p.detach(), *(opt.state[p][key] for key in sorted(opt.state[p])))]
+
+
+def assert_same_bits(got, expected):
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype, i
+        assert torch.equal(a, b), (i, (a != b).sum())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_equals_fallback(dtype, options, threads):
+    params, grads = params_and_grads(SIZES, dtype)
+    assert_same_bits(run("native", params, grads, **options), run("torch", params, grads, **options))
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(native, name, dtype):
+    if name not in native.supported_instruction_sets():
+        pytest.skip(f"this processor has no {name}")
+    params, grads = params_and_grads([*SIZES, 100_003], dtype, steps=2)
+    expected = run("torch", params, grads, amsgrad=True)
+    native.set_instruction_set(name)
+    assert native.instruction_set() == name
+    assert_same_bits(run("native", params, grads, amsgrad=True), expected)
+
+
+def test_tensors_read_by_their_attributes(native):
+    """The way for torch versions without the DLPack exchange API."""
+    params, grads = params_and_grads([(5, 7), (), (130,)], torch.bfloat16)
+    grads = [[step[0].t().contiguous().t(), *step[1:]] for step in grads]
+    expected = run("torch", params, grads)
+    native.force_attribute_access(True)
+    assert native.tensor_access() == "tensor attributes"
+    assert_same_bits(run("native", params, grads, max_grad_norm=1e9), expected)
+
+
+def test_hundred_steps():
+    params, grads = params_and_grads([(64, 65), 33], torch.float32, steps=100)
+    assert_same_bits(run("native", params, grads), run("torch", params, grads))
+
+
+def special_values(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, 1.0, tiny, tiny / 4, torch.finfo(dtype).max, float("inf"), -float("inf"), float("nan")]
+    return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"reserve_p": 1.0, "amsgrad": True}, {"reserve_p": 1.0, "eps": 0.0}], ids=str)
+def test_special_values(dtype, options):
+    """Zeros, subnormals, infinities and NaN, in every pair of parameter and gradient. All NaN are one value here."""
+    special = special_values(dtype)
+    param, grad = (t.flatten() for t in torch.meshgrid(special, special, indexing="ij"))
+    param, grad = param.repeat(20), grad.repeat(20)
+    results = [run(backend, [param], [[grad], [grad.flip(0)]], **options) for backend in ("native", "torch")]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reserve_p", [2**-16, 0.02, 0.3, 1 - 2**-16])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_step_applies_the_public_mask(backend, reserve_p):
+    """After one step from zero, exp_avg is (1 - beta1) * gradient / share where the mask keeps, else zero."""
+    shapes = [(3, 50), (130,), (7, 11, 13)]
+    params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+    opt = ChildAdamW([{"params": params[:1]}, {"params": params[1:]}], seed=-5, reserve_p=reserve_p, backend=backend)
+    for step in (1, 2):
+        opt.state.clear()
+        for param in params:
+            param.grad = torch.ones_like(param)
+            opt.state[param] = {"step": torch.tensor(float(step - 1))}
+            opt.state[param]["exp_avg"] = torch.zeros_like(param)
+            opt.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+        opt.step()
+        for index, param in enumerate(params):
+            kept = bernoulli_mask(param.shape, reserve_p, seed=opt.seed, step=step, param_index=index)
+            share = round(reserve_p * 65536) / 65536
+            expected = torch.where(kept, torch.tensor(1.0 / share) * torch.tensor(0.1), 0.0)
+            assert torch.equal(opt.state[param]["exp_avg"], expected)
+
+
+def test_skipped_parameters_keep_their_own_step_count():
+    """A parameter without a gradient misses a step; its next mask is that of its own count, its index stays."""
+    results = []
+    for backend in ("native", "torch"):
+        params = [torch.nn.Parameter(torch.ones(1000)) for _ in range(2)]
+        opt = ChildAdamW(params, seed=3, backend=backend)
+        for with_first in (True, False, True):
+            params[0].grad = torch.ones(1000) if with_first else None
+            params[1].grad = torch.ones(1000)
+            opt.step()
+        assert [opt.state[p]["step"].item() for p in params] == [2, 3]
+        results.append([p.detach() for p in params])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_of_squares(native, dtype, threads):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in [*SIZES, 1023, 1025, 300_001]
+    ]
+    tensors.append(torch.randn((40, 70), generator=generator).to(dtype).t())
+    expected = sum_of_squares(tensors)
+    for name in native.supported_instruction_sets():
+        native.set_instruction_set(name)
+        assert native.sum_of_squares(tensors, torch.get_num_threads()) == expected
