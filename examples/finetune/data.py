@@ -1,0 +1,215 @@
+"""Tasks: the standard library's docstrings, a local TSV file, or a data set of the Hugging Face Hub.
+
+Whatever the source, a `Task` is two lists of `Example` and the list of labels; a task with real-valued labels is a
+regression and has none. Nothing here imports torch or transformers.
+"""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import docstrings
+
+MAX_CLASSES = 50  # numeric labels with more values than this are a regression
+HELD_OUT = 5  # without a dev file, every fifth input is held out
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; the message is one sentence that says how."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input, a sentence or a pair, and its label as written in the source."""
+
+    sentence1: str
+    sentence2: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained and what is scored.
+
+    Attributes:
+        name: what tables and pictures call the task.
+        train: training examples, in a fixed order.
+        dev: examples that only ever serve for scores.
+        labels: the label names in the order of the model's outputs, or None for a regression.
+    """
+
+    name: str
+    train: list[Example]
+    dev: list[Example]
+    labels: list[str] | None
+
+    def targets(self, examples):
+        """Returns what the model has to predict: class indices, or real numbers for a regression."""
+        if self.labels is None:
+            return [float(example.label) for example in examples]
+        index = {label: i for i, label in enumerate(self.labels)}
+        return [index[example.label] for example in examples]
+
+    def fingerprint(self):
+        """Returns a short hash of every example, by which two results can be told to rest on the same data."""
+        rows = [[e.sentence1, e.sentence2, e.label] for e in [*self.train, *self.dev]]
+        return docstrings.stable_hash(json.dumps([len(self.train), rows]))[:12]
+
+    def counts(self):
+        """Returns {label: (examples in train, examples in dev)}; one entry without a name for a regression."""
+        if self.labels is None:
+            return {"": (len(self.train), len(self.dev))}
+        train, dev = (Counter(e.label for e in examples) for examples in (self.train, self.dev))
+        return {label: (train[label], dev[label]) for label in self.labels}
+
+
+def load_task(name, dev=None, limit=None):
+    """Loads a task by the name given on the command line.
+
+    Args:
+        name: "docstrings", the path of a TSV file, or a Hub data set, "owner/name" or "owner/name:config".
+        dev: path of the dev file that goes with a TSV file.
+        limit: at most this many examples in train and in dev, drawn by a fixed seed.
+
+    Returns:
+        A `Task`.
+
+    Raises:
+        UserError: the source is missing or malformed.
+    """
+    title = name
+    if name == "docstrings":
+        title, (train, dev_examples) = "stdlib docstrings", _read_docstrings()
+    elif is_local(name):
+        title = "/".join(Path(name).parts[-2:])
+        train, dev_examples = _read_tsv_pair(name, dev)
+    else:
+        train, dev_examples = _read_hub(name)
+    labels = infer_labels(train)
+    strange = sorted({e.label for e in dev_examples if not (e.label in labels if labels else _is_number(e.label))})
+    if strange:
+        lacking = "train lacks" if labels else "are no finite numbers"
+        raise UserError(f"{title}: dev holds labels that {lacking} ({', '.join(strange[:5])}); correct train or dev")
+    return Task(title, _draw(train, limit), _draw(dev_examples, limit), labels)
+
+
+def is_local(name):
+    """Tells whether a task needs no network: an existing path, or a TSV file that should exist."""
+    return name == "docstrings" or name.endswith((".tsv", ".tsv.gz")) or Path(name).exists()
+
+
+def _draw(examples, limit):
+    """Returns `limit` of the examples in their old order, always the same ones."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
+
+
+def _read_docstrings():
+    train, dev = docstrings.build()
+    if len({p.package for p in train}) < 2:
+        raise UserError("this Python ships no standard library sources; give a TSV file with --task")
+    return tuple([Example(p.text, None, p.package) for p in part] for part in (train, dev))
+
+
+def _read_tsv_pair(path, dev):
+    examples = read_tsv(path)
+    if dev is not None:
+        return examples, read_tsv(dev)
+    sides = ([], [])
+    for example in examples:
+        key = docstrings.stable_hash(example.sentence1, example.sentence2 or "")
+        sides[int(key, 16) % HELD_OUT == 0].append(example)
+    if not all(sides):
+        raise UserError(f"{path}: too few rows ({len(examples)}) to hold some out; give a dev file with --dev")
+    return sides
+
+
+def read_tsv(path):
+    """Reads a UTF-8 file of tab-separated fields without quoting, gzipped if its name ends in .gz.
+
+    Args:
+        path: file whose first line names the columns: `sentence1`, `label` and, for pairs, `sentence2`.
+
+    Returns:
+        A list of `Example`.
+
+    Raises:
+        UserError: no such file, a missing column, or a row with too few or too many fields.
+    """
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+            lines = file.read().removesuffix("\n").replace("\r\n", "\n").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give an existing UTF-8 TSV file") from error
+    columns, rows = lines[0].split("\t"), []
+    if not {"sentence1", "label"} <= set(columns):
+        raise UserError(f"{path}: the first line must name columns sentence1 and label, but is {lines[0][:80]!r}")
+    for number, line in enumerate(lines[1:], start=2):
+        fields = line.split("\t")
+        if len(fields) != len(columns):
+            raise UserError(f"{path}: line {number} has {len(fields)} fields, but the header names {len(columns)}")
+        row = dict(zip(columns, fields, strict=True))
+        rows.append(Example(row["sentence1"], row.get("sentence2"), row["label"]))
+    return rows
+
+
+def _read_hub(name):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{name} is no local file, and Hub data sets need: pip install datasets") from error
+    path, _, config = name.partition(":")
+    try:
+        splits = datasets.load_dataset(path, config or None)
+    except Exception as error:  # the library raises a dozen unrelated types for a wrong name or a missing network
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: the Hub data set could not be loaded ({type(error).__name__}: {cause}); "
+            "check name, config and network, or give a local TSV file"
+        ) from error
+    dev = next((split for split in ("validation", "dev", "validation_matched", "test") if split in splits), None)
+    if "train" not in splits or dev is None:
+        raise UserError(f"{name}: needs a train and a validation split, but has {', '.join(splits)}")
+    return hub_examples(name, splits["train"]), hub_examples(name, splits[dev])
+
+
+def hub_examples(name, split):
+    """Converts a split of a Hub data set: its first one or two columns of strings, and its column `label`.
+
+    Args:
+        name: name for the error message.
+        split: a `datasets.Dataset`, or any sequence of dicts.
+
+    Returns:
+        A list of `Example`.
+    """
+    texts = [column for column, value in split[0].items() if isinstance(value, str) and column != "label"][:2]
+    if not texts or "label" not in split[0]:
+        raise UserError(f"{name}: needs a column of text and a column label, but has {', '.join(split[0])}")
+    return [Example(r[texts[0]], r[texts[1]] if len(texts) > 1 else None, str(r["label"])) for r in split]
+
+
+def infer_labels(examples):
+    """Returns the sorted class names of a classification, or None if the labels make it a regression.
+
+    Labels that are all numbers and not all integers, or that take more than `MAX_CLASSES` values, are a regression.
+    """
+    labels = {example.label for example in examples}
+    if not all(map(_is_number, labels)):
+        return sorted(labels)
+    if len(labels) > MAX_CLASSES or not all(float(label).is_integer() for label in labels):
+        return None
+    return sorted(labels, key=float)
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,160 @@
+"""What a comparison leaves behind: scores, one table, one picture, and a JSON file with every number behind them."""
+
+import json
+import math
+import platform
+from importlib import metadata
+from statistics import mean, median, stdev
+
+from .train import METHODS
+
+# Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
+COLOURS = {"frozen": "#7f7f7f", "vanilla": "#0072B2", "vanilla-sqrtp": "#56B4E9", "f": "#D55E00"}
+PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
+
+
+def classification_metrics(targets, predictions):
+    """Returns accuracy and macro F1; the first is the one that tables and pictures lead with."""
+    from sklearn.metrics import f1_score
+
+    accuracy = mean(float(t == p) for t, p in zip(targets, predictions, strict=True))
+    return {"accuracy": accuracy, "macro F1": float(f1_score(targets, predictions, average="macro", zero_division=0))}
+
+
+def regression_metrics(targets, predictions):
+    """Returns Pearson's and Spearman's correlation; 0 where the predictions are constant."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if max(predictions) == min(predictions):
+        return {"Pearson": 0.0, "Spearman": 0.0}
+    return {
+        "Pearson": float(pearsonr(targets, predictions).statistic),
+        "Spearman": float(spearmanr(targets, predictions).statistic),
+    }
+
+
+def versions():
+    """Returns {name: version} of Python, the machine and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    installed = {(dist.name or "").lower(): dist.version for dist in metadata.distributions()}
+    return found | {package: installed.get(package, "not installed") for package in PACKAGES}
+
+
+def by_method(runs):
+    """Returns {method: its runs}, in the order in which methods first occur."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["method"], []).append(run)
+    return groups
+
+
+def final_scores(runs, metric):
+    """Returns the score of each run after its last step: not its best one, which would flatter."""
+    return [run["curve"][-1][1][metric] for run in runs]
+
+
+def describe_task(task):
+    """Returns a few lines on the data: sizes, fingerprint, examples per label."""
+    lines = [f"task: {task.name}, {len(task.train)} train, {len(task.dev)} dev, fingerprint {task.fingerprint()}"]
+    if task.labels is None:
+        return lines[0] + ", regression"
+    counts = [f"{label} {train}/{dev}" for label, (train, dev) in task.counts().items()]
+    lines += ["  train/dev: " + ", ".join(counts[start : start + 5]) for start in range(0, len(counts), 5)]
+    return "\n".join(lines)
+
+
+def table(runs):
+    """Returns the table, as Markdown, that compares the methods.
+
+    Args:
+        runs: dicts from `Experiment.run`.
+    """
+    first, second = runs[0]["curve"][-1][1]
+    head = ["method", "lr", first, "sd", "min..max", second, "optimizer ms/step", "of step time", "state MB"]
+    rows = []
+    for name, group in by_method(runs).items():
+        scores = [100 * score for score in final_scores(group, first)]
+        own = median(value for run in group for value in run["optimizer_seconds"])
+        share = own / median(value for run in group for value in run["step_seconds"])
+        rows.append([
+            METHODS[name].title,
+            f"{group[0]['lr']:.1e}",
+            f"{mean(scores):.1f}",
+            f"{stdev(scores):.1f}" if len(scores) > 1 else "",
+            f"{min(scores):.1f}..{max(scores):.1f}",
+            f"{100 * mean(final_scores(group, second)):.1f}",
+            f"{1e3 * own:.2f}",
+            f"{100 * share:.0f} %",
+            f"{group[0]['optimizer_bytes'] / 1e6:.1f}",
+        ])  # fmt: skip
+    return markdown(head, rows)
+
+
+def markdown(head, rows):
+    """Returns a Markdown table whose columns line up in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, rule, *rows]]
+    for line in lines:
+        line[0] = line[0].strip().ljust(widths[0])
+    lines[1][0] = "-" * widths[0]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def caveats(runs, task):
+    """Returns what a reader must know before taking the table for more than it is."""
+    seeds = len({run["seed"] for run in runs})
+    over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    lines = [f"Scores are those after the last step, on {len(task.dev)} dev examples, over {over}."]
+    if task.labels is not None:
+        score = mean(final_scores(runs, "accuracy"))
+        error = 100 * math.sqrt(score * (1 - score) / len(task.dev))
+        lines.append(f"The sampling error of one accuracy on that many examples is about {error:.1f} points.")
+    lines.append("So few seeds do not separate methods: take a small difference for noise, whichever way it points.")
+    return "\n".join(lines)
+
+
+def picture(runs, task, model, path):
+    """Draws the learning curves: dev score against training step, the mean over seeds and the band they span.
+
+    Args:
+        runs: dicts from `Experiment.run`.
+        task: the `Task` they were trained on.
+        model: name of the model, for the title.
+        path: file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metric = next(iter(runs[0]["curve"][-1][1]))
+    seeds = len({run["seed"] for run in runs})
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, group in by_method(runs).items():
+        steps = [step for step, _ in group[0]["curve"]]
+        columns = list(zip(*([100 * scores[metric] for _, scores in run["curve"]] for run in group), strict=True))
+        colour, style = COLOURS[name], "--" if METHODS[name].frozen else "-"
+        label = f"{METHODS[name].title}: {mean(columns[-1]):.1f}"
+        axes.plot(steps, [mean(c) for c in columns], style, color=colour, marker="o", ms=4, lw=2, label=label)
+        low, high = [min(c) for c in columns], [max(c) for c in columns]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    bottom = min(0, axes.get_ylim()[0])  # an axis that starts higher would make little differences look large
+    axes.set(xlabel="training step", ylabel=f"dev {metric}, times 100", xlim=(0, None), ylim=(bottom, None))
+    band = f"mean of {seeds} seeds, band: lowest to highest" if seeds > 1 else "one seed"
+    axes.set_title(f"{model} on {task.name}\n{band}", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, title="method: score after the last step")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save(folder, settings, runs, task, model):
+    """Writes results.json (every number), table.md and curves.png into an existing folder."""
+    data = {"name": task.name, "fingerprint": task.fingerprint(), "counts": task.counts()}
+    result = {"model": model, "settings": settings, "data": data, "versions": versions(), "runs": runs}
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = f"{describe_task(task)}\n\n{table(runs)}\n\n{caveats(runs, task)}\n"
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    picture(runs, task, model, folder / "curves.png")

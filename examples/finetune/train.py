@@ -1,0 +1,200 @@
+"""The methods that are compared, and the one training loop that all of them share.
+
+Everything but the optimizer is equal by construction: one loop, one warm-up and decay of the learning rate, one split
+into weights that decay and weights that do not. A seed governs the head's initial weights, the order of the data and
+the dropout, and does so alike for every method.
+"""
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import model as models
+
+EVALUATION_BATCH = 64
+BUCKET = 16  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters, named as on the command line."""
+
+    lr: float = 4e-4
+    head_lr: float = 1e-1
+    reserve_p: float = 0.3
+    weight_decay: float = 0.01
+    epochs: int = 2
+    batch_size: int = 16
+    max_length: int = 24
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    evaluations: int = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: its name, how it gets an optimizer, its learning rate, and what it trains."""
+
+    title: str
+    optimizer: Callable
+    lr: Callable
+    frozen: bool = False
+
+
+def adamw(groups, lr, settings, seed, fused=True):
+    """Returns PyTorch's fastest AdamW."""
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=fused)
+
+
+def child_adamw(groups, lr, settings, seed):
+    """Returns Child-Tuning (F): the same call with `reserve_p` and a seed."""
+    from childtune_fast import ChildAdamW
+
+    p = settings.reserve_p
+    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, reserve_p=p, seed=seed)
+
+
+METHODS = {
+    "frozen": Method("frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, frozen=True),
+    "vanilla": Method("AdamW", adamw, lambda s: s.lr),
+    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * math.sqrt(s.reserve_p)),
+    "f": Method("ChildAdamW (F)", child_adamw, lambda s: s.lr),
+}
+
+
+class Experiment:
+    """A pretrained model and a task, on which methods are run with seeds."""
+
+    def __init__(self, tokenizer, backbone, task, settings, metrics, device):
+        self.backbone, self.task, self.settings, self.metrics = backbone, task, settings, metrics
+        self.device = device
+        examples = {"train": task.train, "dev": task.dev}
+        self.targets = {name: torch.tensor(task.targets(part), device=device) for name, part in examples.items()}
+        if task.labels is None:  # correlations do not care about mean and scale of the targets, training does
+            mean, std = self.targets["train"].mean(), self.targets["train"].std()
+            self.targets = {name: (values - mean) / std for name, values in self.targets.items()}
+        self.tokens = {
+            name: models.TokenInputs(tokenizer, part, settings.max_length, device) for name, part in examples.items()
+        }
+        self.features = None
+
+    @property
+    def steps(self):
+        """Training steps of one run."""
+        return self.settings.epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
+
+    def run(self, name, seed, on_step=lambda: None):
+        """Trains one model and scores it along the way.
+
+        Args:
+            name: a key of `METHODS`.
+            seed: governs head, data order, dropout and, for F, the masks.
+            on_step: called after every training step.
+
+        Returns:
+            A dict of plain numbers: scores at each evaluation, seconds of each step, bytes of optimizer state.
+        """
+        method, lr = METHODS[name], METHODS[name].lr(self.settings)
+        started = time.perf_counter()
+        model, inputs = self._model(method, seed)
+        torch.manual_seed(seed)
+        optimizer = method.optimizer(models.decay_groups(model, self.settings.weight_decay), lr, self.settings, seed)
+        record = self._train(model, inputs, optimizer, seed, on_step)
+        record["seconds"] = time.perf_counter() - started
+        return {"method": name, "seed": seed, "lr": lr, **record, "optimizer_bytes": state_bytes(optimizer)}
+
+    def _model(self, method, seed):
+        """Returns a fresh model and the inputs it reads: tokens, or for a frozen encoder its cached features."""
+        outputs = len(self.task.labels) if self.task.labels else 1
+        head = models.Head(self.backbone.config.hidden_size, outputs, seed)
+        if not method.frozen:
+            return nn.Sequential(models.Encoder(copy.deepcopy(self.backbone)), head).to(self.device), self.tokens
+        if self.features is None:
+            encoder = models.Encoder(self.backbone).to(self.device)
+            self.features = {
+                name: models.FeatureInputs(predict(encoder, tokens), tokens.lengths)
+                for name, tokens in self.tokens.items()
+            }
+        return head.to(self.device), self.features
+
+    def _train(self, model, inputs, optimizer, seed, on_step):
+        settings, targets = self.settings, self.targets["train"]
+        factor = functools.partial(learning_rate_factor, steps=self.steps, warmup=settings.warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        due = {round(self.steps * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+        curve, optimizer_seconds, step_seconds = [], [], []
+        for step, indices in enumerate(batches(inputs["train"].lengths, settings, seed), start=1):
+            model.train()
+            begin = self.clock()
+            self.loss(model(inputs["train"].batch(indices)), targets[indices]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            before = self.clock()
+            optimizer.step()
+            after = self.clock()
+            schedule.step()
+            optimizer.zero_grad()
+            step_seconds.append(self.clock() - begin)
+            optimizer_seconds.append(after - before)
+            if step in due:
+                curve.append((step, self.score(model, inputs)))
+            on_step()
+        return {"curve": curve, "optimizer_seconds": optimizer_seconds, "step_seconds": step_seconds}
+
+    def clock(self):
+        """Returns the time in seconds, once the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def loss(self, outputs, targets):
+        """Returns cross-entropy, or the mean squared error for a regression."""
+        if self.task.labels is None:
+            return nn.functional.mse_loss(outputs.squeeze(-1), targets)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def score(self, model, inputs):
+        """Returns the dev metrics of a model."""
+        outputs = predict(model, inputs["dev"])
+        predictions = outputs.squeeze(-1) if self.task.labels is None else outputs.argmax(-1)
+        return self.metrics(self.targets["dev"].tolist(), predictions.tolist())
+
+
+def learning_rate_factor(step, steps, warmup):
+    """Returns the share of the full learning rate at a step, from 0: linear warm-up, then linear decay to 0."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+
+
+def batches(lengths, settings, seed):
+    """Yields the indices of every batch of every epoch: shuffled, but with like lengths together to save padding."""
+    generator = torch.Generator().manual_seed(seed)
+    size = settings.batch_size
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        bucketed = []
+        for start in range(0, len(order), size * BUCKET):
+            bucket = sorted(order[start : start + size * BUCKET], key=lambda i: lengths[i])
+            bucketed += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        yield from (bucketed[i] for i in torch.randperm(len(bucketed), generator=generator).tolist())
+
+
+@torch.no_grad()
+def predict(model, inputs):
+    """Returns the model's outputs for all inputs, in their order, without dropout."""
+    model.eval()
+    order = sorted(range(len(inputs.lengths)), key=lambda i: inputs.lengths[i])
+    chunks = [order[i : i + EVALUATION_BATCH] for i in range(0, len(order), EVALUATION_BATCH)]
+    outputs = torch.cat([model(inputs.batch(chunk)) for chunk in chunks])
+    return outputs[torch.tensor(order).argsort()]
+
+
+def state_bytes(optimizer):
+    """Returns the size of all tensors that an optimizer keeps between steps."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if torch.is_tensor(value))
