@@ -31,8 +31,9 @@ def check_options(group: dict[str, Any], seed: int) -> None:
         raise ValueError(f"variant must be 'torch' or 'hf', the published code's arithmetic (got {group['variant']!r})")
     if group["variant"] == "hf" and group["amsgrad"]:
         raise ValueError("variant='hf' has no amsgrad; use amsgrad=False or variant='torch'")
-    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
-        raise ValueError(f"max_grad_norm must be above 0, or None for no clipping (got {group['max_grad_norm']})")
+    max_grad_norm = group["max_grad_norm"]
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm must be a number above 0, or None for no clipping (got {max_grad_norm!r})")
     if group["differentiable"]:
         raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
     if group["capturable"]:
@@ -100,12 +101,12 @@ def _check_step(name: str, step: Tensor) -> None:
 
 
 def check_no_lazy_negation(params: list[Tensor]) -> None:
-    """Raises ValueError for a lazily negated view (of a complex tensor): its memory holds the opposite of its values."""
-    for i, param in enumerate(params):
+    """Raises ValueError for a lazily negated view of a complex tensor: its memory holds the opposite of its values."""
+    for param in params:
         if param.is_neg():
             raise ValueError(
-                f"ChildAdamW: parameters must not be lazily negated views, such as x.conj().imag (got one at index {i} "
-                "of its group); pass resolve_neg() of it"
+                "ChildAdamW: parameters must not be lazily negated views, such as x.conj().imag (got one of shape "
+                f"{tuple(param.shape)}); pass resolve_neg() of it"
             )
 
 

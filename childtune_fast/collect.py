@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import fallback
-from .mask import keep_threshold
+from .checks import check_options
+from .mask import check_seed, keep_threshold
 from .state import init_state
 from .step_group import StepGroup
 
@@ -32,40 +34,49 @@ def collect(
     """
     on_native: list[StepGroup] = []
     on_torch: list[StepGroup] = []
+    states = optimizer.state
     index = itertools.count()
     for group in optimizer.param_groups:
         amsgrad = group["amsgrad"]
-        targets: dict[tuple[bool, bool], StepGroup] = {}
+        rows = defaultdict(list)  # (native, sharded): what a StepGroup's lists hold of each parameter
         for param, i in zip(group["params"], index):  # noqa: B905 - `index` is endless
             grad = param.grad
             if grad is None:
                 continue
             if grad.is_neg():  # a lazily negated view, whose memory holds the opposite
                 grad = grad.resolve_neg()
-            state = optimizer.state[param]
+            state = states[param]
             if not state or (amsgrad and "max_exp_avg_sq" not in state):
                 states_before[param] = dict(state)
                 init_state(state, param, amsgrad)
             sharded = type(param) not in PLAIN_TENSORS and hasattr(param, "placements")  # a DTensor
-            kind = (use_native and param.is_cpu, sharded)
-            target = targets.get(kind)
-            if target is None:
-                target = targets[kind] = _empty_step_group(group, getattr(optimizer, "grad_scale", None))
-                (on_native if kind[0] else on_torch).append(target)
-            if sharded:
-                param, grad, state = _local_parts(target, param, grad, state)
-            target.params.append(param)
-            target.grads.append(grad)
-            target.exp_avgs.append(state["exp_avg"])
-            target.exp_avg_sqs.append(state["exp_avg_sq"])
-            target.steps.append(state["step"])
-            target.indices.append(i)
-            if amsgrad:
-                target.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
+            rows[use_native and param.is_cpu, sharded].append((*row, state["max_exp_avg_sq"]) if amsgrad else row)
+        for (native, sharded), of_kind in rows.items():
+            (on_native if native else on_torch).append(_step_group(group, optimizer, of_kind, sharded))
     return on_native, on_torch
 
 
-def _empty_step_group(group: dict[str, Any], grad_scale: Tensor | None) -> StepGroup:
+def _step_group(
+    group: dict[str, Any], optimizer: torch.optim.Optimizer, rows: list[tuple[Any, ...]], sharded: bool
+) -> StepGroup:
+    """Turns the rows of `collect` into columns, DTensors into what this rank holds of them."""
+    target = _empty_step_group(group, optimizer)
+    if sharded:
+        from .sharding import local_tensor, mask_slice
+
+        target.slices = [mask_slice(row[0]) for row in rows]
+        rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    target.params, target.grads, target.exp_avgs, target.exp_avg_sqs, target.steps, target.indices = columns[:6]
+    if len(columns) > 6:
+        target.max_exp_avg_sqs = columns[6]
+    return target
+
+
+def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> StepGroup:
+    check_options(group, optimizer.seed)  # options may have been changed since they were given
+    grad_scale = getattr(optimizer, "grad_scale", None)
     grad_factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     return StepGroup(
         lr=float(group["lr"]),
@@ -77,18 +88,9 @@ def _empty_step_group(group: dict[str, Any], grad_scale: Tensor | None) -> StepG
         grad_factor=-grad_factor if group["maximize"] else grad_factor,
         keep_threshold=keep_threshold(group["reserve_p"]),
         published_code=group["variant"] == "hf",
-        seed=group["seed"],
+        seed=check_seed(group["seed"]),
         max_grad_norm=group["max_grad_norm"],
     )
-
-
-def _local_parts(target: StepGroup, param: Tensor, grad: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, dict]:
-    """What this rank holds of a sharded parameter (DTensor), and notes in `target` where that lies in the whole."""
-    from .sharding import local_tensor, mask_slice
-
-    target.slices = [] if target.slices is None else target.slices
-    target.slices.append(mask_slice(param))
-    return local_tensor(param), local_tensor(grad), {k: local_tensor(v) for k, v in state.items()}
 
 
 def clip(native: ModuleType | None, on_native: list[StepGroup], on_torch: list[StepGroup]) -> None:

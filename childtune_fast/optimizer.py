@@ -119,8 +119,9 @@ class ChildAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         try:
             check_options(self.param_groups[-1], self.defaults["seed"])
-            check_no_lazy_negation(self.param_groups[-1]["params"])
-            check_overlap([p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS])
+            plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
+            check_no_lazy_negation(plain)
+            check_overlap(plain)
         except Exception:
             self.param_groups.pop()
             raise
@@ -165,8 +166,8 @@ class ChildAdamW(torch.optim.AdamW):
             on_native, on_torch = collect(self, native is not None, states_before)
         except KeyError as error:
             raise ValueError(
-                f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, or "
-                "delete that parameter's state to begin anew"
+                f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, "
+                "or delete that parameter's state to begin anew"
             ) from None
         for group in on_torch:
             check_group(group)
@@ -191,6 +192,7 @@ class ChildAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: as torch does; also for a checkpoint whose masks were placed by another version.
+            TypeError: a state is no tensor. Whatever is raised, nothing has been loaded then.
         """
         loaded: dict[str, Any] = {}
 
@@ -210,8 +212,12 @@ class ChildAdamW(torch.optim.AdamW):
             self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(after, prepend=True),
         ]
+        present = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = present
+            raise
         finally:
             for handle in handles:
                 handle.remove()

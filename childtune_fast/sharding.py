@@ -4,14 +4,15 @@ A leaf: imported only once a DTensor has been seen.
 """
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; other tensors as they are."""
+def local_tensor(tensor: Any) -> Any:
+    """The part of a DTensor that this rank holds; anything else as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -12,16 +12,15 @@ _AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def init_state(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
-    """Adds what is missing of a parameter's state: tensors named as torch.optim.AdamW names them."""
+    """Begins a parameter's state, tensors named as torch.optim.AdamW names them, or adds what amsgrad needs to it."""
 
     def zeros() -> Tensor:
         return torch.zeros_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)
 
-    state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    state.setdefault("exp_avg", zeros())
-    state.setdefault("exp_avg_sq", zeros())
+    if not state:
+        state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=zeros(), exp_avg_sq=zeros())
     if amsgrad:
-        state.setdefault("max_exp_avg_sq", zeros())
+        state["max_exp_avg_sq"] = zeros()
 
 
 def restored_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
@@ -31,5 +30,7 @@ def restored_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     state["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu").detach().clone().reshape(())
     for key in _AVERAGES:
         if key in saved:
+            if not isinstance(saved[key], Tensor):
+                raise TypeError(f"load_state_dict: state '{key}' must be a tensor (got {type(saved[key]).__name__})")
             state[key] = saved[key].detach().to(device=param.device, dtype=compute_dtype(param), copy=True)
     return state

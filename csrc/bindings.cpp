@@ -54,12 +54,19 @@ Workspace& workspace() {
 
 [[noreturn]] void refuse(const std::string& what) { throw py::value_error(what); }
 
-// One of a group's lists: `name` must hold `count` tensors. The list keeps them alive.
+// A real list: the group holds it, so its tensors outlive the step. Of another iterable, a copy would be all that does.
+py::list list_of(const py::handle& group, const char* name) {
+  const py::object value = group.attr(name);
+  if (!PyList_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a list");
+  return py::reinterpret_borrow<py::list>(value);
+}
+
+// One of a group's lists: `name` must hold a tensor for each parameter.
 struct TensorList {
   py::list list;
   const char* name;
 
-  TensorList(const py::handle& group, const char* name_) : list(group.attr(name_)), name(name_) {}
+  TensorList(const py::handle& group, const char* name_) : list(list_of(group, name_)), name(name_) {}
 
   TensorView at(size_t i) const {
     if (i >= list.size()) refuse(std::string(name) + " must have an entry for each parameter");
@@ -103,7 +110,7 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
 // Notes where the step count is stored, and returns the number of the step now taken.
 uint64_t next_step(const TensorView& t, Workspace* w) {
   const bool is_double = t.is(kCodeFloat, 64);
-  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu) {
+  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu || t.data == nullptr) {
     refuse("step must be one float32 or float64 on the CPU");
   }
   const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
