@@ -19,6 +19,7 @@ RECORD = "_native.json"  # lies beside a prebuilt binary and says which sources 
 # are chosen inside the files. The last two flags only drop errno and floating-point traps, which nobody reads.
 UNIX_FLAGS = [
     "-O3",
+    "-DNDEBUG",  # Python sets it, torch does not
     "-g0",  # Python's own flags ask for debug information: ten times the size, half as long again to build
     "-std=c++17",
     "-fvisibility=hidden",
@@ -51,10 +52,11 @@ def compile_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
 
 
 def link_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
-    """Returns the flags of the link step: torch's own OpenMP is looked up at run time, so nothing else is needed."""
+    """Returns the flags of the link step: torch's own OpenMP is looked up at run time, so little is needed."""
     if msvc or sys.platform == "darwin":
         return []
-    return ["-Wl,--as-needed", "-ldl", "-lpthread"]
+    # The standard library ahead of torch's, which export pieces of it and come with every just-in-time build.
+    return ["-Wl,--as-needed", "-lstdc++", "-ldl", "-lpthread"]
 
 
 def version() -> str:

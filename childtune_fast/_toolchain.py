@@ -19,7 +19,7 @@ from .backend import BackendError
 
 PROBE_TIMEOUT = 10.0  # seconds for `c++ --version`
 BUILD_TIMEOUT = 300.0  # seconds for the whole build
-USUAL_SECONDS = 20  # what a build takes on two cores, for the line that announces it
+USUAL_SECONDS = 30  # what a build takes on two cores, for the line that announces it
 LAST_LINES = 12  # lines of a compiler's output that go into an error
 REMEDY = 'repair it, name another compiler in the environment variable CXX, or choose backend="torch"'
 

@@ -16,7 +16,7 @@ from .mask import check_seed, keep_threshold
 from .state import init_state
 from .step_group import StepGroup
 
-PLAIN_TENSORS = (Tensor, Parameter)  # any other class may be a DTensor
+PLAIN_TENSORS = (Parameter, Tensor)  # any other class may be a DTensor
 
 
 def collect(
@@ -39,6 +39,7 @@ def collect(
     for group in optimizer.param_groups:
         amsgrad = group["amsgrad"]
         rows = defaultdict(list)  # (native, sharded): what a StepGroup's lists hold of each parameter
+        plain_rows: list[tuple[Any, ...]] = rows[True, False]
         for param, i in zip(group["params"], index):  # noqa: B905 - `index` is endless
             grad = param.grad
             if grad is None:
@@ -49,10 +50,17 @@ def collect(
             if not state or (amsgrad and "max_exp_avg_sq" not in state):
                 states_before[param] = dict(state)
                 init_state(state, param, amsgrad)
-            sharded = type(param) not in PLAIN_TENSORS and hasattr(param, "placements")  # a DTensor
             row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
-            rows[use_native and param.is_cpu, sharded].append((*row, state["max_exp_avg_sq"]) if amsgrad else row)
+            if amsgrad:
+                row = (*row, state["max_exp_avg_sq"])
+            if type(param) is Parameter and use_native and param.is_cpu:  # nearly always; a step has 2 us per parameter
+                plain_rows.append(row)
+            else:
+                sharded = type(param) not in PLAIN_TENSORS and hasattr(param, "placements")  # a DTensor
+                rows[use_native and param.is_cpu, sharded].append(row)
         for (native, sharded), of_kind in rows.items():
+            if not of_kind:
+                continue
             (on_native if native else on_torch).append(_step_group(group, optimizer, of_kind, sharded))
     return on_native, on_torch
 

@@ -1,5 +1,5 @@
-// The Python module: turns the groups of a step into StepItems, checking everything that memory safety rests on, and runs
-// them without the GIL. The sentences that users see for wrong input are written in childtune_fast/checks.py.
+// The Python module: turns the groups of a step into StepItems, checking everything that memory safety rests on, and
+// runs them without the GIL. The sentences that users see for wrong input are written in childtune_fast/checks.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,7 +26,7 @@ struct Workspace {
   std::vector<StepItem> items;
   std::vector<void*> step_counters;  // where each item's step count is stored
   std::vector<bool> step_is_double;
-  std::vector<int64_t> layouts;       // of arrays that are not contiguous
+  std::vector<int64_t> layouts;        // of arrays that are not contiguous
   std::vector<int64_t> layout_starts;  // of each item in `layouts`, or -1
 
   void clear() {
@@ -104,7 +104,8 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
   if (contiguous) return;
   w->layouts.push_back(param.ndim);
   w->layouts.insert(w->layouts.end(), param.shape, param.shape + param.ndim);
-  for (int s = 0; s < streams; ++s) w->layouts.insert(w->layouts.end(), views[s].strides, views[s].strides + param.ndim);
+  for (int s = 0; s < streams; ++s)
+    w->layouts.insert(w->layouts.end(), views[s].strides, views[s].strides + param.ndim);
 }
 
 // Notes where the step count is stored, and returns the number of the step now taken.
@@ -114,7 +115,8 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
     refuse("step must be one float32 or float64 on the CPU");
   }
   const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
-  if (!(value >= 0 && value < 4294967295.0) || value != std::floor(value)) refuse("step must be a whole number below 2^32");
+  if (!(value >= 0 && value < 4294967295.0) || value != std::floor(value))
+    refuse("step must be a whole number below 2^32");
   w->step_counters.push_back(t.data);
   w->step_is_double.push_back(is_double);
   return static_cast<uint64_t>(value) + 1;
@@ -122,9 +124,14 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
 
 HyperParams hyper_params(const py::handle& group) {
   const auto number = [&](const char* name) { return group.attr(name).cast<double>(); };
-  return {number("lr"),           number("beta1"),       number("beta2"),
-          number("eps"),          number("weight_decay"), number("grad_factor"),
-          number("keep_threshold") / kKeepAll, group.attr("published_code").cast<bool>()};
+  return {number("lr"),
+          number("beta1"),
+          number("beta2"),
+          number("eps"),
+          number("weight_decay"),
+          number("grad_factor"),
+          number("keep_threshold") / kKeepAll,
+          group.attr("published_code").cast<bool>()};
 }
 
 MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
@@ -200,7 +207,8 @@ double sum_of_squares(const py::list& tensors, int threads) {
 }
 
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
-  if (counter.size() != 4 || key.size() != 2) refuse("philox4x32_10: four counter words and two key words are required");
+  if (counter.size() != 4 || key.size() != 2)
+    refuse("philox4x32_10: four counter words and two key words are required");
   const Philox4 out = philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
   return {out.word, out.word + 4};
 }

@@ -1,7 +1,8 @@
 // The AdamW update of one weight: the only place where this arithmetic is written, for CPU and GPU.
 //
-// One multiplication, addition, division or square root per operation, each rounded as IEEE 754 says: no contraction, no
-// reciprocal. That is what makes the result the same bits everywhere. childtune_fast/fallback.py is the same in torch.
+// One multiplication, addition, division or square root per operation, each rounded as IEEE 754 says: no contraction,
+// no reciprocal. That is what makes the result the same bits everywhere. childtune_fast/fallback.py is the same in
+// torch.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,5 @@
-// What the core headers need from the compiler: one macro for functions that serve host and device alike, and a bit cast.
+// What the core headers need from the compiler: one macro for functions that serve host and device alike, and a bit
+// cast.
 //
 // Everything in csrc/core is `static` and always inlined, so that each instruction set's translation unit keeps its own
 // copy: were the linker free to merge them, a plain CPU could end up running a function compiled for AVX-512.

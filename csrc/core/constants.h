@@ -29,8 +29,8 @@ struct AdamWConstants {
 
   template <class To>
   CHILDTUNE_MEMBER AdamWConstants<To> cast() const {
-    return {To(grad_factor),     To(decay_before), To(beta1),                 To(one_minus_beta1), To(beta2),
-            To(one_minus_beta2), To(step_size),    To(bias_correction2_sqrt), To(eps),             To(decay_after)};
+    return {To(grad_factor), To(decay_before),          To(beta1), To(one_minus_beta1), To(beta2), To(one_minus_beta2),
+            To(step_size),   To(bias_correction2_sqrt), To(eps),   To(decay_after)};
   }
 };
 
@@ -50,8 +50,8 @@ CHILDTUNE_INLINE AdamWConstants<double> step_constants(const HyperParams& h, uin
   const double step_size = h.lr / bias_correction1;
   const double decay = 1.0 - h.lr * h.weight_decay;
   const double grad_factor = h.grad_factor / h.keep_share;
-  AdamWConstants<double> c{grad_factor, 1.0,   h.beta1, 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, step_size,
-                           1.0,         h.eps, 1.0};
+  AdamWConstants<double> c{grad_factor,   1.0,       h.beta1, 1.0 - h.beta1, h.beta2,
+                           1.0 - h.beta2, step_size, 1.0,     h.eps,         1.0};
   if (h.published_code) {
     c.step_size = step_size * bias_correction2_sqrt;
     c.decay_after = decay;

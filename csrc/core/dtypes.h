@@ -48,7 +48,8 @@ CHILDTUNE_INLINE void store(BFloat16& to, float x) {
 CHILDTUNE_INLINE void store(Float16& to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Normal: re-bias the exponent by 15 - 127 and round at bit 13. Rounding up may carry into the exponent, as it should.
+  // Normal: re-bias the exponent by 15 - 127 and round at bit 13. Rounding up may carry into the exponent, as it
+  // should.
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 puts the last bit of a half subnormal at the last bit of the float, which rounds it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;

@@ -1,11 +1,14 @@
-// Where each weight's random bits come from: the placement of mask bits in Philox words, version 1. The only definition.
+// Where each weight's random bits come from: the placement of mask bits in Philox words, version 1. The only
+// definition.
 //
-// keep(element) is a pure function of (seed, step, param_index, element), where `element` is the flat index in the whole
-// parameter. Elements go in blocks of 128; block b draws from the 16 counters 16b .. 16b+15, eight 16-bit numbers each:
+// keep(element) is a pure function of (seed, step, param_index, element), where `element` is the flat index in the
+// whole parameter. Elements go in blocks of 128; block b draws from the 16 counters 16b .. 16b+15, eight 16-bit numbers
+// each:
 //
 //     element 128*b + 32*word + 16*half + j   takes   half-word `half` of word `word` of counter 16*b + j
 //
-//     Philox counter = (low 32 bits of the counter's number, high 32 bits, step, param_index), key = (seed low, seed high)
+//     Philox counter = (low 32 bits of the counter's number, high 32 bits, step, param_index), key = (seed low, seed
+//     high)
 //
 // Sixteen neighbouring elements thus use the same word and half of sixteen neighbouring counters: a vector of counters
 // yields a vector of masks in order, without shuffles, at every vector width that divides 16.

@@ -1,5 +1,5 @@
-// A whole CPU step. All parameters form one line of elements, cut into slices of equal size: a thousand tiny tensors and
-// one huge one are the same work, and there is one parallel region per step.
+// A whole CPU step. All parameters form one line of elements, cut into slices of equal size: a thousand tiny tensors
+// and one huge one are the same work, and there is one parallel region per step.
 #include "cpu/driver.h"
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 namespace childtune {
 namespace {
 
+constexpr int64_t kWorthThreads = 8;         // slices: below that, waking other threads costs more than they take over
 constexpr int64_t kSliceElements = 1 << 15;  // large against a slice's overhead, small against a thread's share
 
 bool runs_avx2() {
@@ -21,8 +22,8 @@ bool runs_avx2() {
 
 bool runs_avx512() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
@@ -87,7 +88,7 @@ void parallel_over(const Line& line, int threads, Body body) {
     const Context& c = *static_cast<Context*>(argument);
     c.line.visit_slice(i, c.body);
   };
-  parallel_slices(threads, line.slices(), slice, &context);
+  parallel_slices(line.slices() < kWorthThreads ? 1 : threads, line.slices(), slice, &context);
 }
 
 // Sums by halving, as if padded with zeros to a power of two. Overwrites its input.
@@ -107,8 +108,7 @@ void step_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;  // kept, so that a step allocates nothing
   const CpuKernels kernels = current();
   const Line line(items, kMaskBlock, &starts);
-  parallel_over(line, threads,
-                [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
+  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
 }
 
 double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {

@@ -48,9 +48,10 @@ CHILDTUNE_INLINE void gather(const StepItem& item, Stream stream, int64_t begin,
     memcpy(buffer, data + begin, count * sizeof(T));
     return;
   }
-  for_each_run(Layout(item.layout, stream), begin, count, [&](int64_t at, int64_t position, int64_t run, int64_t stride) {
-    for (int64_t i = 0; i < run; ++i) buffer[position + i] = data[at + i * stride];
-  });
+  for_each_run(Layout(item.layout, stream), begin, count,
+               [&](int64_t at, int64_t position, int64_t run, int64_t stride) {
+                 for (int64_t i = 0; i < run; ++i) buffer[position + i] = data[at + i * stride];
+               });
 }
 
 template <class T>
@@ -60,9 +61,10 @@ CHILDTUNE_INLINE void scatter(const StepItem& item, Stream stream, int64_t begin
     memcpy(data + begin, buffer, count * sizeof(T));
     return;
   }
-  for_each_run(Layout(item.layout, stream), begin, count, [&](int64_t at, int64_t position, int64_t run, int64_t stride) {
-    for (int64_t i = 0; i < run; ++i) data[at + i * stride] = buffer[position + i];
-  });
+  for_each_run(Layout(item.layout, stream), begin, count,
+               [&](int64_t at, int64_t position, int64_t run, int64_t stride) {
+                 for (int64_t i = 0; i < run; ++i) data[at + i * stride] = buffer[position + i];
+               });
 }
 
 }  // namespace childtune

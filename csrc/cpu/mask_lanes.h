@@ -1,7 +1,9 @@
 // The random bits of mask blocks, drawn by vectors of counters. Included by cpu/step_kernel.h only.
 //
-// Drawing is cut into parts, so that a block's bits can be drawn between the updates of the block before it: the update
-// keeps the divider busy and little else, the generator everything but the divider.
+// Drawing is cut into kMaskParts parts, so that a block's bits can be drawn between the updates of the block before it:
+// the update waits for the divider, the generator needs everything but the divider.
+
+constexpr int kMaskParts = kMaskBlock / kMaskCounters;  // one for each group of lanes that is updated
 
 struct MaskBits {
   alignas(64) uint32_t word[4][kMaskCounters];
@@ -9,8 +11,9 @@ struct MaskBits {
 
 #if defined(CHILDTUNE_VECTOR_BYTES)
 
-// A counter in each 64-bit lane, in the low half: the product of the low halves of 64-bit lanes is the one widening product
-// that every x86 set has, and the high halves may hold anything, because only low halves are multiplied and stored.
+// A counter in each 64-bit lane, in the low half: the product of the low halves of 64-bit lanes is the one widening
+// product that every x86 set has, and the high halves may hold anything, because only low halves are multiplied and
+// stored.
 typedef uint64_t Lanes __attribute__((vector_size(CHILDTUNE_VECTOR_BYTES)));
 constexpr int kWide = CHILDTUNE_VECTOR_BYTES / 8;  // counters in a vector
 constexpr int kRounds = 10;
@@ -21,6 +24,7 @@ CHILDTUNE_INLINE Lanes multiply_low(Lanes a, Lanes b) {
   return (Lanes)CHILDTUNE_MULTIPLY_LOW((CHILDTUNE_VECTOR)a, (CHILDTUNE_VECTOR)b);
 }
 
+// A parameter's key, and its ten round keys.
 struct MaskKeys {
   MaskKey key;
   Lanes round[kRounds][2];
@@ -34,33 +38,59 @@ struct MaskKeys {
   }
 };
 
-// Draws the bits of one block. Even counters in one vector, odd ones in the next: interleaved, they are in order.
-CHILDTUNE_INLINE void draw(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
-  constexpr int kVectors = kMaskCounters / kWide;
-  const uint64_t first = block * kMaskCounters;
-  Lanes iota, c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-  for (int lane = 0; lane < kWide; ++lane) iota[lane] = 2 * lane;
-  for (int i = 0; i < kVectors; ++i) {
-    c0[i] = iota + (first + i / 2 * 2 * kWide + i % 2);
-    c1[i] = broadcast(first >> 32);
-    c2[i] = broadcast(keys.key.step);
-    c3[i] = broadcast(keys.key.param_index);
+struct Counters {
+  Lanes c0, c1, c2, c3;
+
+  // Every second counter from `first` on.
+  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t first) {
+    Lanes iota;
+    for (int lane = 0; lane < kWide; ++lane) iota[lane] = 2 * lane;
+    c0 = iota + first;
+    c1 = broadcast(first >> 32);
+    c2 = broadcast(key.step);
+    c3 = broadcast(key.param_index);
   }
-  for (int round = 0; round < kRounds; ++round) {
-    for (int i = 0; i < kVectors; ++i) {
-      const Lanes product0 = multiply_low(c0[i], broadcast(kPhiloxMultiplier0));
-      const Lanes product1 = multiply_low(c2[i], broadcast(kPhiloxMultiplier1));
-      c0[i] = (product1 >> 32) ^ (c1[i] ^ keys.round[round][0]);
-      c2[i] = (product0 >> 32) ^ (c3[i] ^ keys.round[round][1]);
-      c1[i] = product1;
-      c3[i] = product0;
+
+  CHILDTUNE_MEMBER void round(const Lanes* round_key) {
+    const Lanes product0 = multiply_low(c0, broadcast(kPhiloxMultiplier0));
+    const Lanes product1 = multiply_low(c2, broadcast(kPhiloxMultiplier1));
+    c0 = (product1 >> 32) ^ (c1 ^ round_key[0]);
+    c2 = (product0 >> 32) ^ (c3 ^ round_key[1]);
+    c1 = product1;
+    c3 = product0;
+  }
+};
+
+// Even counters in one vector, odd ones in the other: interleaved, they are in order.
+struct MaskDraw {
+  Counters even, odd;
+};
+
+CHILDTUNE_INLINE void interleave(Lanes even, Lanes odd, uint32_t* to) {
+  const Lanes merged = (even & 0xFFFFFFFFu) | (odd << 32);
+  memcpy(to, &merged, sizeof merged);
+}
+
+// Part kPart of drawing the bits of `block`. A template, so that each part is straight code with `d` in registers.
+template <int kPart>
+CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw& d, MaskBits* bits) {
+  constexpr int kAtOnce = 2 * kWide, kSteps = kMaskCounters / kAtOnce * kRounds;
+#if defined(__GNUC__)
+#pragma GCC unroll 16
+#endif
+  for (int step = kSteps * kPart / kMaskParts; step < kSteps * (kPart + 1) / kMaskParts; ++step) {
+    const int j = step / kRounds * kAtOnce, round = step % kRounds;
+    if (round == 0) {
+      d.even.begin(keys.key, block * kMaskCounters + j);
+      d.odd.begin(keys.key, block * kMaskCounters + j + 1);
     }
-  }
-  const Lanes* words[4] = {c0, c1, c2, c3};
-  for (int word = 0; word < 4; ++word) {
-    for (int i = 0; i < kVectors; i += 2) {
-      const Lanes merged = (words[word][i] & 0xFFFFFFFFu) | (words[word][i + 1] << 32);
-      memcpy(bits->word[word] + i * kWide, &merged, sizeof merged);
+    d.even.round(keys.round[round]);
+    d.odd.round(keys.round[round]);
+    if (round == kRounds - 1) {
+      interleave(d.even.c0, d.odd.c0, bits->word[0] + j);
+      interleave(d.even.c1, d.odd.c1, bits->word[1] + j);
+      interleave(d.even.c2, d.odd.c2, bits->word[2] + j);
+      interleave(d.even.c3, d.odd.c3, bits->word[3] + j);
     }
   }
 }
@@ -73,8 +103,12 @@ struct MaskKeys {
   CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k) : key(k) {}
 };
 
-CHILDTUNE_INLINE void draw(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
-  for (uint32_t j = 0; j < kMaskCounters; ++j) {
+struct MaskDraw {};
+
+template <int kPart>
+CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw&, MaskBits* bits) {
+  constexpr int kCounters = kMaskCounters / kMaskParts;
+  for (int j = kCounters * kPart; j < kCounters * (kPart + 1); ++j) {
     const Philox4 words = mask_words(keys.key, block, j);
     for (int word = 0; word < 4; ++word) bits->word[word][j] = words.word[word];
   }

@@ -4,6 +4,8 @@
 // Work goes in blocks of 128 elements, as the mask does. A whole block of contiguous arrays is updated in place; any
 // other (the ends of a range, strided arrays) is copied into buffers, updated by the same function, and copied back.
 
+#include <utility>
+
 #include "core/adamw.h"
 #include "core/dtypes.h"
 #include "cpu/layout.h"
@@ -17,13 +19,22 @@
 #define CHILDTUNE_INDEPENDENT
 #endif
 
+// What is called once per many elements stays out of line: it compiles sooner and leaves the loops their registers.
+#if defined(__GNUC__)
+#define CHILDTUNE_OUT_OF_LINE static __attribute__((noinline))
+#define CHILDTUNE_LAMBDA __attribute__((always_inline))
+#else
+#define CHILDTUNE_OUT_OF_LINE static
+#define CHILDTUNE_LAMBDA
+#endif
+
 namespace childtune {
 namespace CHILDTUNE_ISA {
 namespace {
 
 #include "cpu/mask_lanes.h"
 
-constexpr int kLanes = kMaskCounters;    // elements per inner loop: a whole number of vectors in every set
+constexpr int kLanes = kMaskCounters;  // elements per inner loop: a whole number of vectors in every set
 
 template <class P>
 struct Block {
@@ -35,20 +46,20 @@ struct Block {
   T* max_exp_avg_sq;
 };
 
-// Sixteen elements. `words` holds their random words (unused without a mask).
+// `count` elements, whose masks stand in `words` (unused without a mask) in turn.
 template <class P, bool kMasked, bool kAmsgrad, class T>
-CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Block<P>& b, int at, const uint32_t* words, int half,
-                                   uint32_t keep_threshold) {
+CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Block<P>& b, int64_t at, int64_t count,
+                                   const uint32_t* words, int half, uint32_t keep_threshold) {
   P* __restrict param = b.param + at;
   const P* __restrict grad = b.grad + at;
   T* __restrict exp_avg = b.exp_avg + at;
   T* __restrict exp_avg_sq = b.exp_avg_sq + at;
   T* __restrict max_exp_avg_sq = kAmsgrad ? b.max_exp_avg_sq + at : nullptr;
   CHILDTUNE_INDEPENDENT
-  for (int j = 0; j < kLanes; ++j) {
+  for (int64_t j = 0; j < count; ++j) {
     const bool keep = kMasked ? keeps(words[j], half, keep_threshold) : true;
-    // All loads before all stores: the arrays often agree in the last 12 bits of their addresses, and a load right after a
-    // store to such an address waits for it.
+    // All loads before all stores: the arrays often agree in the last 12 bits of their addresses, and a load right
+    // after a store to such an address waits for it.
     T p = load(param[j]), m = exp_avg[j], v = exp_avg_sq[j], vmax = kAmsgrad ? max_exp_avg_sq[j] : T(0);
     adamw_update<kAmsgrad>(c, keep, load(grad[j]), p, m, v, vmax);
     store(param[j], p);
@@ -58,14 +69,60 @@ CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Block<P>& b
   }
 }
 
+// Calls part(index) with each compile-time index below kMaskParts.
+template <class Part, int... kPart>
+CHILDTUNE_INLINE void for_each_part(Part part, std::integer_sequence<int, kPart...>) {
+  (part(std::integral_constant<int, kPart>{}), ...);
+}
+using Parts = std::make_integer_sequence<int, kMaskParts>;
+
+CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
+  MaskDraw draw;
+  for_each_part([&](auto part) CHILDTUNE_LAMBDA { draw_part<part.value>(keys, block, draw, bits); }, Parts());
+}
+
+// One masked block: `bits` are its own, and those of the block after it are drawn into `next` meanwhile.
+template <class P, bool kAmsgrad, class T>
+CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Block<P>& b, uint32_t keep_threshold,
+                                   const MaskBits& bits, const MaskKeys& keys, uint64_t next_block, MaskBits* next) {
+  MaskDraw draw;
+  for_each_part(
+      [&](auto part) CHILDTUNE_LAMBDA {
+        constexpr int k = part.value;
+        update_lanes<P, true, kAmsgrad>(c, b, kLanes * k, kLanes, bits.word[k / 2], k % 2, keep_threshold);
+        draw_part<k>(keys, next_block, draw, next);
+      },
+      Parts());
+}
+
+// `blocks` whole blocks, the first of which is mask block `block`.
 template <class P, bool kMasked, bool kAmsgrad, class T>
-CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Block<P>& b, const MaskKeys& keys, uint64_t block,
-                                   uint32_t keep_threshold) {
-  MaskBits bits;
-  if (kMasked) draw(keys, block, &bits);
-  for (int part = 0; part < kMaskBlock / kLanes; ++part) {
-    update_lanes<P, kMasked, kAmsgrad>(c, b, kLanes * part, bits.word[part / 2], part % 2, keep_threshold);
+CHILDTUNE_OUT_OF_LINE void update_blocks(const AdamWConstants<T>& constants, Block<P> b, int64_t blocks,
+                                         uint32_t keep_threshold, const MaskKeys& keys, uint64_t block) {
+  const AdamWConstants<T> c = constants;  // its own copy, which no store can change
+  if (!kMasked) return update_lanes<P, false, kAmsgrad>(c, b, 0, blocks * kMaskBlock, nullptr, 0, 0);
+  MaskBits bits[2];
+  draw_block(keys, block, &bits[0]);
+  for (int64_t i = 0; i < blocks; ++i) {
+    update_block<P, kAmsgrad>(c, b, keep_threshold, bits[i % 2], keys, block + i + 1, &bits[(i + 1) % 2]);
+    b.param += kMaskBlock;
+    b.grad += kMaskBlock;
+    b.exp_avg += kMaskBlock;
+    b.exp_avg_sq += kMaskBlock;
+    if (kAmsgrad) b.max_exp_avg_sq += kMaskBlock;
   }
+}
+
+// Zeros where a partial block has no elements of its own; computing on them is harmless.
+template <bool kAmsgrad, class P>
+void clear(const Block<P>& b, int begin, int end) {
+  using T = typename ComputeType<P>::type;
+  const size_t count = static_cast<size_t>(end - begin);
+  memset(static_cast<void*>(b.param + begin), 0, count * sizeof(P));
+  memset(static_cast<void*>(const_cast<P*>(b.grad) + begin), 0, count * sizeof(P));
+  memset(b.exp_avg + begin, 0, count * sizeof(T));
+  memset(b.exp_avg_sq + begin, 0, count * sizeof(T));
+  if (kAmsgrad) memset(b.max_exp_avg_sq + begin, 0, count * sizeof(T));
 }
 
 template <class P, bool kAmsgrad>
@@ -78,17 +135,25 @@ Block<P> in_place(const StepItem& item, int64_t begin) {
 
 // `count` elements from `begin` on, which stand at `first` .. `first + count` of mask block `block`.
 template <class P, bool kMasked, bool kAmsgrad, class T>
-void update_part(const AdamWConstants<T>& c, const StepItem& item, int64_t begin, int64_t count, const MaskKeys& keys, uint64_t block,
-                 int first) {
-  P param[kMaskBlock] = {}, grad[kMaskBlock] = {};
-  T exp_avg[kMaskBlock] = {}, exp_avg_sq[kMaskBlock] = {}, max_exp_avg_sq[kMaskBlock] = {};
+CHILDTUNE_OUT_OF_LINE void update_part(const AdamWConstants<T>& c, const StepItem& item, int64_t begin, int64_t count,
+                                       const MaskKeys& keys, uint64_t block, int first) {
+  P param[kMaskBlock], grad[kMaskBlock];
+  T exp_avg[kMaskBlock], exp_avg_sq[kMaskBlock], max_exp_avg_sq[kMaskBlock];
+  const int begin_lanes = first / kLanes * kLanes,
+            end_lanes = (first + static_cast<int>(count) + kLanes - 1) / kLanes * kLanes;
+  const Block<P> b{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
+  clear<kAmsgrad>(b, begin_lanes, end_lanes);
   gather(item, kParam, begin, count, param + first);
   gather(item, kGrad, begin, count, grad + first);
   gather(item, kExpAvg, begin, count, exp_avg + first);
   gather(item, kExpAvgSq, begin, count, exp_avg_sq + first);
   if (kAmsgrad) gather(item, kMaxExpAvgSq, begin, count, max_exp_avg_sq + first);
-  const Block<P> buffers{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
-  update_block<P, kMasked, kAmsgrad>(c, buffers, keys, block, item.keep_threshold);
+  MaskBits bits;
+  if (kMasked) draw_block(keys, block, &bits);
+  for (int at = begin_lanes; at < end_lanes; at += kLanes) {
+    const int part = at / kLanes;
+    update_lanes<P, kMasked, kAmsgrad>(c, b, at, kLanes, bits.word[part / 2], part % 2, item.keep_threshold);
+  }
   scatter(item, kParam, begin, count, param + first);
   scatter(item, kExpAvg, begin, count, exp_avg + first);
   scatter(item, kExpAvgSq, begin, count, exp_avg_sq + first);
@@ -106,16 +171,18 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
     int first = static_cast<int>(element % kMaskBlock);
     uint64_t block = element / kMaskBlock;
     while (at < run_end) {
-      const int64_t count = kMaskBlock - first < run_end - at ? kMaskBlock - first : run_end - at;
-      if (count == kMaskBlock && item.layout == nullptr) {
-        const Block<P> b = in_place<P, kAmsgrad>(item, at);
-        update_block<P, kMasked, kAmsgrad>(c, b, keys, block, item.keep_threshold);
+      const int64_t whole = first == 0 && item.layout == nullptr ? (run_end - at) / kMaskBlock : 0;
+      if (whole > 0) {
+        update_blocks<P, kMasked, kAmsgrad>(c, in_place<P, kAmsgrad>(item, at), whole, item.keep_threshold, keys,
+                                            block);
+        at += whole * kMaskBlock;
+        block += whole;
       } else {
-        update_part<P, kMasked, kAmsgrad>(c, item, at, count, keys, block, first);
+        const int64_t count = kMaskBlock - first < run_end - at ? kMaskBlock - first : run_end - at;
+        update_part<P, kMasked, kAmsgrad>(c, item, at, count, keys, block++, first);
+        at += count;
+        first = 0;
       }
-      at += count;
-      first = 0;
-      ++block;
     }
   }
 }
@@ -123,23 +190,30 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
 template <class P>
 void step_typed(const StepItem& item, int64_t begin, int64_t end) {
   if (item.masked) {
-    item.data[kMaxExpAvgSq] ? step_range<P, true, true>(item, begin, end) : step_range<P, true, false>(item, begin, end);
+    item.data[kMaxExpAvgSq] ? step_range<P, true, true>(item, begin, end)
+                            : step_range<P, true, false>(item, begin, end);
   } else {
-    item.data[kMaxExpAvgSq] ? step_range<P, false, true>(item, begin, end) : step_range<P, false, false>(item, begin, end);
+    item.data[kMaxExpAvgSq] ? step_range<P, false, true>(item, begin, end)
+                            : step_range<P, false, false>(item, begin, end);
   }
 }
 
 void step(const StepItem& item, int64_t begin, int64_t end) {
   switch (item.dtype) {
-    case DType::kFloat32: return step_typed<float>(item, begin, end);
-    case DType::kFloat64: return step_typed<double>(item, begin, end);
-    case DType::kBFloat16: return step_typed<BFloat16>(item, begin, end);
-    case DType::kFloat16: return step_typed<Float16>(item, begin, end);
+    case DType::kFloat32:
+      return step_typed<float>(item, begin, end);
+    case DType::kFloat64:
+      return step_typed<double>(item, begin, end);
+    case DType::kBFloat16:
+      return step_typed<BFloat16>(item, begin, end);
+    case DType::kFloat16:
+      return step_typed<Float16>(item, begin, end);
   }
 }
 
-// Squares in double (exact for float gradients), summed by halving: element i takes element i + width/2, for every width
-// from 1024 down. A fixed order, so that the norm has the same bits for every instruction set, thread count and backend.
+// Squares in double (exact for float gradients), summed by halving: element i takes element i + width/2, for every
+// width from 1024 down. A fixed order, so that the norm has the same bits for every instruction set, thread count and
+// backend.
 template <class P>
 double sum_of_squares_typed(const StepItem& item, int64_t begin, int64_t end) {
   P grad[kNormChunk] = {};
@@ -157,10 +231,14 @@ double sum_of_squares_typed(const StepItem& item, int64_t begin, int64_t end) {
 
 double sum_of_squares(const StepItem& item, int64_t begin, int64_t end) {
   switch (item.dtype) {
-    case DType::kFloat32: return sum_of_squares_typed<float>(item, begin, end);
-    case DType::kFloat64: return sum_of_squares_typed<double>(item, begin, end);
-    case DType::kBFloat16: return sum_of_squares_typed<BFloat16>(item, begin, end);
-    case DType::kFloat16: return sum_of_squares_typed<Float16>(item, begin, end);
+    case DType::kFloat32:
+      return sum_of_squares_typed<float>(item, begin, end);
+    case DType::kFloat64:
+      return sum_of_squares_typed<double>(item, begin, end);
+    case DType::kBFloat16:
+      return sum_of_squares_typed<BFloat16>(item, begin, end);
+    case DType::kFloat16:
+      return sum_of_squares_typed<Float16>(item, begin, end);
   }
   return 0.0;
 }

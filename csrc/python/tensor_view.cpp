@@ -60,7 +60,12 @@ bool attributes_forced = false;
 TensorView view_by_exchange(PyObject* tensor) {
   DlTensor t;
   if (torch().api->dltensor_from_py_object_no_sync(tensor, &t) != 0) throw py::error_already_set();
-  return {static_cast<char*>(t.data) + t.byte_offset, t.shape, t.strides, t.ndim, t.type_code, t.bits,
+  return {static_cast<char*>(t.data) + t.byte_offset,
+          t.shape,
+          t.strides,
+          t.ndim,
+          t.type_code,
+          t.bits,
           t.device_type == kDlCpu};
 }
 

@@ -1,5 +1,6 @@
-// Reads what a step needs to know of a torch.Tensor, without a torch header: through the DLPack C exchange API where torch
-// has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes from the caller.
+// Reads what a step needs to know of a torch.Tensor, without a torch header: through the DLPack C exchange API where
+// torch has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes from
+// the caller.
 #pragma once
 
 #include <pybind11/pybind11.h>
