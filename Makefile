@@ -1,0 +1,94 @@
+# The commands of this project. Each installs what it needs into .venv, once; a fresh clone needs python3, make and g++.
+#
+#   make demo    fine-tune a real transformer and compare methods; ARGS=--quick for one quick run
+#   make test    all tests; ARGS="-k mask" for some
+#   make lint    ruff and clang-format; `make format` repairs what they can
+#   make bench   the benchmarks
+#
+# PYTHON=python3.12 chooses the interpreter, TORCH and PIP_FLAGS which torch and from where.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(NATIVE) $(wildcard tests/cpp/*.c* benchmarks/*.cpp)
+OUT := build/tests
+
+.PHONY: demo test test-core core-cuda lint format bench clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.benchmark
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json $(ARGS)
+	$(BIN)/python -m benchmarks.report build/benchmark.json
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The core and the CPU driver without Python, where the sanitizers see everything.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+CORE := $(OUT)/tests/cpp/test_core.o $(patsubst %.cpp,$(OUT)/%.o,$(wildcard csrc/cpu/*.cpp))
+test-core: $(OUT)/test_core
+	$(OUT)/test_core
+$(OUT)/test_core: $(CORE)
+	$(CXX) $(SANITIZE) $^ -ldl -lpthread -o $@
+$(CORE): $(OUT)/%.o: %.cpp $(NATIVE)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
+
+# The core headers as device code; they must stay free of whatever a GPU lacks.
+NVCC ?= nvcc
+core-cuda:
+	mkdir -p $(OUT)
+	for arch in 75 90; do \
+	  $(NVCC) -std=c++17 -arch=sm_$$arch --fmad=false -Werror all-warnings -Xcompiler -Wall,-Werror \
+	    -Icsrc -c tests/cpp/core_compiles.cu -o $(OUT)/core_compiles.o || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) build *.egg-info childtune_fast/_native*
+
+# ---- What is installed in .venv; an empty file stands for each step that is done ----
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and exact: another requirement on it would let pip choose a version, and gigabytes with it.
+$(VENV)/.torch: $(VENV)/.created
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml constraints.txt childtune_fast/_build.py $(NATIVE)
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+# The extras of the package that is installed already: pip adds what they require and leaves the rest alone.
+$(VENV)/.examples $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.native
+	$(PIP) --constraint constraints.txt "childtune-fast[$*]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.native
+	$(PIP) --constraint constraints.txt "childtune-fast[test,examples]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.created constraints.txt
+	$(PIP) --constraint constraints.txt clang-format ruff
+	touch $@

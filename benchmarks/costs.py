@@ -1,0 +1,75 @@
+"""How single costs are measured: memory a step allocates, time inside the compiled call, time in a new process."""
+
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torch_allocations(step: Callable[[], object]) -> int:
+    """Returns the bytes that torch's allocator hands out during `step()`, freed again or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+def python_allocations(step: Callable[[], object]) -> int:
+    """Returns by how many bytes Python's own heap grows during `step()`, at its peak."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        step()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def resident_growth(step: Callable[[], object]) -> int | None:
+    """Returns by how many bytes the process's resident memory grows during `step()`, at its peak; None if unknown."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+class TimedCall:
+    """Stands in for a function and notes how long each call takes."""
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+        self.seconds: list[float] = []
+
+    def __call__(self, *args: object) -> object:
+        """Calls the function."""
+        start = time.perf_counter()
+        try:
+            return self._function(*args)
+        finally:
+            self.seconds.append(time.perf_counter() - start)
+
+
+def seconds_in_new_process(before: str, timed: str, **environment: str) -> float:
+    """Returns how long `timed` takes in a new Python that has run `before`; both are lines of code."""
+    code = f"import time\n{before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
+    env = {**os.environ, **environment}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"a new process failed with status {ran.returncode}:\n{ran.stderr}")
+    return float(ran.stdout.split()[-1])

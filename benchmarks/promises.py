@@ -1,0 +1,109 @@
+"""What is promised of speed and memory, each with how it is read from a result; the report says whether it is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]  # one benchmark in pytest-benchmark's JSON
+
+
+class Results:
+    """The benchmarks of one JSON file."""
+
+    def __init__(self, data: Record) -> None:
+        self.machine: Record = data["machine_info"]
+        self.commit: Record = data["commit_info"]
+        self.date: str = data["datetime"][:10]
+        self._by_name = {bench["name"]: bench["extra_info"] for bench in data["benchmarks"]}
+
+    def cost(self, name: str) -> Record:
+        """Returns what a test in test_costs.py noted. Raises KeyError if it was not run."""
+        return self._by_name[f"test_{name}"]
+
+    def step(self, workload: str, dtype: str, threads: int) -> Record:
+        """Returns what test_step noted on one workload. Raises KeyError if it was not run."""
+        return self._by_name[f"test_step[{workload}-{dtype}-{threads}]"]
+
+    def steps(self, workload: str) -> dict[str, Record]:
+        """Returns {title: what test_step noted} for each dtype and number of threads that were measured."""
+        return {
+            f"{dtype}, {threads} thread{'s' * (threads > 1)}": self._by_name[name]
+            for dtype in ("float32", "bfloat16")
+            for threads in (2, 1)
+            if (name := f"test_step[{workload}-{dtype}-{threads}]") in self._by_name
+        }
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One line of the table.
+
+    Attributes:
+        text: what is measured.
+        at_most: the promise.
+        show: formats the promise and the measured values.
+        read: returns the spread, a dict of median and quartiles, or one number.
+    """
+
+    text: str
+    at_most: float
+    show: Callable[[float], str]
+    read: Callable[[Results], Record | float]
+
+
+def _ratio(workload: str, dtype: str, threads: int, other: str = "fused", ours: str = "ours") -> Callable:
+    return lambda results: results.step(workload, dtype, threads)["ratios"][ours][other]
+
+
+def _unit(unit: str, digits: int = 1) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f} {unit}"
+
+
+_BERT, _TINY, _FP32 = "bert-base", "1000x33", "float32"
+_plain = "{:.2f}".format
+
+
+def _fraction(value: float) -> str:
+    return f"1/{1 / value:.0f}"
+
+
+PROMISES = [
+    Promise("F, fp32, BERT-base, 2 threads: to torch fused", 0.95, _plain, _ratio(_BERT, _FP32, 2)),
+    Promise("the same on 1 thread", 0.95, _plain, _ratio(_BERT, _FP32, 1)),
+    Promise("the same on 2 threads: to the naive published step", 1 / 30, _fraction, _ratio(_BERT, _FP32, 2, "naive")),
+    Promise("p = 1, fp32, BERT-base, 2 threads: to torch fused", 0.92, _plain, _ratio(_BERT, _FP32, 2, ours="ours_p1")),
+    Promise("the same on 1 thread", 0.92, _plain, _ratio(_BERT, _FP32, 1, ours="ours_p1")),
+    Promise("F, 1000 tensors of 33, fp32, 2 threads: to torch fused", 0.30, _plain, _ratio(_TINY, _FP32, 2)),
+    Promise("the same on 1 thread", 0.50, _plain, _ratio(_TINY, _FP32, 1)),
+    Promise(
+        "F, bf16 with fp32 state, BERT-base, 2 threads: to torch fused, all bf16",
+        1.00,
+        _plain,
+        _ratio(_BERT, "bfloat16", 2),
+    ),
+    Promise("the same on 1 thread", 1.00, _plain, _ratio(_BERT, "bfloat16", 1)),
+    Promise(
+        "memory that torch allocates in a step after the first",
+        0,
+        _unit("bytes", 0),
+        lambda results: results.cost("memory_of_a_step")["allocated"]["ours"]["torch_bytes"],
+    ),
+    Promise(
+        "just-in-time build, cold",
+        25,
+        _unit("s"),
+        lambda results: results.cost("cold_build_in_a_new_process")["seconds"],
+    ),
+    Promise(
+        "`import childtune_fast` beyond `import torch`",
+        50,
+        _unit("ms"),
+        lambda results: results.cost("import_in_a_new_process")["milliseconds"],
+    ),
+    Promise(
+        "Python overhead of a step per parameter tensor",
+        2.5,
+        _unit("us"),
+        lambda results: results.cost("python_overhead")["overhead_us_per_tensor"],
+    ),
+]

@@ -1,0 +1,63 @@
+// The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
+// the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
+// loop.
+#include <cstdint>
+
+#include "cpu/parallel.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define BEST_INSTRUCTION_SET __attribute__((target_clones("avx2", "default")))
+#else
+#define BEST_INSTRUCTION_SET
+#endif
+
+namespace {
+
+// A run of neighbouring weights of one tensor; `weight_bytes` is 4 with float32 parameters, 2 with bfloat16.
+struct Piece {
+  void* p;
+  const void* g;
+  void* m;
+  void* v;
+  int64_t count;
+};
+
+// `zero` is 0, which the compiler cannot know: every value is read, and written back as it was.
+template <class Weight>
+__attribute__((always_inline)) inline void pass(const Piece& piece, uint32_t zero) {
+  Weight* __restrict p = static_cast<Weight*>(piece.p);
+  const Weight* __restrict g = static_cast<const Weight*>(piece.g);
+  uint32_t* __restrict m = static_cast<uint32_t*>(piece.m);
+  uint32_t* __restrict v = static_cast<uint32_t*>(piece.v);
+  for (int64_t i = 0; i < piece.count; ++i) {
+    const uint32_t nothing = g[i] & zero;
+    p[i] = static_cast<Weight>(p[i] ^ nothing);
+    m[i] ^= nothing;
+    v[i] ^= nothing;
+  }
+}
+
+BEST_INSTRUCTION_SET void pass_32(const Piece& piece, uint32_t zero) { pass<uint32_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_16(const Piece& piece, uint32_t zero) { pass<uint16_t>(piece, zero); }
+
+struct Work {
+  const Piece* pieces;
+  const int64_t* starts;  // slice i is the pieces from starts[i] to starts[i + 1]
+  uint32_t zero;
+  int weight_bytes;
+};
+
+void run_slice(void* context, int64_t i) {
+  const Work& work = *static_cast<const Work*>(context);
+  for (int64_t k = work.starts[i]; k < work.starts[i + 1]; ++k) {
+    work.weight_bytes == 4 ? pass_32(work.pieces[k], work.zero) : pass_16(work.pieces[k], work.zero);
+  }
+}
+
+}  // namespace
+
+extern "C" void roof(const void* pieces, const int64_t* starts, int64_t slices, int weight_bytes, uint32_t zero,
+                     int threads) {
+  Work work{static_cast<const Piece*>(pieces), starts, zero, weight_bytes};
+  childtune::parallel_slices(threads, slices, run_slice, &work);
+}

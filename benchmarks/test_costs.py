@@ -1,0 +1,80 @@
+"""What else the library costs: memory of a step, Python around the compiled call, import, just-in-time build."""
+
+import itertools
+
+import torch
+
+from childtune_fast import backend
+
+from .contestants import make_contestants
+from .costs import (
+    TimedCall,
+    python_allocations,
+    resident_growth,
+    seconds_in_new_process,
+    torch_allocations,
+)
+from .race import spread
+from .workloads import WORKLOADS, make_workload
+
+SINGLES = 1000  # parameters of one element each: a step of theirs is overhead only
+
+
+def test_memory_of_a_step(benchmark, rounds, quiet_process):
+    work = make_workload(WORKLOADS["bert-base"], torch.float32)
+    contestants = make_contestants(work)
+    contestants["ours"].step()
+    benchmark.pedantic(contestants["ours"].step, rounds=rounds(5))
+    measured = {}
+    for name in ("ours", "fused", "foreach", "naive"):
+        step = contestants[name].step
+        step()
+        measured[name] = {
+            "torch_bytes": torch_allocations(step),
+            "resident_bytes": resident_growth(step),
+            "python_bytes": python_allocations(step),
+        }
+    benchmark.extra_info.update(weights=work.weights, tensors=len(work.params), allocated=measured)
+
+
+def test_python_overhead(benchmark, monkeypatch, rounds, quiet_process):
+    """A step's time less that of the compiled call inside it."""
+    torch.set_num_threads(1)
+    step = make_contestants(make_workload([(1,)] * SINGLES, torch.float32))["ours"].step
+    native = backend.load_native()
+    compiled = TimedCall(native.step)
+    monkeypatch.setattr(native, "step", compiled)
+    benchmark.pedantic(step, rounds=rounds(301), warmup_rounds=10)
+    steps = benchmark.stats.stats.data
+    calls = compiled.seconds[-len(steps) :]
+    benchmark.extra_info.update(
+        tensors=SINGLES,
+        step_us_per_tensor=spread([1e6 * step / SINGLES for step in steps]),
+        compiled_us_per_tensor=spread([1e6 * call / SINGLES for call in calls]),
+        overhead_us_per_tensor=spread([1e6 * (step - call) / SINGLES for step, call in zip(steps, calls, strict=True)]),
+    )
+
+
+def test_import_in_a_new_process(benchmark, rounds):
+    """The fixture's time is that of the whole process; what is promised is `milliseconds`."""
+    samples = []
+
+    def process():
+        samples.append(1e3 * seconds_in_new_process("import torch", "import childtune_fast"))
+
+    benchmark.pedantic(process, rounds=rounds(9), warmup_rounds=1)
+    benchmark.extra_info.update(milliseconds=spread(samples[1:]), samples_ms=samples[1:])
+
+
+def test_cold_build_in_a_new_process(benchmark, rounds, tmp_path):
+    """Builds just in time in an empty cache folder, as the first step of a user without a prebuilt binary does."""
+    samples = []
+    folders = (tmp_path / str(i) for i in itertools.count())
+
+    def process():
+        environment = {"CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(next(folders)), "CHILDTUNE_BACKEND": ""}
+        before = "import torch; from childtune_fast import backend"
+        samples.append(seconds_in_new_process(before, "backend.load_native()", **environment))
+
+    benchmark.pedantic(process, rounds=rounds(3))
+    benchmark.extra_info.update(seconds=spread(samples), samples_s=samples)

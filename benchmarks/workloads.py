@@ -1,0 +1,65 @@
+"""What a step works on: the tensors of BERT-base, or a thousand tiny ones, all contestants on the same memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def bert_base_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the 199 parameters, 109.5 M weights, of transformers' `BertModel(BertConfig())`, in its order."""
+    hidden, inner, vocabulary, positions = 768, 3072, 30522, 512
+    dense, norm = [(hidden, hidden), (hidden,)], [(hidden,), (hidden,)]
+    embeddings = [(vocabulary, hidden), (positions, hidden), (2, hidden), *norm]
+    layer = [*dense * 4, *norm, (inner, hidden), (inner,), (hidden, inner), (hidden,), *norm]  # query, key, value, out
+    return [*embeddings, *layer * 12, *dense]  # the last is the pooler
+
+
+WORKLOADS = {
+    "bert-base": bert_base_shapes(),
+    "1000x33": [(33,)] * 1000,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Workload:
+    """Parameters, fixed gradients and optimizer states. The lists run in parallel.
+
+    All contestants use these very tensors, so that none has a luckier placement in memory. There is a second pair of
+    states where peers keep them in another dtype than ours: theirs has the parameter's dtype, ours is float32.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    peer_exp_avgs: list[Tensor]
+    peer_exp_avg_sqs: list[Tensor]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all parameters."""
+        return sum(param.numel() for param in self.params)
+
+    @property
+    def small(self) -> bool:
+        """Whether everything fits in a CPU's caches."""
+        return self.weights < 2**20
+
+
+def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Workload:
+    """Returns tensors of pretrained magnitude: weights of 0.02, gradients of 0.001, empty states."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape: tuple[int, ...], scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+
+    def states(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+    params = [normal(shape, 2e-2) for shape in shapes]
+    grads = [normal(shape, 1e-3) for shape in shapes]
+    ours = [states(torch.float32) for _ in range(2)]
+    peers = ours if dtype is torch.float32 else [states(dtype) for _ in range(2)]
+    return Workload(params, grads, *ours, *peers)

@@ -1,0 +1,115 @@
+"""Builds the native backend ahead of time, if it can; the rest of the packaging is in pyproject.toml.
+
+A machine without a working compiler still gets the package: it then builds just in time or runs in pure torch.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "childtune_fast"
+
+
+def load_build_description():
+    """Loads childtune_fast/_build.py by path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("_build", ROOT / PACKAGE / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build_description()
+
+
+class BuildNative(build_ext):
+    """Compiles the extension, leaves a record of its sources beside it, and carries on if that fails."""
+
+    def build_extension(self, ext):
+        """Builds `ext`, or says in one line why it was not built."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        record = target.with_name(build.RECORD)
+        for stale in (target, record):
+            stale.unlink(missing_ok=True)
+        try:
+            import pybind11  # here: a machine that cannot build need not have it
+            from pybind11.setup_helpers import ParallelCompile
+
+            ext.include_dirs.append(pybind11.get_include())
+            msvc = self.compiler.compiler_type == "msvc"
+            ext.extra_compile_args, ext.extra_link_args = build.compile_flags(msvc=msvc), build.link_flags(msvc=msvc)
+            with ParallelCompile(default=0):  # all cores
+                super().build_extension(ext)
+            if not target.exists():
+                raise RuntimeError("the compiler succeeded and wrote nothing")
+        except Exception as error:  # whatever a compiler, or the lack of one, may raise
+            target.unlink(missing_ok=True)
+            self.announce_failure(error)
+            return
+        record.write_text(json.dumps({"fingerprint": build.fingerprint(), "version": build.version()}) + "\n")
+
+    def announce_failure(self, error):
+        """Prints the one line that says what is missing and what happens instead."""
+        cause = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"{PACKAGE}: installed without the native backend, which could not be built ({cause}); it will be built on "
+            f"first use if there is a C++ compiler by then, else the slower pure-torch backend runs.",
+            flush=True,
+        )
+
+    def copy_extensions_to_source(self):
+        """Brings the record along when an editable install copies the binary into the source tree."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib, PACKAGE, build.RECORD)
+        if built.exists():
+            shutil.copy2(built, ROOT / PACKAGE / build.RECORD)
+
+    def get_outputs(self):
+        """Lists only what was built, and the record."""
+        outputs = [*super().get_outputs(), str(Path(self.build_lib, PACKAGE, build.RECORD))]
+        return [path for path in outputs if Path(path).exists()]
+
+
+class BuildPackage(build_py):
+    """Ships csrc/ inside the package, so that an installed package can build just in time too."""
+
+    def run(self):
+        """Copies the Python files, then the C++ ones; an editable install finds csrc/ where it is."""
+        super().run()
+        if not self.editable_mode:
+            for source in self.native_files():
+                target = Path(self.build_lib, PACKAGE, "csrc", source.relative_to(build.csrc()))
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
+    def native_files(self):
+        """Returns what a build from the installed package needs."""
+        return [*build.sources(), *build.headers()]
+
+    def get_outputs(self, include_bytecode=True):
+        """Lists the C++ files among what was written."""
+        copied = [
+            str(Path(self.build_lib, PACKAGE, "csrc", path.relative_to(build.csrc()))) for path in self.native_files()
+        ]
+        return super().get_outputs(include_bytecode) + ([] if self.editable_mode else copied)
+
+
+def relative(paths):
+    """Returns paths as setuptools wants them: relative to this file."""
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+native = Extension(
+    f"{PACKAGE}.{build.MODULE}",
+    relative(build.sources()),
+    depends=relative(build.headers()),
+    include_dirs=relative([build.csrc()]),
+    language="c++",
+    optional=True,  # a failed build is no failed install
+)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "build_py": BuildPackage})

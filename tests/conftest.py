@@ -1,0 +1,92 @@
+"""Shared by all tests: GPU tests where there is none, a process that has not looked for its backend yet, stand-ins.
+
+The stand-in is a few lines of C++ in the place of csrc/, for tests of the build rather than of what is built.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from processes import STAND_IN
+
+from childtune_fast import _build, _jit, _toolchain, backend
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Returns the cache folder of just-in-time builds in a test with a fresh process."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fresh_process(monkeypatch, cache):
+    """Gives the test a cache of its own, and a process that has not looked for the native backend yet."""
+    for name in ("CHILDTUNE_BACKEND", "TORCH_EXTENSIONS_DIR", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CHILDTUNE_CACHE", str(cache))
+    monkeypatch.setenv("CHILDTUNE_FORCE_JIT", "1")
+    for name in ("_find_native", "_warn_once"):
+        monkeypatch.setattr(backend, name, functools.cache(getattr(backend, name).__wrapped__))
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Puts the stand-in in the place of csrc/ and returns its one source file."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    monkeypatch.setattr(_build, "csrc", lambda: folder)
+    source = folder / "bindings.cpp"
+    source.write_text(STAND_IN)
+    return source
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Returns the bytes of the compiled stand-in."""
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "bindings.cpp").write_text(STAND_IN)
+    include = f"-I{sysconfig.get_path('include')}"
+    command = ["c++", "-shared", "-fPIC", include, "bindings.cpp", "-o", "out.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return (folder / "out.so").read_bytes()
+
+
+@pytest.fixture
+def builds(monkeypatch, stand_in, compiled):
+    """Replaces the compilation by a copy of the compiled stand-in; returns the folders that were built in."""
+    folders = []
+
+    def copy(folder, compiler):
+        folders.append(folder)
+        (folder / f"_native{_jit.SUFFIX}").write_bytes(compiled)
+
+    monkeypatch.setattr(_toolchain, "compile_native", copy)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def real_build(tmp_path_factory):
+    """Builds the real csrc/ in a fresh cache; returns the environment to use it in and what was printed."""
+    folder = tmp_path_factory.mktemp("real")
+    env = {**os.environ, "CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(folder / "with space")}
+    env.update(PYTHONPATH=str(_build.PACKAGE.parent))
+    env.pop("CHILDTUNE_BACKEND", None)
+    code = "from childtune_fast import backend; print(backend.load_native().__file__)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr
+    return env, Path(ran.stdout.strip()), ran.stderr

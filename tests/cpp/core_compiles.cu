@@ -1,0 +1,32 @@
+// Uses every core header in device code: compiling it (`make core-cuda`) is the test, it is never run.
+#include "core/adamw.h"
+#include "core/constants.h"
+#include "core/dtypes.h"
+#include "core/mask.h"
+#include "core/philox.h"
+
+namespace childtune {
+
+template <class P, bool kAmsgrad>
+__global__ void step(AdamWConstants<double> constants, MaskKey key, uint32_t keep_threshold, P* param, const P* grad,
+                     typename ComputeType<P>::type* state, int64_t count) {
+  using T = typename ComputeType<P>::type;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const AdamWConstants<T> c = constants.template cast<T>();
+  T updated = load(param[i]);
+  adamw_update<kAmsgrad>(c, keep_element(key, i, keep_threshold), T(load(grad[i])), updated, state[i], state[count + i],
+                         state[2 * count + i]);
+  store(param[i], updated);
+}
+
+template __global__ void step<float, false>(AdamWConstants<double>, MaskKey, uint32_t, float*, const float*, float*,
+                                            int64_t);
+template __global__ void step<double, true>(AdamWConstants<double>, MaskKey, uint32_t, double*, const double*, double*,
+                                            int64_t);
+template __global__ void step<BFloat16, true>(AdamWConstants<double>, MaskKey, uint32_t, BFloat16*, const BFloat16*,
+                                              float*, int64_t);
+template __global__ void step<Float16, false>(AdamWConstants<double>, MaskKey, uint32_t, Float16*, const Float16*,
+                                              float*, int64_t);
+
+}  // namespace childtune

@@ -1,0 +1,210 @@
+"""The choice of backend, prebuilt binaries, the report of `python -m childtune_fast`, and what an import costs."""
+
+import json
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import cause_of_failure, python, result_of
+
+from childtune_fast import __main__ as report
+from childtune_fast import _build, backend
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+
+# ---- Which backend a request stands for ----------------------------------------------------------------------------
+
+
+def test_native_and_auto_give_the_module_and_torch_gives_none(builds):
+    module = backend.resolve("native")
+    assert module.answer() == 42
+    assert backend.resolve("auto") is module
+    assert backend.resolve("torch") is None
+    assert len(builds) == 1
+
+
+def test_torch_never_builds(builds):
+    assert backend.resolve("torch") is None
+    assert not builds
+
+
+@pytest.mark.parametrize("word", ["", "Native", "cuda", None])
+def test_unknown_backend(word):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'native', 'torch' \(got "):
+        backend.resolve(word)
+
+
+def test_environment_decides_for_auto_only(monkeypatch, builds):
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "torch")
+    assert backend.resolve("auto") is None
+    assert backend.resolve("native").answer() == 42
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "")
+    assert backend.resolve("auto").answer() == 42
+
+
+def test_environment_native_never_falls_back(monkeypatch):
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.raises(backend.BackendError):
+        backend.resolve("auto")
+
+
+@pytest.mark.parametrize(("name", "value"), [("CHILDTUNE_BACKEND", "fast"), ("CHILDTUNE_FORCE_JIT", "yes")])
+def test_wrong_environment(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"environment variable {name} must be .* \(got '{value}'\)"):
+        backend.resolve("auto")
+
+
+def test_auto_warns_once_with_cause_and_remedy(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.warns(UserWarning, match=r"'/nonexistent/c\+\+' .*; install one \(g\+\+\)(.|\n)*pure-torch"):
+        assert backend.resolve("auto") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.resolve("auto") is None
+
+
+def test_failure_is_remembered(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    first = cause_of_failure()
+    monkeypatch.delenv("CXX")
+    assert cause_of_failure() == first
+
+
+# ---- Prebuilt binaries ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        (json.dumps({"fingerprint": "of other sources"}), "was made from other sources"),
+        (None, "has no readable _native.json"),
+        ("{", "has no readable _native.json"),
+        ("[]", "has no readable _native.json"),
+    ],
+)
+def test_prebuilt_of_other_sources_is_not_used(monkeypatch, tmp_path, builds, record, cause):
+    monkeypatch.delenv("CHILDTUNE_FORCE_JIT")
+    if record is not None:
+        (tmp_path / "_native.json").write_text(record)
+    spec = SimpleNamespace(origin=str(tmp_path / "_native.so"))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
+    native = backend.find_native()
+    assert native.origin == "built just in time"
+    assert cause in native.notes[0]
+
+
+def test_prebuilt_that_does_not_load_and_no_compiler_names_both_causes(monkeypatch, tmp_path):
+    monkeypatch.delenv("CHILDTUNE_FORCE_JIT")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    (tmp_path / "_native.json").write_text(json.dumps({"fingerprint": _build.fingerprint()}))
+    spec = SimpleNamespace(origin=str(tmp_path / "_native.so"))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
+
+    def fail(name):
+        raise ImportError("GLIBC_9.9 not found")
+
+    monkeypatch.setattr(backend.importlib, "import_module", fail)
+    cause = cause_of_failure()
+    assert "GLIBC_9.9 not found" in cause
+    assert "/nonexistent/c++" in cause
+
+
+def test_fingerprint_depends_on_every_file_and_on_the_version(monkeypatch, stand_in):
+    seen = {_build.fingerprint()}
+    header = stand_in.with_name("some.h")
+    header.write_text("// new")
+    seen.add(_build.fingerprint())
+    header.write_text("// newer")
+    seen.add(_build.fingerprint())
+    header.rename(stand_in.with_name("other.h"))
+    seen.add(_build.fingerprint())
+    monkeypatch.setattr(_build, "version", lambda: "9.9")
+    seen.add(_build.fingerprint())
+    monkeypatch.setattr(_build, "UNIX_FLAGS", ["-O0"])
+    seen.add(_build.fingerprint())
+    assert len(seen) == 6
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_report(real_build):
+    env, binary, _ = real_build
+    command = [sys.executable, "-m", "childtune_fast"]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = dict(line.split(None, 1) for line in ran.stdout.splitlines())
+    assert f"built just in time, {binary}" in ran.stdout
+    assert lines["torch"].startswith(torch.__version__)
+    assert "self-check        OK: " in ran.stdout
+    assert ran.stderr == ""  # it was built before
+
+
+def test_report_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert report.main() == 0
+    output = capsys.readouterr().out
+    assert "/nonexistent/c++" in output
+    assert "serves cpu        torch" in output
+    assert "self-check        skipped" in output
+
+
+def test_report_with_a_wrong_environment(monkeypatch, capsys):
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "fast")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert report.main() == 2
+    assert "(got 'fast')" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_self_check_sees_a_single_bit(monkeypatch, differ):
+    def steps(name):
+        weights = [torch.zeros(size) for size in report.SIZES]
+        if differ and name == "native":
+            weights[-1][-1] = -0.0
+        return weights
+
+    monkeypatch.setattr(report, "_steps", steps)
+    verdict, passed = report.self_check(backend.Native(SimpleNamespace(), "prebuilt", []))
+    assert passed is not differ
+    assert verdict.startswith("MISMATCH: 1 of" if differ else "OK")
+
+
+def test_self_check_survives_an_error(monkeypatch):
+    def steps(name):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(report, "_steps", steps)
+    verdict, passed = report.self_check(backend.Native(SimpleNamespace(), "prebuilt", []))
+    assert not passed
+    assert verdict == "FAILED: RuntimeError: no luck"
+
+
+# ---- Import --------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import time, torch, sys
+before, start = set(sys.modules), time.perf_counter()
+import childtune_fast
+print(1000 * (time.perf_counter() - start))
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_import_is_quick_and_neither_builds_nor_loads(cache):
+    runs = [result_of(python(IMPORT)) for _ in range(3)]
+    names = runs[0][0].splitlines()[1].split()
+    assert "childtune_fast.backend" in names
+    heavy = {"childtune_fast._native", "childtune_fast._jit", "torch.utils.cpp_extension", "filelock", "ninja"}
+    assert not heavy & set(names)
+    assert not cache.exists()
+    assert all(errors == "" for _, errors in runs)
+    # The fastest of three: another process can only make an import slower.
+    assert min(float(output.split()[0]) for output, _ in runs) < 50

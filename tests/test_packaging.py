@@ -1,0 +1,138 @@
+"""What is shipped: the contents of wheel and sdist, and installs where torch, or a compiler, is missing.
+
+The packages are made of this tree with a stand-in for csrc/, so that a build takes a second; `.ci/run` makes real ones.
+"""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from processes import STAND_IN, python, result_of
+
+from childtune_fast import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = f"childtune_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+SHIPPED_SOURCES = {"childtune_fast/csrc/bindings.cpp", "childtune_fast/csrc/core/empty.h"}
+# pip does the same in a process of its own. Without torch: setup.py must not need it.
+BUILD = "import sys; sys.modules['torch'] = None; from setuptools import build_meta as b; print(b.build_{}({!r}))"
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists() or importlib.util.find_spec("setuptools") is None,
+    reason="needs a source tree and setuptools",
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Returns a copy of this source tree with the stand-in for csrc/."""
+    folder = tmp_path_factory.mktemp("tree") / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "_native*")
+    shutil.copytree(ROOT / "childtune_fast", folder / "childtune_fast", ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "csrc" / "core").mkdir(parents=True)
+    (folder / "csrc" / "core" / "empty.h").write_text("#pragma once\n")
+    (folder / "csrc" / "bindings.cpp").write_text('#include "core/empty.h"\n' + STAND_IN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    return make("wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory):
+    return make("sdist", tree, tmp_path_factory.mktemp("sdist"))
+
+
+def make(kind, tree, out, **env):
+    """Builds a wheel or an sdist and returns its path."""
+    command = ["env", *(f"{name}={value}" for name, value in env.items()), sys.executable, "-c"]
+    ran = subprocess.run(
+        [*command, BUILD.format(kind, str(out))], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (out / "log").write_text(ran.stdout)
+    return out / ran.stdout.splitlines()[-1]
+
+
+def names(archive):
+    return set(zipfile.ZipFile(archive).namelist())
+
+
+def test_wheel_holds_everything_and_nothing_else(wheel):
+    python_files = {f"childtune_fast/{path.relative_to(_build.PACKAGE)}" for path in _build.PACKAGE.rglob("*.py")}
+    expected = python_files | SHIPPED_SOURCES | {"childtune_fast/py.typed", BINARY, "childtune_fast/_native.json"}
+    assert {name for name in names(wheel) if ".dist-info/" not in name} == expected
+
+
+def test_wheel_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = archive.read(name).decode()
+    assert f"\nVersion: {_build.version()}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    assert "\nRequires-Dist: torch>=2.9\n" in metadata
+
+
+def test_prebuilt_binary_of_an_installed_wheel_is_used(wheel, tmp_path):
+    """The installed package computes the fingerprint from what it ships; it must be that of the build."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer(), n.notes)"
+    output, errors = result_of(python(code, package_in=tmp_path, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))
+    assert output == "prebuilt 42 []\n", errors
+
+
+def test_installed_package_can_build_just_in_time(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer(), n.notes)"
+    env = {"CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(tmp_path / "cache")}
+    output, errors = result_of(python(code, package_in=tmp_path / "site", **env))
+    assert output == "built just in time 42 []\n", errors
+
+
+def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    assert names(make("wheel", folder, out)) == names(wheel)
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false", "true"])
+def test_install_without_a_compiler_gives_the_package_and_one_line(tree, tmp_path, compiler):
+    archive = make("wheel", tree, tmp_path, CC=compiler, CXX=compiler)
+    assert not {BINARY, "childtune_fast/_native.json"} & names(archive)
+    assert names(archive) >= SHIPPED_SOURCES
+    lines = (tmp_path / "log").read_text().splitlines()
+    told = [line for line in lines if line.startswith("childtune_fast: installed without the native backend")]
+    assert len(told) == 1
+    assert "it will be built on first use" in told[0]
+
+
+def test_editable_install_leaves_binary_and_record_in_the_tree(tree, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(tree, copy)
+    make("editable", copy, tmp_path)
+    record = json.loads((copy / "childtune_fast" / "_native.json").read_text())
+    assert (copy / BINARY).exists()
+    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer())"
+    assert (
+        result_of(python(code, package_in=copy, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))[0] == "prebuilt 42\n"
+    )
+    (copy / "csrc" / "core" / "empty.h").write_text("// changed since\n")
+    code = "from childtune_fast import _build, backend; print(_build.fingerprint(), backend.find_native().notes)"
+    output, _ = result_of(python(code, package_in=copy, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))
+    assert record["fingerprint"] not in output
+    assert "was made from other sources" in output
