@@ -62,7 +62,7 @@ def test_import_in_a_new_process(benchmark, rounds):
     def process():
         samples.append(1e3 * seconds_in_new_process("import torch", "import childtune_fast"))
 
-    benchmark.pedantic(process, rounds=rounds(9), warmup_rounds=1)
+    benchmark.pedantic(process, rounds=rounds(7), warmup_rounds=1)
     benchmark.extra_info.update(milliseconds=spread(samples[1:]), samples_ms=samples[1:])
 
 
@@ -76,5 +76,5 @@ def test_cold_build_in_a_new_process(benchmark, rounds, tmp_path):
         before = "import torch; from childtune_fast import backend"
         samples.append(seconds_in_new_process(before, "backend.load_native()", **environment))
 
-    benchmark.pedantic(process, rounds=rounds(3))
+    benchmark.pedantic(process, rounds=rounds(2))
     benchmark.extra_info.update(seconds=spread(samples), samples_s=samples)
