@@ -5,6 +5,7 @@ for each pair, and the median of those stands for the pair.
 """
 
 import random
+import resource
 import statistics
 import time
 
@@ -31,12 +32,15 @@ class Race:
         self._untimed_step = untimed_step
         self._order = random.Random(0)
         self._round = -WARMUP_ROUNDS
+        self.interruptions_per_s = 0.0  # how often other processes took a core from this one: whether all was quiet
         self.samples: dict[str, list[int | None]] = {name: [] for name in contestants}  # ns; None: took no part
 
     def run(self, benchmark) -> None:
         """Runs all rounds through pytest-benchmark's fixture."""
         first = self._contestants[self._first]
+        start, before = time.perf_counter(), _interruptions()
         benchmark.pedantic(first.step, setup=self._others, rounds=self.rounds, warmup_rounds=WARMUP_ROUNDS)
+        self.interruptions_per_s = (_interruptions() - before) / (time.perf_counter() - start)
         self.samples[self._first] = [round(1e9 * seconds) for seconds in benchmark.stats.stats.data]
 
     def _others(self) -> None:
@@ -70,6 +74,10 @@ class Race:
         ours = self.samples[name]
         pairs = {other: zip(ours, samples, strict=True) for other, samples in self.samples.items() if other != name}
         return {other: spread([a / b for a, b in pair if a and b]) for other, pair in pairs.items()}
+
+
+def _interruptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from .contestants import TITLES
-from .promises import PROMISES, Results
+from .promises import PROMISES, QUIET, Results
 
 WORKLOAD_TITLES = {
     "bert-base": "BERT-base, 109 M weights in 199 tensors: ns per weight",
@@ -62,6 +62,7 @@ def report(results: Results) -> str:
         f"commit {results.commit['id'][:10]}{' with changes' if results.commit['dirty'] else ''}.",
         "Times are medians. A ratio is the median of the ratios within rounds in which both were timed, with its "
         "quartiles in brackets. How it is measured, and how to do it again: benchmarks/README.md.",
+        quietness(results),
         "## What is promised",
         promises_table(results),
     ]
@@ -70,6 +71,16 @@ def report(results: Results) -> str:
         if table:
             parts += [f"## {title}", table]
     return "\n\n".join([*parts, memory_table(results)]).rstrip() + "\n"
+
+
+def quietness(results: Results) -> str:
+    """Returns whether other processes disturbed the measurement, in a sentence."""
+    steps = [step for workload in WORKLOAD_TITLES for step in results.steps(workload).values()]
+    counts = [step["interruptions_per_s"] for step in steps if "interruptions_per_s" in step]
+    if not counts:
+        return "Whether other processes disturbed the measurement was not recorded."
+    judged = "so the machine was quiet" if max(counts) < QUIET else "so it was NOT QUIET: measure again"
+    return f"Other processes took a core from the benchmark at most {max(counts):.0f} times a second, {judged}."
 
 
 def promises_table(results: Results) -> str:
@@ -86,8 +97,10 @@ def promises_table(results: Results) -> str:
         if "q1" in spread:
             low, high = sorted((spread["q1"], spread["q3"]))
             measured += f" [{promise.show(low)}, {promise.show(high)}]"
-        met = "met" if spread["median"] <= promise.at_most else "**missed**"
-        rows.append([promise.text, measured, promise.show(promise.at_most), met])
+        verdict = "met" if spread["median"] <= promise.at_most else "**missed**"
+        if spread.get("disturbed"):
+            verdict = "disturbed"
+        rows.append([promise.text, measured, promise.show(promise.at_most), verdict])
     return markdown(["", "measured", "at most", ""], rows)
 
 

@@ -27,6 +27,7 @@ def test_step(benchmark, rounds, quiet_process, workload, dtype, threads):
         weights=work.weights,
         times_ns=race.times(),
         ratios={name: race.ratios(name) for name in ("ours", "ours_p1")},
+        interruptions_per_s=race.interruptions_per_s,
         samples_ns=race.samples,
     )
     assert all(torch.isfinite(param).all() for param in work.params)
