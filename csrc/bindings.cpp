@@ -231,6 +231,12 @@ std::string compiler() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace childtune;
   m.doc() = "Compiled kernels of childtune_fast. The public interface is the Python package.";
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const PythonError&) {  // what Python is to raise is set already
+    }
+  });
   m.attr("MASK_VERSION") = kMaskVersion;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("threads"));

@@ -3,12 +3,43 @@
 
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
-
-namespace py = pybind11;
 
 namespace childtune {
 namespace {
+
+// A reference of our own; throws if Python raised instead of giving one.
+class Object {
+ public:
+  explicit Object(PyObject* owned) : object_(owned) {
+    if (owned == nullptr) throw PythonError();
+  }
+  Object(const Object&) = delete;
+  Object& operator=(const Object&) = delete;
+  ~Object() { Py_XDECREF(object_); }
+
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  Object attribute(const char* name) const { return Object(PyObject_GetAttrString(object_, name)); }
+  Object call(const char* method) const { return Object(PyObject_CallMethod(object_, method, nullptr)); }
+  Object at(Py_ssize_t i) const { return Object(PySequence_GetItem(object_, i)); }
+
+  int64_t integer() const {
+    const long long value = PyLong_AsLongLong(object_);
+    if (value == -1 && PyErr_Occurred()) throw PythonError();
+    return value;
+  }
+
+  std::string text() const {
+    const Object string(PyObject_Str(object_));
+    const char* utf8 = PyUnicode_AsUTF8(string.object_);
+    if (utf8 == nullptr) throw PythonError();
+    return utf8;
+  }
+
+ private:
+  PyObject* object_;
+};
 
 // The part of DLPack's C ABI that is used here: https://dmlc.github.io/dlpack/latest/c_api.html, major version 1.
 struct DlTensor {
@@ -39,13 +70,13 @@ struct Torch {
   const DlExchangeApi* api = nullptr;
 
   Torch() {
-    const py::object type = py::module_::import("torch").attr("Tensor");
-    tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-    Py_INCREF(tensor_type);  // held for the life of the process
-    if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
-    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
-    const auto* found = static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    // Both are kept for the life of the process.
+    PyObject* type = Object(PyImport_ImportModule("torch")).attribute("Tensor").release();
+    tensor_type = reinterpret_cast<PyTypeObject*>(type);
+    if (!PyObject_HasAttrString(type, "__dlpack_c_exchange_api__")) return;
+    PyObject* capsule = Object(PyObject_GetAttrString(type, "__dlpack_c_exchange_api__")).release();
+    if (!PyCapsule_IsValid(capsule, "dlpack_exchange_api")) return;
+    const auto* found = static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     if (found->major == 1 && found->dltensor_from_py_object_no_sync != nullptr) api = found;
   }
 };
@@ -59,7 +90,7 @@ bool attributes_forced = false;
 
 TensorView view_by_exchange(PyObject* tensor) {
   DlTensor t;
-  if (torch().api->dltensor_from_py_object_no_sync(tensor, &t) != 0) throw py::error_already_set();
+  if (torch().api->dltensor_from_py_object_no_sync(tensor, &t) != 0) throw PythonError();
   return {static_cast<char*>(t.data) + t.byte_offset,
           t.shape,
           t.strides,
@@ -71,25 +102,24 @@ TensorView view_by_exchange(PyObject* tensor) {
 
 thread_local std::deque<std::vector<int64_t>> kept_shapes;  // a deque: growing moves no vector
 
-TensorView view_by_attributes(PyObject* object) {
-  const py::handle tensor(object);
-  const auto shape = tensor.attr("shape").cast<py::tuple>();
-  const auto strides = tensor.attr("stride")().cast<py::tuple>();
-  const size_t ndim = shape.size();
+TensorView view_by_attributes(PyObject* borrowed) {
+  Py_INCREF(borrowed);
+  const Object tensor(borrowed), shape = tensor.attribute("shape"), strides = tensor.call("stride");
+  const int64_t ndim = tensor.attribute("ndim").integer();
   std::vector<int64_t> sizes(2 * ndim);
-  for (size_t d = 0; d < ndim; ++d) {
-    sizes[d] = shape[d].cast<int64_t>();
-    sizes[ndim + d] = strides[d].cast<int64_t>();
+  for (int64_t d = 0; d < ndim; ++d) {
+    sizes[d] = shape.at(d).integer();
+    sizes[ndim + d] = strides.at(d).integer();
   }
   kept_shapes.push_back(std::move(sizes));
-  const std::string dtype = py::str(tensor.attr("dtype"));
-  TensorView view{reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()),
+  const std::string dtype = tensor.attribute("dtype").text();
+  TensorView view{reinterpret_cast<void*>(static_cast<uintptr_t>(tensor.call("data_ptr").integer())),
                   kept_shapes.back().data(),
                   kept_shapes.back().data() + ndim,
                   static_cast<int32_t>(ndim),
                   kCodeOther,
-                  static_cast<uint8_t>(8 * tensor.attr("element_size")().cast<int>()),
-                  tensor.attr("is_cpu").cast<bool>()};
+                  static_cast<uint8_t>(8 * tensor.call("element_size").integer()),
+                  tensor.attribute("is_cpu").integer() != 0};
   if (dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16") view.type_code = kCodeFloat;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;
   return view;
@@ -117,7 +147,8 @@ bool TensorView::contiguous() const {
 
 TensorView view_tensor(PyObject* tensor) {
   if (!PyObject_TypeCheck(tensor, torch().tensor_type)) {
-    throw py::type_error(std::string("a torch.Tensor is required (got ") + Py_TYPE(tensor)->tp_name + ")");
+    PyErr_Format(PyExc_TypeError, "a torch.Tensor is required (got %s)", Py_TYPE(tensor)->tp_name);
+    throw PythonError();
   }
   return torch().api && !attributes_forced ? view_by_exchange(tensor) : view_by_attributes(tensor);
 }

@@ -1,13 +1,16 @@
 // Reads what a step needs to know of a torch.Tensor, without a torch header: through the DLPack C exchange API where
 // torch has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes from
-// the caller.
+// the caller. Plain Python.h here: pybind11's headers take longer to compile than all kernels of an instruction set.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 #include <cstdint>
 
 namespace childtune {
+
+// Thrown where Python's error indicator is set.
+struct PythonError {};
 
 // Valid while the tensor lives and keeps its shape. `shape` and `strides` count elements.
 struct TensorView {
@@ -31,7 +34,7 @@ struct TensorView {
 
 constexpr uint8_t kCodeInt = 0, kCodeFloat = 2, kCodeBFloat = 4, kCodeOther = 255;
 
-// Reads `tensor`; raises TypeError for anything but a torch.Tensor with memory of its own.
+// Reads `tensor`; throws with TypeError set for anything but a torch.Tensor with memory of its own.
 TensorView view_tensor(PyObject* tensor);
 
 // Forgets the shapes that earlier calls of the attribute way keep alive. Call once at the beginning of a step.
