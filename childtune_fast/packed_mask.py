@@ -1,0 +1,87 @@
+"""One bit per weight: the mask of a child network in one parameter, and how it lies in memory.
+
+Weight `i`, by flat index in the parameter's logical order, is in the child network if bit `i % 8` of byte `i // 8` is
+set. Bits go in blocks of 1024: the last block is filled with zeros, and `ranks[b]` counts the weights of the child
+network before block `b`, so that the place of any of them in the compact state is found in one block.
+csrc/core/packed_mask.h is the same in C++.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # weights
+_BLOCK_BYTES = BLOCK // 8
+_POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
+
+
+class PackedMask:
+    """Which weights of one parameter are in the child network. Never changed once made.
+
+    Attributes:
+        shape: of the parameter.
+        bits: uint8, 128 bytes for each 1024 weights begun.
+        ranks: int64, one for each 1024 weights begun, and the whole count at the end; on the device of `bits`.
+        count: how many weights are in the child network.
+    """
+
+    def __init__(self, shape: Sequence[int], bits: Tensor) -> None:
+        """Takes the mask as it lies in memory; `bits` is kept, not copied.
+
+        Raises:
+            ValueError: `bits` is not of the dtype and length that `shape` requires, or has bits beyond it.
+        """
+        self.shape = tuple(shape)
+        self.bits = bits
+        size = packed_size(self.numel)
+        if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous():
+            raise ValueError(
+                f"PackedMask: bits of a parameter of shape {self.shape} must be a contiguous uint8 tensor of {size} "
+                f"bytes (got {bits.dtype}, shape {tuple(bits.shape)})"
+            )
+        packed = bits.cpu().numpy()
+        rest = packed[self.numel // 8 :]
+        if rest.size and (rest[1:].any() or rest[0] >> self.numel % 8):
+            raise ValueError(f"PackedMask: bits beyond the {self.numel} weights must be 0; the mask is damaged")
+        counts = _POPCOUNT[packed].reshape(-1, _BLOCK_BYTES).sum(axis=1, dtype=np.int64)
+        ranks = np.concatenate([[0], counts.cumsum()])
+        self.count = int(ranks[-1])
+        self.ranks = torch.from_numpy(ranks).to(bits.device)
+
+    @property
+    def numel(self) -> int:
+        """Weights of the parameter."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def pack(cls, mask: Tensor) -> "PackedMask":
+        """Packs a bool tensor of the parameter's shape."""
+        bits = np.zeros(packed_size(mask.numel()), dtype=np.uint8)
+        packed = np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
+        bits[: packed.size] = packed
+        return cls(mask.shape, torch.from_numpy(bits).to(mask.device))
+
+    def unpack(self) -> Tensor:
+        """Returns the mask as a bool tensor of the parameter's shape, on the device of `bits`."""
+        flat = np.unpackbits(self.bits.cpu().numpy(), count=self.numel, bitorder="little")
+        return torch.from_numpy(flat).view(torch.bool).view(self.shape).to(self.bits.device)
+
+    def to(self, device: torch.device) -> "PackedMask":
+        """Returns the mask on `device`; itself if it is there."""
+        return self if self.bits.device == device else PackedMask(self.shape, self.bits.to(device))
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Returns the values of the child network in `dense`, of the parameter's shape, by flat index, one dimension."""
+        return dense.masked_select(self.unpack())
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Returns `values`, as `gather` gives them, in a tensor of the parameter's shape, zeros elsewhere."""
+        return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
+
+
+def packed_size(numel: int) -> int:
+    """Returns how many bytes the bits of `numel` weights take."""
+    return -(-numel // BLOCK) * _BLOCK_BYTES
