@@ -74,7 +74,7 @@ class PackedMask:
         return self if self.bits.device == device else PackedMask(self.shape, self.bits.to(device))
 
     def gather(self, dense: Tensor) -> Tensor:
-        """Returns the values of the child network in `dense`, of the parameter's shape, by flat index, one dimension."""
+        """Returns the child network's values in `dense`, of the parameter's shape, as one dimension by flat index."""
         return dense.masked_select(self.unpack())
 
     def scatter(self, values: Tensor) -> Tensor:
