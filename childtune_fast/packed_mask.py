@@ -6,8 +6,9 @@ network before block `b`, so that the place of any of them in the compact state 
 csrc/core/packed_mask.h is the same in C++.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -85,3 +86,13 @@ class PackedMask:
 def packed_size(numel: int) -> int:
     """Returns how many bytes the bits of `numel` weights take."""
     return -(-numel // BLOCK) * _BLOCK_BYTES
+
+
+def fingerprint(masks: Iterable[PackedMask]) -> str:
+    """Returns a SHA-256 in hexadecimal of a set of masks: of their shapes and bits, whatever their order and names."""
+    digests = []
+    for mask in masks:
+        digest = hashlib.sha256(repr(mask.shape).encode())
+        digest.update(mask.bits.cpu().numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from childtune_fast.packed_mask import BLOCK, PackedMask, packed_size
+from childtune_fast.packed_mask import BLOCK, PackedMask, fingerprint, packed_size
 
 SIZES = [0, 1, 3, 7, 8, 9, 127, 128, 129, 1023, 1024, 1025, 4097]
 
@@ -59,3 +59,10 @@ def test_bits_beyond_the_weights_are_refused(byte):
 def test_bits_of_another_kind_are_refused(bits):
     with pytest.raises(ValueError, match="must be a contiguous uint8 tensor of 128 bytes"):
         PackedMask((10,), bits)
+
+
+def test_the_fingerprint_is_of_shapes_and_bits_in_any_order():
+    a, b = (PackedMask.pack(torch.arange(12).view(3, 4) == i) for i in (3, 5))
+    assert fingerprint([a, b]) == fingerprint([b, a])
+    assert fingerprint([a, b]) != fingerprint([a, a])
+    assert fingerprint([a]) != fingerprint([PackedMask((12,), a.bits)])
