@@ -25,8 +25,10 @@ def check_options(group: dict[str, Any], seed: int) -> None:
     keep_threshold(group["reserve_p"])
     if group["seed"] != seed:
         raise ValueError("ChildAdamW: seed is one for the whole optimizer; pass it to the constructor, not in a group")
-    if group["decay"] not in ("auto", "all"):
-        raise ValueError(f"decay must be 'auto' or 'all' (got {group['decay']!r})")
+    if group["decay"] not in ("auto", "all", "child"):
+        raise ValueError(f"decay must be 'auto', 'all' or 'child' (got {group['decay']!r})")
+    if group["norm_of"] not in ("all", "child"):
+        raise ValueError(f"norm_of must be 'all' or 'child' (got {group['norm_of']!r})")
     if group["variant"] not in ("torch", "hf"):
         raise ValueError(f"variant must be 'torch' or 'hf', the published code's arithmetic (got {group['variant']!r})")
     if group["variant"] == "hf" and group["amsgrad"]:
@@ -54,8 +56,9 @@ def check_group(group: StepGroup) -> None:
     for i, (param, grad, step) in enumerate(zip(group.params, group.grads, group.steps, strict=True)):
         name = f"parameter {group.indices[i]} of shape {tuple(param.shape)}"
         _check_grad(name, param, grad)
+        shape = tuple(param.shape) if not group.child_bits else (int(group.child_ranks[i][-1]),)
         for key, values in states.items():
-            _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param))
+            _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param), shape)
         _check_step(name, step)
 
 
@@ -70,19 +73,22 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); for "
             "complex ones pass torch.view_as_real of them"
         )
-    _check_like(name, "the value", param, param, param.dtype)
-    _check_like(name, "the gradient", grad, param, param.dtype)
+    shape = tuple(param.shape)
+    _check_like(name, "the value", param, param, param.dtype, shape)
+    _check_like(name, "the gradient", grad, param, param.dtype, shape)
 
 
-def _check_like(name: str, what: str, tensor: Tensor, param: Tensor, dtype: torch.dtype) -> None:
+def _check_like(
+    name: str, what: str, tensor: Tensor, param: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"ChildAdamW: {what} of {name} must be a tensor (got {type(tensor).__name__})")
     if tensor.layout != torch.strided:
         raise TypeError(f"ChildAdamW: {what} of {name} must be a strided tensor (got {tensor.layout})")
     if tensor.dtype != dtype:
         raise TypeError(f"ChildAdamW: {what} of {name} must be {dtype} (got {tensor.dtype}); convert it with .to()")
-    if tensor.shape != param.shape:
-        raise ValueError(f"ChildAdamW: {what} of {name} must have the parameter's shape (got {tuple(tensor.shape)})")
+    if tensor.shape != shape:
+        raise ValueError(f"ChildAdamW: {what} of {name} must have the shape {shape} (got {tuple(tensor.shape)})")
     if tensor.device != param.device:
         raise ValueError(
             f"ChildAdamW: {what} of {name} must be on the parameter's device {param.device} (got {tensor.device}); "

@@ -12,11 +12,16 @@ from torch.nn import Parameter
 
 from . import fallback
 from .checks import check_options
-from .mask import check_seed, keep_threshold
-from .state import init_state
+from .mask import KEEP_ALL, check_seed, keep_threshold
+from .state import has_begun, init_state
 from .step_group import StepGroup
 
 PLAIN_TENSORS = (Parameter, Tensor)  # any other class may be a DTensor
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether a parameter is a DTensor."""
+    return type(param) not in PLAIN_TENSORS and hasattr(param, "placements")
 
 
 def collect(
@@ -34,12 +39,12 @@ def collect(
     """
     on_native: list[StepGroup] = []
     on_torch: list[StepGroup] = []
-    states = optimizer.state
+    states, masks = optimizer.state, optimizer.child_masks
     index = itertools.count()
     for group in optimizer.param_groups:
         amsgrad = group["amsgrad"]
-        rows = defaultdict(list)  # (native, sharded): what a StepGroup's lists hold of each parameter
-        plain_rows: list[tuple[Any, ...]] = rows[True, False]
+        rows = defaultdict(list)  # (native, sharded, masked): what a StepGroup's lists hold of each parameter
+        plain_rows: list[tuple[Any, ...]] = rows[True, False, False]
         for param, i in zip(group["params"], index):  # noqa: B905 - `index` is endless
             grad = param.grad
             if grad is None:
@@ -47,26 +52,27 @@ def collect(
             if grad.is_neg():  # a lazily negated view, whose memory holds the opposite
                 grad = grad.resolve_neg()
             state = states[param]
-            if not state or (amsgrad and "max_exp_avg_sq" not in state):
+            mask = masks.get(param) if masks else None
+            if not has_begun(state, amsgrad):
                 states_before[param] = dict(state)
-                init_state(state, param, amsgrad)
+                init_state(state, param, mask, amsgrad)
             row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
             if amsgrad:
                 row = (*row, state["max_exp_avg_sq"])
-            if type(param) is Parameter and use_native and param.is_cpu:  # nearly always; a step has 2 us per parameter
+            if mask is not None:
+                rows[use_native and param.is_cpu, False, True].append((*row, mask.bits, mask.ranks))
+            elif type(param) is Parameter and use_native and param.is_cpu:  # mostly; a step has 2 us per parameter
                 plain_rows.append(row)
             else:
-                sharded = type(param) not in PLAIN_TENSORS and hasattr(param, "placements")  # a DTensor
-                rows[use_native and param.is_cpu, sharded].append(row)
-        for (native, sharded), of_kind in rows.items():
-            if not of_kind:
-                continue
-            (on_native if native else on_torch).append(_step_group(group, optimizer, of_kind, sharded))
+                rows[use_native and param.is_cpu, is_sharded(param), False].append(row)
+        kinds = {kind: _step_group(group, optimizer, of_kind, *kind[1:]) for kind, of_kind in rows.items() if of_kind}
+        on_native += [target for kind, target in kinds.items() if kind[0]]
+        on_torch += [target for kind, target in kinds.items() if not kind[0]]
     return on_native, on_torch
 
 
 def _step_group(
-    group: dict[str, Any], optimizer: torch.optim.Optimizer, rows: list[tuple[Any, ...]], sharded: bool
+    group: dict[str, Any], optimizer: torch.optim.Optimizer, rows: list[tuple[Any, ...]], sharded: bool, masked: bool
 ) -> StepGroup:
     """Turns the rows of `collect` into columns, DTensors into what this rank holds of them."""
     target = _empty_step_group(group, optimizer)
@@ -76,6 +82,10 @@ def _step_group(
         target.slices = [mask_slice(row[0]) for row in rows]
         rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
+    if masked:
+        target.keep_threshold = KEEP_ALL  # the child network is the mask
+        target.child_ranks = columns.pop()
+        target.child_bits = columns.pop()
     target.params, target.grads, target.exp_avgs, target.exp_avg_sqs, target.steps, target.indices = columns[:6]
     if len(columns) > 6:
         target.max_exp_avg_sqs = columns[6]
@@ -98,6 +108,8 @@ def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -
         published_code=group["variant"] == "hf",
         seed=check_seed(group["seed"]),
         max_grad_norm=group["max_grad_norm"],
+        decay_outside=group["decay"] == "all",
+        child_norm=group["norm_of"] == "child",
     )
 
 
@@ -113,10 +125,19 @@ def clip(native: ModuleType | None, on_native: list[StepGroup], on_torch: list[S
         )
     squares = 0.0
     if on_native:
-        squares += native.sum_of_squares([g for group in on_native for g in group.grads], torch.get_num_threads())
-    squares += fallback.sum_of_squares([g for group in on_torch for g in group.grads])
+        squares += native.sum_of_squares(*_normed(on_native), torch.get_num_threads())
+    squares += fallback.sum_of_squares(*_normed(on_torch))
     norm = math.sqrt(squares) * abs(groups[0].grad_factor)
     for group in groups:
         if group.max_grad_norm is not None:
             factor = group.max_grad_norm / (norm + 1e-6)
             group.grad_factor *= 1.0 if factor >= 1.0 else factor  # a NaN gets through, as in clip_grad_norm_
+
+
+def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gradients that the norm is of, and for each the mask of what counts in it."""
+    grads = [grad for group in groups for grad in group.grads]
+    bits: list[Tensor | None] = []
+    for group in groups:
+        bits += group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
+    return grads, bits

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .mask import KEEP_ALL, bernoulli_mask
+from .packed_mask import unpack
 from .step_group import StepGroup
 
 _NORM_CHUNK = 1024
@@ -57,11 +58,18 @@ def step(groups: list[StepGroup]) -> None:
 
 
 def _step_param(group: StepGroup, i: int) -> None:
-    param, exp_avg, exp_avg_sq = group.params[i], group.exp_avgs[i], group.exp_avg_sqs[i]
+    param, grad, exp_avg, exp_avg_sq = group.params[i], group.grads[i], group.exp_avgs[i], group.exp_avg_sqs[i]
     step = int(group.steps[i].item()) + 1
     c = step_constants(group, step)
 
-    grad = group.grads[i].to(exp_avg.dtype) * c.grad_factor
+    child = unpack(group.child_bits[i], param.shape) if group.child_bits else None
+    weights = param
+    if child is not None:  # from here on, `weights` and `grad` are the child network's, and so is the state
+        weights, grad = param[child], grad[child]
+        if group.decay_outside:
+            param.copy_(param.to(exp_avg.dtype) * c.decay_before * c.decay_after)
+
+    grad = grad.to(exp_avg.dtype) * c.grad_factor
     if group.keep_threshold < KEEP_ALL:
         grad = torch.where(_mask(group, i, step), grad, 0.0)
     exp_avg.copy_(exp_avg * group.beta1 + grad * (1 - group.beta1))
@@ -73,8 +81,12 @@ def _step_param(group: StepGroup, i: int) -> None:
     # A divisor in a tensor on the device: by a number, torch multiplies with the reciprocal on CUDA.
     bias_correction2_sqrt = torch.full((), c.bias_correction2_sqrt, dtype=exp_avg.dtype, device=exp_avg.device)
     denom = _sqrt(second_moment) / bias_correction2_sqrt + group.eps
-    decayed = param.to(exp_avg.dtype) * c.decay_before
-    param.copy_((decayed - exp_avg * c.step_size / denom) * c.decay_after)
+    decayed = weights.to(exp_avg.dtype) * c.decay_before
+    updated = (decayed - exp_avg * c.step_size / denom) * c.decay_after
+    if child is None:
+        param.copy_(updated)
+    else:
+        param[child] = updated.to(param.dtype)
     group.steps[i].fill_(step)
 
 
@@ -102,17 +114,22 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.is_cpu else torch.sqrt(x)
 
 
-def sum_of_squares(tensors: list[Tensor]) -> float:
+def sum_of_squares(tensors: list[Tensor], child_bits: list[Tensor | None]) -> float:
     """Returns the sum of the squares of all elements, in double and in a fixed order.
+
+    `child_bits` has, for each tensor, the mask of the elements that count; None if all do. The others count as zero.
 
     Per tensor: chunks of 1024 elements in logical order, summed by halving; the chunks' sums likewise, as if padded
     with zeros to a power of two; then one tensor after the other.
     """
     total = 0.0
-    for tensor in tensors:
+    for tensor, bits in zip(tensors, child_bits, strict=True):
         if tensor.numel() == 0:
             continue
-        squares = tensor.double().flatten().square()
+        squares = tensor.double().square()
+        if bits is not None:
+            squares = torch.where(unpack(bits, tensor.shape), squares, 0.0)
+        squares = squares.flatten()
         chunks = -(-squares.numel() // _NORM_CHUNK)
         padded = torch.nn.functional.pad(squares, (0, chunks * _NORM_CHUNK - squares.numel()))
         sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))

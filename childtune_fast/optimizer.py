@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,19 +11,35 @@ from torch.autograd.graph import increment_version
 
 from . import backend as backends
 from . import fallback
+from .checkpoint import CheckpointedAdamW
 from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
-from .collect import PLAIN_TENSORS, clip, collect
+from .child_state import Masks
+from .collect import PLAIN_TENSORS, clip, collect, is_sharded
 from .mask import MASK_VERSION, check_seed
-from .state import restored_state
+
+if TYPE_CHECKING:
+    from .child_network import ChildNetwork
 
 
-class ChildAdamW(torch.optim.AdamW):
-    """AdamW that updates a random child network in each step: Child-Tuning_F (Xu, Luo et al., EMNLP 2021, section 2.2).
+class _Default(float):
+    """A default that can tell whether it was given."""
 
-    Each step keeps every weight's gradient with probability `reserve_p`, divided by it, and takes the others as zero.
-    Momentum and weight decay move every weight. The mask is a pure function of the seed, the parameter's own step
-    count, its index in the optimizer and the element's flat index; see `bernoulli_mask`. Nothing is drawn from torch's
-    random state, no mask is stored, and `p.grad` is not written.
+
+_RESERVE_P = _Default(0.3)
+
+
+class ChildAdamW(CheckpointedAdamW):
+    """AdamW that updates a child network of the weights: Child-Tuning (Xu, Luo et al., EMNLP 2021, section 2).
+
+    Without `child`, a random one in each step (Child-Tuning_F): each step keeps every weight's gradient with
+    probability `reserve_p`, divided by it, and takes the others as zero. Momentum and weight decay move every weight.
+    The mask is a pure function of the seed, the parameter's own step count, its index in the optimizer and the
+    element's flat index; see `bernoulli_mask`. Nothing is drawn from torch's random state, no mask is stored, and
+    `p.grad` is not written.
+
+    With `child`, the same one in all steps (Child-Tuning_D): its weights are trained as by plain AdamW, the others are
+    not touched, and the state holds the child network's values alone, by flat index. Parameters that `child` does not
+    know are trained in full. Checkpoints carry the masks.
 
     What is not listed here is as in `torch.optim.AdamW`, errors included. The differences:
 
@@ -33,29 +49,34 @@ class ChildAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters, named parameters, or parameter groups. Every argument below except `seed`, `foreach`,
-            `fused` and `backend` may differ per group.
+            `fused`, `child` and `backend` may differ per group.
         lr: learning rate, a float or a tensor of one element (default: 1e-3).
         betas: decay rates of the running averages of gradient and squared gradient (default: (0.9, 0.999)).
         eps: added to the denominator (default: 1e-8).
         weight_decay: decoupled weight decay (default: 1e-2).
         amsgrad: use the running maximum of the squared average (default: False).
-        reserve_p: share of weights whose gradient each step uses, in (0, 1]; 1 is plain AdamW (default: 0.3).
+        reserve_p: share of weights whose gradient each step uses, in (0, 1]; 1 is plain AdamW. Not with `child`
+            (default: 0.3).
+        child: a ChildNetwork of the model whose parameters these are (default: None).
         seed: of the masks, an integer of 64 bits; None takes `torch.initial_seed()`. In an initialised process group
             all ranks take rank 0's, so every rank must construct the optimizer (default: None).
         maximize: ascend instead of descend (default: False).
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
         capturable, differentiable: must be False.
-        decay: "all" decays every weight; "auto" is "all" here (default: "auto").
+        decay: "all" decays every weight, "child" only those in `child`; "auto" is "child" with `child`, else "all"
+            (default: "auto").
         variant: "torch" is torch.optim.AdamW's arithmetic; "hf" that of the published code, which adds eps before
             the bias correction and decays after the update (default: "torch").
         max_grad_norm: scales this group's gradients by `min(1, max_grad_norm / (norm + 1e-6))`, where `norm` is the
             2-norm of all gradients of all groups, before masking; None does not clip (default: None).
+        norm_of: "child" lets only the gradient of the weights in `child` count in that norm; "all" does not
+            (default: "all").
         backend: "native" (the compiled kernels, on the CPU), "torch" (the fallback), or "auto": native, else torch with
             one warning. CHILDTUNE_BACKEND in the environment replaces "auto" (default: "auto").
 
     Raises:
-        ValueError, TypeError, RuntimeError: as torch.optim.AdamW does; for `reserve_p` outside (0, 1], parameters that
-            share memory, and arguments that cannot be honoured.
+        ValueError, TypeError, RuntimeError: as torch.optim.AdamW does; for `reserve_p` outside (0, 1] or beside
+            `child`, parameters that share memory, and arguments that cannot be honoured.
         BackendError: backend="native" cannot be had.
     """
 
@@ -71,7 +92,8 @@ class ChildAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        reserve_p: float = 0.3,
+        reserve_p: float = _RESERVE_P,
+        child: "ChildNetwork | None" = None,
         seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -81,14 +103,18 @@ class ChildAdamW(torch.optim.AdamW):
         decay: str = "auto",
         variant: str = "torch",
         max_grad_norm: float | None = None,
+        norm_of: str = "all",
         backend: str = "auto",
     ) -> None:
         self.backend = backends.check(backend, "backend")
+        self.child_masks: Masks = {}
+        self._child = _checked_child(child, reserve_p, decay)
         self._child_defaults = {
-            "reserve_p": reserve_p,
+            "reserve_p": float(reserve_p) if child is None else 1.0,
             "decay": decay,
             "variant": variant,
             "max_grad_norm": max_grad_norm,
+            "norm_of": norm_of,
             "seed": _agreed_seed(seed),
             "mask_version": MASK_VERSION,
         }
@@ -117,14 +143,35 @@ class ChildAdamW(torch.optim.AdamW):
         """Adds a group, as torch does; see there. Raises as the constructor does, and then has added nothing."""
         self.defaults = {**self._child_defaults, **self.defaults}  # the base class calls this before they are complete
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_options(self.param_groups[-1], self.defaults["seed"])
+            check_options(group, self.defaults["seed"])
             plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
             check_no_lazy_negation(plain)
             check_overlap(plain)
+            masks = self._masks_of(group)
         except Exception:
             self.param_groups.pop()
             raise
+        self.child_masks.update(masks)
+        for param, mask in masks.items():
+            self.state[param]["child_mask"] = mask.bits
+
+    def _masks_of(self, group: dict[str, Any]) -> Masks:
+        """The child network's masks of a group's parameters."""
+        if self._child is None:
+            return {}
+        if group["reserve_p"] != 1.0:
+            raise ValueError(
+                f"ChildAdamW: reserve_p is not used with child= (got {group['reserve_p']} in a group); leave it out, "
+                "the child network has a share of its own"
+            )
+        names = group.get("param_names") or itertools.repeat(None)
+        found = {param: self._child.mask_of(param, name) for param, name in zip(group["params"], names)}  # noqa: B905
+        masks = {param: mask.to(param.device) for param, mask in found.items() if mask is not None}
+        if any(map(is_sharded, masks)):
+            raise ValueError("ChildAdamW: child= does not support sharded parameters (DTensor); shard after training")
+        return masks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,69 +230,34 @@ class ChildAdamW(torch.optim.AdamW):
         for group in on_native:
             increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of torch.optim.AdamW.
-
-        State keeps its precision: it is float32 for bfloat16 and float16 parameters too (torch casts it to the
-        parameter's dtype), and it is copied, never shared with `state_dict`. What a checkpoint of torch.optim.AdamW
-        does not hold (`reserve_p`, `seed`, ...) stays as it is.
-
-        Raises:
-            ValueError: as torch does; also for a checkpoint whose masks were placed by another version.
-            TypeError: a state is no tensor. Whatever is raised, nothing has been loaded then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(state_dict, param_groups=self._complete_groups(state_dict["param_groups"]))
-            return loaded
-
-        def after(_: torch.optim.Optimizer) -> None:
-            ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
-            params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-            for param, saved in ((p, loaded["state"].get(i)) for i, p in zip(ids, params, strict=True)):
-                if saved is not None:
-                    self.state[param] = restored_state(param, saved)
-            self.defaults["seed"] = self.seed  # of groups that are added later
-
-        handles = [
-            self.register_load_state_dict_pre_hook(before),
-            self.register_load_state_dict_post_hook(after, prepend=True),
-        ]
-        present = self.state, self.param_groups
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.state, self.param_groups = present
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved groups with what they lack, and with what a checkpoint does not decide, taken from the present ones."""
-        groups = []
-        for i, saved in enumerate(saved_groups):
-            present = self.param_groups[min(i, len(self.param_groups) - 1)]
-            kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
-            group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
-            check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
-            if group["mask_version"] != MASK_VERSION:
-                raise ValueError(
-                    f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {group['mask_version']}, "
-                    f"those of this childtune_fast of version {MASK_VERSION}; resume with the release that saved it"
-                )
-            groups.append(group)
-        return groups
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {
+            **super().__getstate__(),
+            "backend": self.backend,
+            "child_masks": self.child_masks,
+            "_child": self._child,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("reserve_p", "decay", "variant", "max_grad_norm", "seed", "mask_version"):
+            for name in ("reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "seed", "mask_version"):
                 group.setdefault(name, self.defaults[name])
+
+
+def _checked_child(child: Any, reserve_p: float, decay: str) -> "ChildNetwork | None":
+    if child is None:
+        if decay == "child":
+            raise ValueError("ChildAdamW: decay='child' needs a child network; pass child=, or decay='all'")
+        return None
+    if not callable(getattr(child, "mask_of", None)):
+        raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {type(child).__name__})")
+    if not isinstance(reserve_p, _Default):
+        raise ValueError(
+            f"ChildAdamW: reserve_p is not used with child= (got {reserve_p}); leave it out, the child network has a "
+            "share of its own"
+        )
+    return child
 
 
 def _agreed_seed(seed: int | None) -> int:

@@ -67,8 +67,7 @@ class PackedMask:
 
     def unpack(self) -> Tensor:
         """Returns the mask as a bool tensor of the parameter's shape, on the device of `bits`."""
-        flat = np.unpackbits(self.bits.cpu().numpy(), count=self.numel, bitorder="little")
-        return torch.from_numpy(flat).view(torch.bool).view(self.shape).to(self.bits.device)
+        return unpack(self.bits, self.shape)
 
     def to(self, device: torch.device) -> "PackedMask":
         """Returns the mask on `device`; itself if it is there."""
@@ -81,6 +80,12 @@ class PackedMask:
     def scatter(self, values: Tensor) -> Tensor:
         """Returns `values`, as `gather` gives them, in a tensor of the parameter's shape, zeros elsewhere."""
         return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the bool tensor that `bits` hold, of the given shape and on their device."""
+    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(flat).view(torch.bool).view(*shape).to(bits.device)
 
 
 def packed_size(numel: int) -> int:

@@ -7,30 +7,72 @@ import torch
 from torch import Tensor
 
 from .checks import compute_dtype
+from .packed_mask import PackedMask
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def init_state(state: dict[str, Any], param: Tensor, amsgrad: bool) -> None:
+def has_begun(state: dict[str, Any], amsgrad: bool = False) -> bool:
+    """Whether a parameter was ever stepped; before that, its state holds the mask of its child network at most."""
+    if len(state) <= 1 and (not state or "child_mask" in state):
+        return False
+    return not amsgrad or "max_exp_avg_sq" in state
+
+
+def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, amsgrad: bool) -> None:
     """Begins a parameter's state, tensors named as torch.optim.AdamW names them, or adds what amsgrad needs to it."""
 
     def zeros() -> Tensor:
-        return torch.zeros_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)
+        dtype = compute_dtype(param)
+        if mask is not None:
+            return torch.zeros(mask.count, dtype=dtype, device=param.device)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    if not state:
+    if mask is not None:
+        state["child_mask"] = mask.bits
+    if "step" not in state:
         state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=zeros(), exp_avg_sq=zeros())
     if amsgrad:
         state["max_exp_avg_sq"] = zeros()
 
 
-def restored_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """A copy of one parameter's saved state, on the parameter's device, in the dtype that the step computes in."""
-    state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in _AVERAGES and k != "step"}
+def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:
+    """A copy of one parameter's saved state, on the parameter's device, in the dtype that the step computes in.
+
+    With a mask it is the child network's; of a state that was saved without one, its values are gathered.
+
+    Raises:
+        TypeError: a state is no tensor.
+        ValueError: a state without a mask has not the parameter's shape.
+    """
+    state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*_AVERAGES, "step", "child_mask")}
+    if mask is not None:
+        state["child_mask"] = mask.bits
+    if not has_begun(saved):
+        return state
     step = saved.get("step", 0.0)
     state["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu").detach().clone().reshape(())
     for key in _AVERAGES:
-        if key in saved:
-            if not isinstance(saved[key], Tensor):
-                raise TypeError(f"load_state_dict: state '{key}' must be a tensor (got {type(saved[key]).__name__})")
-            state[key] = saved[key].detach().to(device=param.device, dtype=compute_dtype(param), copy=True)
+        if key not in saved:
+            continue
+        value = saved[key]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"load_state_dict: state '{key}' must be a tensor (got {type(value).__name__})")
+        if mask is not None and "child_mask" not in saved:
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"load_state_dict: state '{key}' of a parameter of shape {tuple(param.shape)} must have that shape "
+                    f"to be gathered for a child network (got {tuple(value.shape)})"
+                )
+            value = mask.to(value.device).gather(value)
+        state[key] = value.detach().to(device=param.device, dtype=compute_dtype(param), copy=True)
     return state
+
+
+def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:
+    """A parameter's state as an optimizer without a child network has it: zeros outside the child network."""
+    dense = {k: v for k, v in state.items() if k != "child_mask"}
+    for key in _AVERAGES:
+        if mask is not None and key in dense:
+            dense[key] = mask.scatter(dense[key])
+    return dense

@@ -23,11 +23,16 @@ class StepGroup:
     published_code: bool  # variant="hf"
     seed: int  # unsigned, 64 bits
     max_grad_norm: float | None
+    decay_outside: bool = False  # weights outside the child network decay too
+    child_norm: bool = False  # norm_of="child": only the child network's gradient counts in the norm
     slices: list[tuple[int, int, int]] | None = None  # of sharded parameters: sharding.mask_slice; else None
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # dtype and shape of the parameter; never written
-    exp_avgs: list[Tensor] = field(default_factory=list)  # shape of the parameter; float32, or float64 for float64
+    # Shape of the parameter, or the child network's values alone; float32, or float64 for float64.
+    exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # empty without amsgrad
     steps: list[Tensor] = field(default_factory=list)  # one float32 or float64 each: steps taken so far; counted up
     indices: list[int] = field(default_factory=list)  # of the parameters in the optimizer, through all groups
+    child_bits: list[Tensor] = field(default_factory=list)  # of packed_mask.PackedMask; empty without a child network
+    child_ranks: list[Tensor] = field(default_factory=list)  # likewise

@@ -82,7 +82,33 @@ DType param_dtype(const TensorView& t) {
   refuse("param must be float32, float64, bfloat16 or float16");
 }
 
+bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel) {
+  return t.is(code, bits) && t.on_cpu && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
+         (numel == 0 || t.data != nullptr);
+}
+
+// The bits of a child network's mask, after checking that they are those of `numel` weights.
+const uint8_t* child_bits(const TensorView& t, int64_t numel) {
+  static const uint8_t none = 0;
+  if (!is_vector_of(t, kCodeUInt, 8, mask_blocks(numel) * (kRankBlock / 8)))
+    refuse("child_bits must hold 128 bytes on the CPU for each 1024 weights begun");
+  if (numel == 0) return &none;
+  const auto* bits = static_cast<const uint8_t*>(t.data);
+  if (numel % 8 != 0 && bits[numel / 8] >> (numel % 8) != 0) refuse("child_bits must end with the weights");
+  return bits;
+}
+
+PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t numel) {
+  const int64_t blocks = mask_blocks(numel);
+  if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1))
+    refuse("child_ranks must hold a rank on the CPU for each 1024 weights begun, and the whole count");
+  const auto* rank = static_cast<const int64_t*>(ranks.data);
+  if (rank[blocks] < 0 || rank[blocks] > numel) refuse("child_ranks must count the weights");
+  return {child_bits(bits, numel), rank, rank[blocks]};
+}
+
 // Sets the item's arrays, after checking that all lie on the CPU with the shape and the dtypes that the kernel assumes.
+// item->child is set already: with it, the state must be compact.
 void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* item) {
   const TensorView& param = views[kParam];
   item->dtype = param_dtype(param);
@@ -92,11 +118,14 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
   for (int s = 0; s < streams; ++s) {
     const TensorView& t = views[s];
     if (!t.on_cpu) refuse("every tensor must be on the CPU");
-    if (!t.same_shape(param)) refuse("param, grad and state must have one shape");
+    const bool compact = s > kGrad && item->child.bits != nullptr;
+    if (compact && (t.ndim != 1 || t.numel() != item->child.count || !t.contiguous()))
+      refuse("the state of a child network must be contiguous, with a value for each of its weights");
+    if (!compact && !t.same_shape(param)) refuse("param, grad and state must have one shape");
     const bool right = s <= kGrad ? t.is(param.type_code, param.bits) : t.is(kCodeFloat, state_bits);
     if (!right) refuse("grad must have the dtype of param, and the state that of the computation");
-    if (t.data == nullptr && item->numel > 0) refuse("every tensor must have memory of its own");
-    contiguous = contiguous && t.contiguous();
+    if (t.data == nullptr && t.numel() > 0) refuse("every tensor must have memory of its own");
+    contiguous = contiguous && (compact || t.contiguous());
     item->data[s] = t.data;
   }
   for (int s = streams; s < kStreams; ++s) item->data[s] = nullptr;
@@ -104,8 +133,10 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
   if (contiguous) return;
   w->layouts.push_back(param.ndim);
   w->layouts.insert(w->layouts.end(), param.shape, param.shape + param.ndim);
-  for (int s = 0; s < streams; ++s)
+  for (int s = 0; s < streams; ++s) {
+    if (views[s].ndim != param.ndim) break;  // compact state, which needs no strides
     w->layouts.insert(w->layouts.end(), views[s].strides, views[s].strides + param.ndim);
+  }
 }
 
 // Notes where the step count is stored, and returns the number of the step now taken.
@@ -144,7 +175,8 @@ MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
 
 void add_group(const py::handle& group, Workspace* w) {
   const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
-      exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps");
+      exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
+      bits(group, "child_bits"), ranks(group, "child_ranks");
   const py::list indices(group.attr("indices"));
   const py::object slices = group.attr("slices");
   const bool amsgrad = group.attr("amsgrad").cast<bool>();
@@ -156,7 +188,8 @@ void add_group(const py::handle& group, Workspace* w) {
   for (size_t i = 0; i < params.list.size(); ++i) {
     TensorView views[kStreams] = {params.at(i), grads.at(i), exp_avgs.at(i), exp_avg_sqs.at(i), {}};
     if (amsgrad) views[kMaxExpAvgSq] = max_exp_avg_sqs.at(i);
-    StepItem item;
+    StepItem item{};
+    if (bits.list.size() > 0) item.child = packed_mask(bits.at(i), ranks.at(i), views[kParam].numel());
     set_arrays(views, amsgrad ? 5 : 4, w, &item);
     const uint64_t step = next_step(steps.at(i), w);
     if (step != constants_step) {
@@ -168,6 +201,7 @@ void add_group(const py::handle& group, Workspace* w) {
     item.keep_threshold = keep_threshold;
     item.key = {seed, static_cast<uint32_t>(step), indices[i].cast<uint32_t>()};
     item.slice = mask_slice(slices, i, item.numel);
+    item.decay_outside = group.attr("decay_outside").cast<bool>();
     w->items.push_back(item);
   }
 }
@@ -192,12 +226,16 @@ void step(const py::list& groups, int threads) {
   write_steps(w);
 }
 
-double sum_of_squares(const py::list& tensors, int threads) {
+// `bits` holds, for each tensor, the mask of the elements that count, or None if all do.
+double sum_of_squares(const py::list& tensors, const py::list& bits, int threads) {
   Workspace& w = workspace();
-  for (const py::handle& tensor : tensors) {
-    const TensorView view = view_tensor(tensor.ptr());
+  if (bits.size() != tensors.size()) refuse("child_bits must have an entry for each tensor");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView view = view_tensor(py::handle(tensors[i]).ptr());
     const TensorView views[] = {view, view};
     StepItem item{};
+    const py::handle mask = bits[i];
+    if (!mask.is_none()) item.child.bits = child_bits(view_tensor(mask.ptr()), view.numel());
     set_arrays(views, 2, &w, &item);
     w.items.push_back(item);
   }
@@ -239,7 +277,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.attr("MASK_VERSION") = kMaskVersion;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
-  m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("threads"));
+  m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);

@@ -6,6 +6,7 @@ import torch
 from childtune_fast import ChildAdamW, bernoulli_mask
 from childtune_fast.backend import load_native
 from childtune_fast.fallback import sum_of_squares
+from childtune_fast.packed_mask import PackedMask
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 127, 128, 129, 4097]
@@ -158,7 +159,11 @@ def test_sum_of_squares(native, dtype, threads):
         torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in [*SIZES, 1023, 1025, 300_001]
     ]
     tensors.append(torch.randn((40, 70), generator=generator).to(dtype).t())
-    expected = sum_of_squares(tensors)
+    masks = [PackedMask.pack(torch.rand(t.shape, generator=generator) < 0.3) for t in tensors]
+    bits = [None if i % 3 == 0 else mask.bits for i, mask in enumerate(masks)]
+    expected = sum_of_squares(tensors, bits)
+    kept = [t if b is None else t * m.unpack() for t, b, m in zip(tensors, bits, masks, strict=True)]
+    assert expected == sum_of_squares(kept, [None] * len(kept))
     for name in native.supported_instruction_sets():
         native.set_instruction_set(name)
-        assert native.sum_of_squares(tensors, torch.get_num_threads()) == expected
+        assert native.sum_of_squares(tensors, bits, torch.get_num_threads()) == expected

@@ -152,7 +152,7 @@ BAD_GRADIENTS = {
     "integers": (of_dtype(torch.int32), TypeError, "must be float32, float64, bfloat16 or float16 (got torch.int32"),
     "float8": (of_dtype(torch.float8_e4m3fn), TypeError, "(got torch.float8_e4m3fn for parameter 1 of shape (4, 3))"),
     "another dtype": (gradient_of_dtype, TypeError, "the gradient of parameter 1 of shape (4, 3) must be"),
-    "another shape": (gradient_of_shape, ValueError, "must have the parameter's shape (got (4, 3))"),
+    "another shape": (gradient_of_shape, ValueError, "must have the shape (2, 2) (got (4, 3))"),
     "freed memory": (without_memory, ValueError, "its storage was resized to 0"),
 }
 

@@ -39,7 +39,9 @@ for thing in THINGS:
     for threads in (1, 0, -5, thing):
         if thing is freed: break  # pybind11 would print it, and torch crashes when printing it
         attempt(native.step, thing, threads); attempt(native.step, [thing], threads)
-        attempt(native.sum_of_squares, thing, threads); attempt(native.sum_of_squares, [torch.ones(6), thing], threads)
+        for arguments in ((thing, [None]), ([torch.ones(6), thing], [None, None]), ([torch.ones(6)], [thing]),
+                          ([torch.ones(6)], thing)):
+            attempt(native.sum_of_squares, *arguments, threads)
     for name in (*GOOD, *LISTS, "indices", "slices"):
         g = group(); setattr(g, name, thing); attempt(native.step, [group(), g], 2)
         if name not in GOOD:
@@ -49,6 +51,23 @@ for thing in THINGS:
         g = group(); delattr(g, name); attempt(native.step, [g], 2)
     for slice in ((thing, 6, 6), (0, thing, 6), (0, 6, thing), (0,), (1 << 63, 3, 1 << 63)):
         g = group(); g.slices = [slice] * 2; attempt(native.step, [g], 2)
+CHILD = ("child_bits", "child_ranks")
+def masked():
+    g = group()
+    for name in LISTS[2:5]: getattr(g, name)[:] = [torch.ones(2), torch.ones(2)]
+    bits = torch.zeros(128, dtype=torch.uint8); bits[0] = 0b10010
+    g.child_bits += [bits.clone(), bits.clone()]; g.child_ranks += [torch.tensor([0, 2]), torch.tensor([0, 2])]
+    return g
+native.step([masked()], 1)
+MASKS = [torch.zeros(128, dtype=torch.uint8), torch.full((128,), 255, dtype=torch.uint8), torch.tensor([0, -1]),
+         torch.tensor([-9, 2]), torch.tensor([9, 2]), torch.tensor([0, 7]), torch.tensor([1 << 62, 2]),
+         torch.arange(256)[::2]]
+for name in (*LISTS, *CHILD):
+    for thing in [*THINGS, *MASKS]:
+        for bad in (thing, [thing], [thing, thing]):
+            g = masked(); setattr(g, name, bad); attempt(native.step, [g], 2)
+g = masked(); g.child_bits[0][0] = 63; before = g.params[0].clone()  # more weights than were counted
+native.step([g], 1); assert g.params[0].equal(before) and g.exp_avgs[0].tolist() == [1, 1]
 for _ in range(300):
     g = group()
     for _ in range(chance.randint(1, 3)):

@@ -5,6 +5,7 @@
 
 #include "core/constants.h"
 #include "core/mask.h"
+#include "core/packed_mask.h"
 
 namespace childtune {
 
@@ -22,13 +23,15 @@ struct MaskSlice {
 
 struct StepItem {
   void* data[kStreams];   // kMaxExpAvgSq: nullptr without amsgrad
-  int64_t numel;          // elements here; all arrays have the same shape
+  int64_t numel;          // elements here; all arrays have the same shape, but for the state of a child network
   const int64_t* layout;  // nullptr: every array is contiguous. Else ndim, shape[ndim], strides[ndim] per stream
   DType dtype;            // of param and grad; the state is float, or double for double
   bool masked;
   uint32_t keep_threshold;
   MaskKey key;
   MaskSlice slice;
+  PackedMask child;    // with it, the state is contiguous, of child.count values, and `masked` is false
+  bool decay_outside;  // weights outside the child network decay too
   AdamWConstants<double> constants;
 };
 

@@ -17,6 +17,7 @@
 #define CHILDTUNE_VECTOR_BYTES 32
 #define CHILDTUNE_VECTOR __m256i
 #define CHILDTUNE_MULTIPLY_LOW _mm256_mul_epu32
+#define CHILDTUNE_AVX2
 #include "cpu/step_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

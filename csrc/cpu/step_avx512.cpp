@@ -20,6 +20,7 @@
 #define CHILDTUNE_VECTOR_BYTES 64
 #define CHILDTUNE_VECTOR __m512i
 #define CHILDTUNE_MULTIPLY_LOW _mm512_mul_epu32
+#define CHILDTUNE_AVX2
 #include "cpu/step_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

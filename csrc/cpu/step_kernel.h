@@ -23,9 +23,19 @@
 #if defined(__GNUC__)
 #define CHILDTUNE_OUT_OF_LINE static __attribute__((noinline))
 #define CHILDTUNE_LAMBDA __attribute__((always_inline))
+#define CHILDTUNE_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define CHILDTUNE_OUT_OF_LINE static
 #define CHILDTUNE_LAMBDA
+#define CHILDTUNE_PREFETCH(address)
+#endif
+
+#if defined(__clang__)
+#define CHILDTUNE_UNROLL_4 _Pragma("unroll 4")
+#elif defined(__GNUC__)
+#define CHILDTUNE_UNROLL_4 _Pragma("GCC unroll 4")
+#else
+#define CHILDTUNE_UNROLL_4
 #endif
 
 namespace childtune {
@@ -187,9 +197,13 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
   }
 }
 
+#include "cpu/child_kernel.h"
+
 template <class P>
 void step_typed(const StepItem& item, int64_t begin, int64_t end) {
-  if (item.masked) {
+  if (item.child.bits != nullptr) {
+    item.data[kMaxExpAvgSq] ? step_child<P, true>(item, begin, end) : step_child<P, false>(item, begin, end);
+  } else if (item.masked) {
     item.data[kMaxExpAvgSq] ? step_range<P, true, true>(item, begin, end)
                             : step_range<P, true, false>(item, begin, end);
   } else {
@@ -222,6 +236,9 @@ double sum_of_squares_typed(const StepItem& item, int64_t begin, int64_t end) {
   for (int i = 0; i < kNormChunk; ++i) {
     const double g = static_cast<double>(load(grad[i]));
     square[i] = g * g;
+  }
+  if (item.child.bits != nullptr) {  // only the child network's gradient counts
+    for (int i = 0; i < kNormChunk; ++i) square[i] = in_child(item.child.bits, begin + i) ? square[i] : 0.0;
   }
   for (int half = kNormChunk / 2; half >= 1; half /= 2) {
     for (int i = 0; i < half; ++i) square[i] += square[i + half];

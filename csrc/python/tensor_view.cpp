@@ -121,6 +121,8 @@ TensorView view_by_attributes(PyObject* borrowed) {
                   static_cast<uint8_t>(8 * tensor.call("element_size").integer()),
                   tensor.attribute("is_cpu").integer() != 0};
   if (dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16") view.type_code = kCodeFloat;
+  if (dtype == "torch.int64") view.type_code = kCodeInt;
+  if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;
   return view;
 }

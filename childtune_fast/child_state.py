@@ -1,0 +1,57 @@
+"""The child network inside an optimizer: which of its parameters are masked, and what a checkpoint says of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packed_mask import PackedMask, fingerprint
+
+Masks = dict[Tensor, PackedMask]
+FINGERPRINT = "child_fingerprint"  # in each param group of a checkpoint with a child network
+
+
+def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
+    """Returns the masks in a checkpoint, {} if it has none.
+
+    Args:
+        params: by their numbers in the checkpoint.
+        state_dict: of a ChildAdamW, or of another optimizer.
+
+    Raises:
+        ValueError: a mask is damaged or does not fit its parameter.
+    """
+    masks = {}
+    for i, state in state_dict["state"].items():
+        bits = state.get("child_mask")
+        if bits is not None and i in params:
+            if not isinstance(bits, Tensor):
+                raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor (got {type(bits).__name__})")
+            masks[params[i]] = PackedMask(params[i].shape, bits.detach().to(params[i].device, copy=True))
+    expected = state_dict["param_groups"][0].get(FINGERPRINT) if state_dict["param_groups"] else None
+    found = fingerprint(masks.values()) if masks else None
+    if expected != found:
+        raise ValueError(
+            f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that "
+            f"was saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed"
+        )
+    return masks
+
+
+def adopt(present: Masks, saved: Masks) -> Masks:
+    """Returns the masks to go on with: the checkpoint's, else those that the optimizer was built with.
+
+    Raises:
+        ValueError: both have a child network, and not the same.
+    """
+    if not saved:
+        return present
+    same = present.keys() == saved.keys() and all(torch.equal(m.bits, saved[p].bits) for p, m in present.items())
+    if present and not same:
+        raise ValueError(
+            "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
+            f"{fingerprint(present.values())} and {fingerprint(saved.values())}); build the optimizer without child=, "
+            "which takes the checkpoint's, or with the child network that was saved"
+        )
+    return present or saved
