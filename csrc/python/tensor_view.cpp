@@ -122,6 +122,7 @@ TensorView view_by_attributes(PyObject* borrowed) {
                   tensor.attribute("is_cpu").integer() != 0};
   if (dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16") view.type_code = kCodeFloat;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;
+  if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   return view;
 }
 

@@ -18,7 +18,7 @@ struct TensorView {
   const int64_t* shape;
   const int64_t* strides;
   int32_t ndim;
-  uint8_t type_code;  // DLPack's: 0 int, 2 float, 4 bfloat, 255 anything else
+  uint8_t type_code;  // DLPack's: 0 int, 1 unsigned, 2 float, 4 bfloat, 255 anything else
   uint8_t bits;
   bool on_cpu;
 
@@ -32,7 +32,7 @@ struct TensorView {
   bool contiguous() const;  // elements lie in memory in logical order, without gaps
 };
 
-constexpr uint8_t kCodeInt = 0, kCodeFloat = 2, kCodeBFloat = 4, kCodeOther = 255;
+constexpr uint8_t kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBFloat = 4, kCodeOther = 255;
 
 // Reads `tensor`; throws with TypeError set for anything but a torch.Tensor with memory of its own.
 TensorView view_tensor(PyObject* tensor);
