@@ -1,5 +1,6 @@
-// The Python module: turns the groups of a step into StepItems, checking everything that memory safety rests on, and
-// runs them without the GIL. The sentences that users see for wrong input are written in childtune_fast/checks.py.
+// The Python module: turns what Python passes into the structs of the kernels, checking everything that memory safety
+// rests on, and runs them without the GIL. The sentences that users see for wrong input are written in
+// childtune_fast/checks.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 #include "core/philox.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
+#include "cpu/selection.h"
 #include "python/tensor_view.h"
 
 #ifndef TORCH_EXTENSION_NAME
@@ -244,6 +246,29 @@ double sum_of_squares(const py::list& tensors, const py::list& bits, int threads
   return sum_of_squares_cpu(w.items, threads);
 }
 
+// Writes the packed masks of the k highest or lowest scores; returns the number of the first tensor with a NaN, or -1.
+int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool largest, int threads) {
+  forget_views();
+  if (bits.size() != scores.size()) refuse("select_top: each tensor of scores must have its bits");
+  std::vector<ScoredTensor> tensors;
+  int64_t total = 0;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const TensorView from = view_tensor(scores[i].ptr()), to = view_tensor(bits[i].ptr());
+    if (!from.on_cpu || !to.on_cpu) refuse("select_top: every tensor must be on the CPU");
+    if (!from.is(kCodeFloat, 32) || !from.contiguous()) refuse("select_top: scores must be float32 and contiguous");
+    if (!to.is(kCodeUInt, 8) || !to.contiguous()) refuse("select_top: bits must be uint8 and contiguous");
+    if (to.numel() != packed_size(from.numel()))
+      refuse("select_top: bits must have 128 bytes for each 1024 scores begun");
+    if (from.numel() > 0 && (from.data == nullptr || to.data == nullptr))
+      refuse("select_top: every tensor must have memory");
+    tensors.push_back({static_cast<const float*>(from.data), static_cast<uint8_t*>(to.data), from.numel()});
+    total += from.numel();
+  }
+  if (k < 0 || k > total) refuse("select_top: k must lie between 0 and the number of scores");
+  const py::gil_scoped_release no_gil;
+  return select_cpu(tensors, k, largest, threads);
+}
+
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
   if (counter.size() != 4 || key.size() != 2)
     refuse("philox4x32_10: four counter words and two key words are required");
@@ -278,6 +303,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MASK_VERSION") = kMaskVersion;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
+  m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
+        py::arg("threads"));
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);

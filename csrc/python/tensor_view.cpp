@@ -124,6 +124,7 @@ TensorView view_by_attributes(PyObject* borrowed) {
   if (dtype == "torch.int64") view.type_code = kCodeInt;
   if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;
+  if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   return view;
 }
 

@@ -12,6 +12,7 @@
 #include "core/dtypes.h"
 #include "core/mask.h"
 #include "cpu/driver.h"
+#include "cpu/selection.h"
 
 using namespace childtune;
 
@@ -208,11 +209,48 @@ static void test_integer_power() {
   }
 }
 
+// Against counting: a weight is chosen if fewer than k others are ahead of it.
+static void test_selection() {
+  std::vector<std::vector<float>> scores;
+  for (int64_t n : {0, 1, 1023, 1024, 2500}) {
+    scores.emplace_back();
+    for (int64_t i = 0; i < n; ++i) scores.back().push_back(std::round(noise(static_cast<uint32_t>(i), 9) * 20) / 8);
+  }
+  std::vector<std::vector<uint8_t>> bits;
+  std::vector<float> flat;
+  for (const auto& s : scores) {
+    bits.emplace_back(packed_size(static_cast<int64_t>(s.size())), 0xFF);
+    flat.insert(flat.end(), s.begin(), s.end());
+  }
+  std::vector<ScoredTensor> tensors;
+  for (size_t t = 0; t < scores.size(); ++t) {
+    tensors.push_back({scores[t].data(), bits[t].data(), static_cast<int64_t>(scores[t].size())});
+  }
+  for (int64_t k : {int64_t{0}, int64_t{1}, int64_t{1500}, static_cast<int64_t>(flat.size())}) {
+    expect(select_cpu(tensors, k, true, 2) == -1, "selection finds no NaN", k);
+    size_t at = 0;
+    for (size_t t = 0; t < scores.size(); ++t) {
+      for (size_t i = 0; i < 8 * bits[t].size(); ++i) {
+        int64_t ahead = i < scores[t].size() ? 0 : k;
+        if (i < scores[t].size()) {
+          for (size_t j = 0; j < flat.size(); ++j)
+            ahead += flat[j] > flat[at + i] || (flat[j] == flat[at + i] && j < at + i);
+        }
+        expect((bits[t][i / 8] >> i % 8 & 1) == (ahead < k), "selection", static_cast<long long>(at + i));
+      }
+      at += scores[t].size();
+    }
+  }
+  scores[3][7] = std::numeric_limits<float>::quiet_NaN();
+  expect(select_cpu(tensors, 1, true, 2) == 3, "selection names the tensor with a NaN");
+}
+
 int main() {
   test_philox();
   test_half_precision();
   test_integer_power();
   test_large_index();
+  test_selection();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();

@@ -1,0 +1,195 @@
+"""Selection of the k highest scores: against a stable sort on adversarial scores, on both backends, any threads."""
+
+import math
+
+import pytest
+import torch
+from helpers import both_backends
+
+from childtune_fast import backend
+from childtune_fast.packed_mask import PackedMask
+from childtune_fast.selection import top_k
+
+SLICE = 64 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
+DENORMAL = 1e-45
+
+
+def values(n, kind):
+    generator = torch.Generator().manual_seed(n)
+    normal = torch.randn(n, generator=generator)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, DENORMAL, -DENORMAL, 1.0, -1.0, 3e38, -3e38])
+    return {
+        "normal": normal,
+        "squares": normal.square() * 1e-12,
+        "all equal": torch.full((n,), 0.25),
+        "zeros of both signs": torch.where(normal > 0, 0.0, -0.0),
+        "denormal": normal * 20 * DENORMAL,
+        "infinities and extremes": special[torch.randint(len(special), (n,), generator=generator)],
+        "few values": (normal * 2).round(),
+        "differ in the last bit": torch.tensor(1.5).view(torch.int32).add((normal * 3).int()).view(torch.float32),
+    }[kind]
+
+
+KINDS = [
+    "normal",
+    "squares",
+    "all equal",
+    "zeros of both signs",
+    "denormal",
+    "infinities and extremes",
+    "few values",
+    "differ in the last bit",
+]
+
+
+def tensors(kind, sizes=(1000, 1, 0, 2 * SLICE + 77, 1024, SLICE, 333)):
+    pieces = values(sum(sizes), kind).split(sizes)
+    return {f"tensor {i}": piece for i, piece in enumerate(pieces)}
+
+
+def oracle(scores, k, largest):
+    """Sorts (score, index) pairs in float64, where no score is denormal."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in scores.values()]).double()
+    order = sorted(range(len(flat)), key=(-flat if largest else flat).tolist().__getitem__)  # stable, and 0.0 == -0.0
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[order[:k]] = True
+    return chosen
+
+
+def flat_mask(masks):
+    return torch.cat([mask.unpack().reshape(-1) for mask in masks.values()])
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Sets the backend that "auto" stands for."""
+    return lambda name: monkeypatch.setenv("CHILDTUNE_BACKEND", name)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@both_backends
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_a_stable_sort(kind, backend, on):
+    on(backend)
+    scores = tensors(kind, sizes=(100, 1, 0, 1023, 1024, 1025, 33))
+    total = sum(tensor.numel() for tensor in scores.values())
+    for largest in (True, False):
+        for k in (0, 1, total // 1000, round(0.3 * total), total - 1, total):
+            assert torch.equal(flat_mask(top_k(scores, k, largest=largest)), oracle(scores, k, largest))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_equals_torch_for_any_number_of_threads(kind, on, threads):
+    scores = tensors(kind, sizes=(1000, 1, 0, 5 * SLICE + 77, 1024, SLICE, 3 * SLICE - 1))
+    total = sum(tensor.numel() for tensor in scores.values())
+    for largest, share in ((True, 0.001), (True, 0.3), (False, 0.3)):
+        k = round(share * total)
+        on("torch")
+        expected = top_k(scores, k, largest=largest)
+        on("native")
+        for count in (1, 2, 3):
+            threads(count)
+            masks = top_k(scores, k, largest=largest)
+            assert sum(mask.count for mask in masks.values()) == k
+            assert all(torch.equal(masks[name].bits, expected[name].bits) for name in scores)
+
+
+@pytest.mark.parametrize("k", [999, 1000, 1001, SLICE - 1, SLICE, 1000 + SLICE, 1000 + SLICE + 5])
+def test_ties_go_to_the_lower_index_across_tensors_and_slices(k):
+    masks = top_k({"a": torch.zeros(10, 100), "b": torch.zeros(2 * SLICE)}, k)
+    assert torch.equal(flat_mask(masks), torch.arange(1000 + 2 * SLICE) < k)
+
+
+@both_backends
+def test_denormals_are_told_apart_where_torch_flushes_them(backend, on):
+    on(backend)
+    scores = {"a": torch.tensor([0.0, DENORMAL, 2 * DENORMAL, -DENORMAL])}
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        highest, lowest = (top_k(scores, 2, largest=largest)["a"] for largest in (True, False))
+    finally:
+        torch.set_flush_denormal(False)
+    assert highest.unpack().tolist() == [False, True, True, False]
+    assert lowest.unpack().tolist() == [True, False, False, True]
+
+
+@both_backends
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_nan_raises_and_names_the_first_parameter_that_has_one(nan, backend, on):
+    on(backend)
+    scores = tensors("normal")
+    scores["tensor 3"][-1] = nan
+    scores["tensor 6"][0] = nan
+    with pytest.raises(ValueError, match=r"scores must not be NaN \(got one or more for 'tensor 3'\)"):
+        top_k(scores, 10)
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_widen(dtype, backend, on):
+    on(backend)
+    scores = {"a": values(3000, "normal").to(dtype)}
+    assert torch.equal(top_k(scores, 900)["a"].bits, top_k({"a": scores["a"].float()}, 900)["a"].bits)
+
+
+@both_backends
+def test_a_mask_goes_by_logical_index_whatever_the_strides(backend, on):
+    on(backend)
+    scores = values(3000, "normal").view(50, 60)
+    strided = scores.t().contiguous().t()
+    assert torch.equal(top_k({"a": strided}, 900)["a"].bits, top_k({"a": scores}, 900)["a"].bits)
+
+
+def test_float64_scores_are_refused_with_the_remedy():
+    with pytest.raises(TypeError, match=r"got torch.float64 for 'a'\); convert them with .float\(\)"):
+        top_k({"a": torch.zeros(3, dtype=torch.float64)}, 1)
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match=rf"between 0 and the number of scores, 3 \(got {k}\)"):
+        top_k({"a": torch.zeros(3)}, k)
+
+
+@both_backends
+def test_no_scores(backend, on):
+    on(backend)
+    assert top_k({}, 0) == {}
+    assert isinstance(top_k({"a": torch.zeros(0, 3)}, 0)["a"], PackedMask)
+
+
+FLOATS, BITS = torch.zeros(1025), torch.zeros(256, dtype=torch.uint8)
+NONSENSE = {
+    "no tensor": ([1], [BITS], 1, TypeError),
+    "no bits": ([FLOATS], [], 1, ValueError),
+    "double": ([FLOATS.double()], [BITS], 1, ValueError),
+    "strided scores": ([torch.zeros(2050)[::2]], [BITS], 1, ValueError),
+    "short bits": ([FLOATS], [BITS[:255]], 1, ValueError),
+    "strided bits": ([FLOATS], [torch.zeros(512, dtype=torch.uint8)[::2]], 1, ValueError),
+    "signed bits": ([FLOATS], [BITS.view(torch.int8)], 1, ValueError),
+    "scores elsewhere": ([FLOATS.to("meta")], [BITS], 1, (ValueError, BufferError, RuntimeError)),
+    "bits elsewhere": ([FLOATS], [BITS.to("meta")], 1, (ValueError, BufferError, RuntimeError)),
+    "k negative": ([FLOATS], [BITS], -1, ValueError),
+    "k beyond": ([FLOATS], [BITS], 1026, ValueError),
+}
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["exchange", "attributes"])
+@pytest.mark.parametrize(("scores", "bits", "k", "error"), NONSENSE.values(), ids=NONSENSE)
+def test_the_compiled_function_refuses_what_it_cannot_take(scores, bits, k, error, forced):
+    native = backend.load_native()
+    native.force_attribute_access(forced)
+    try:
+        native.select_top([FLOATS], [BITS.clone()], 5, True, 2)
+        with pytest.raises(error):
+            native.select_top(scores, bits, k, True, 2)
+    finally:
+        native.force_attribute_access(False)
+    assert not BITS.any()
