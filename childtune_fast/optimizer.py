@@ -16,6 +16,7 @@ from .checks import check_group, check_no_lazy_negation, check_options, check_ov
 from .child_state import Masks
 from .collect import PLAIN_TENSORS, clip, collect, is_sharded
 from .mask import MASK_VERSION, check_seed
+from .state import mark_child
 
 if TYPE_CHECKING:
     from .child_network import ChildNetwork
@@ -155,7 +156,7 @@ class ChildAdamW(CheckpointedAdamW):
             raise
         self.child_masks.update(masks)
         for param, mask in masks.items():
-            self.state[param]["child_mask"] = mask.bits
+            mark_child(self.state[param], mask)
 
     def _masks_of(self, group: dict[str, Any]) -> Masks:
         """The child network's masks of a group's parameters."""

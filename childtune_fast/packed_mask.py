@@ -85,7 +85,7 @@ class PackedMask:
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns the bool tensor that `bits` hold, of the given shape and on their device."""
     flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(flat).view(torch.bool).view(*shape).to(bits.device)
+    return torch.from_numpy(flat).view(torch.bool).view(tuple(shape)).to(bits.device)
 
 
 def packed_size(numel: int) -> int:

@@ -13,10 +13,15 @@ _AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def has_begun(state: dict[str, Any], amsgrad: bool = False) -> bool:
-    """Whether a parameter was ever stepped; before that, its state holds the mask of its child network at most."""
-    if len(state) <= 1 and (not state or "child_mask" in state):
+    """Whether a parameter has all of its state; before its first step, what `mark_child` gave it at most."""
+    if not state or ("exp_avg" not in state and "child_mask" in state and state["step"] == 0):
         return False
     return not amsgrad or "max_exp_avg_sq" in state
+
+
+def mark_child(state: dict[str, Any], mask: PackedMask) -> None:
+    """Puts a child network's mask into a parameter's state; torch wants a step count in any that is not empty."""
+    state.update(child_mask=mask.bits, step=torch.zeros((), dtype=torch.float32))
 
 
 def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, amsgrad: bool) -> None:
@@ -28,9 +33,9 @@ def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, am
             return torch.zeros(mask.count, dtype=dtype, device=param.device)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    if mask is not None:
-        state["child_mask"] = mask.bits
-    if "step" not in state:
+    if not has_begun(state):
+        if mask is not None:
+            mark_child(state, mask)
         state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=zeros(), exp_avg_sq=zeros())
     if amsgrad:
         state["max_exp_avg_sq"] = zeros()
@@ -47,7 +52,7 @@ def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None
     """
     state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*_AVERAGES, "step", "child_mask")}
     if mask is not None:
-        state["child_mask"] = mask.bits
+        mark_child(state, mask)
     if not has_begun(saved):
         return state
     step = saved.get("step", 0.0)
@@ -70,7 +75,9 @@ def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None
 
 
 def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:
-    """A parameter's state as an optimizer without a child network has it: zeros outside the child network."""
+    """A parameter's state as an optimizer without a child network has it: zeros outside; {} before the first step."""
+    if not has_begun(state):
+        return {}
     dense = {k: v for k, v in state.items() if k != "child_mask"}
     for key in _AVERAGES:
         if mask is not None and key in dense:

@@ -92,7 +92,7 @@ bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel
 // The bits of a child network's mask, after checking that they are those of `numel` weights.
 const uint8_t* child_bits(const TensorView& t, int64_t numel) {
   static const uint8_t none = 0;
-  if (!is_vector_of(t, kCodeUInt, 8, mask_blocks(numel) * (kRankBlock / 8)))
+  if (!is_vector_of(t, kCodeUInt, 8, mask_bytes(numel)))
     refuse("child_bits must hold 128 bytes on the CPU for each 1024 weights begun");
   if (numel == 0) return &none;
   const auto* bits = static_cast<const uint8_t*>(t.data);
@@ -257,7 +257,7 @@ int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool
     if (!from.on_cpu || !to.on_cpu) refuse("select_top: every tensor must be on the CPU");
     if (!from.is(kCodeFloat, 32) || !from.contiguous()) refuse("select_top: scores must be float32 and contiguous");
     if (!to.is(kCodeUInt, 8) || !to.contiguous()) refuse("select_top: bits must be uint8 and contiguous");
-    if (to.numel() != packed_size(from.numel()))
+    if (to.numel() != mask_bytes(from.numel()))
       refuse("select_top: bits must have 128 bytes for each 1024 scores begun");
     if (from.numel() > 0 && (from.data == nullptr || to.data == nullptr))
       refuse("select_top: every tensor must have memory");

@@ -11,7 +11,7 @@
 
 namespace childtune {
 
-constexpr int kRankBlock = 1024;
+constexpr int64_t kRankBlock = 1024;
 
 struct PackedMask {
   const uint8_t* bits = nullptr;  // nullptr: no child network, every weight is trained
@@ -20,6 +20,8 @@ struct PackedMask {
 };
 
 CHILDTUNE_INLINE int64_t mask_blocks(int64_t numel) { return (numel + kRankBlock - 1) / kRankBlock; }
+
+CHILDTUNE_INLINE int64_t mask_bytes(int64_t numel) { return mask_blocks(numel) * (kRankBlock / 8); }
 
 CHILDTUNE_INLINE bool in_child(const uint8_t* bits, int64_t element) { return bits[element / 8] >> (element % 8) & 1; }
 

@@ -12,7 +12,7 @@
 namespace childtune {
 namespace {
 
-constexpr int64_t kSliceElements = 64 * kPackedBlock;
+constexpr int64_t kSliceElements = 64 * kRankBlock;
 constexpr size_t kWorthThreads = 8;  // slices: below that, waking other threads costs more than they take over
 constexpr int kMostWorkers = 32;     // each has counts of its own: half a megabyte
 constexpr uint32_t kInfinity = 0x7F800000u;
@@ -81,8 +81,8 @@ class Selection {
       const Slice& slice = slices_[i];
       int64_t* counts = &counts_[worker * kBuckets];
       bool has_nan = false;
-      for (int64_t at = 0; at < slice.count; at += kPackedBlock) {
-        uint32_t keys[kPackedBlock];
+      for (int64_t at = 0; at < slice.count; at += kRankBlock) {
+        uint32_t keys[kRankBlock];
         const int64_t count = read_keys(slice, at, keys);
         uint32_t beyond = 0;  // the sign bit of infinity minus a NaN's magnitude
         for (int64_t j = 0; j < count; ++j) {
@@ -103,8 +103,8 @@ class Selection {
     std::fill(counts_.begin(), counts_.end(), 0);
     for_slices(slices_, workers_, [&](int64_t worker, size_t i) {
       int64_t* counts = &counts_[worker * kBuckets];
-      for (int64_t at = 0; at < slices_[i].count; at += kPackedBlock) {
-        uint32_t keys[kPackedBlock];
+      for (int64_t at = 0; at < slices_[i].count; at += kRankBlock) {
+        uint32_t keys[kRankBlock];
         const int64_t count = read_keys(slices_[i], at, keys);
         for (int64_t j = 0; j < count; ++j) {
           if (keys[j] >> 16 == upper) ++counts[keys[j] & 0xFFFFu];
@@ -127,14 +127,14 @@ class Selection {
   void write_bits(uint32_t threshold) {
     for_slices(slices_, workers_, [&](int64_t, size_t i) {
       int64_t ties = 0;
-      for (int64_t at = 0; at < slices_[i].count; at += kPackedBlock) {
-        uint32_t keys[kPackedBlock];
+      for (int64_t at = 0; at < slices_[i].count; at += kRankBlock) {
+        uint32_t keys[kRankBlock];
         const int64_t count = read_keys(slices_[i], at, keys);
-        std::fill(keys + count, keys + kPackedBlock, 0u);  // below every score
+        std::fill(keys + count, keys + kRankBlock, 0u);  // below every score
         uint32_t equal = 0;
         for (uint32_t key : keys) equal += key == threshold;
         ties += equal;
-        for (int64_t byte = 0; byte < kPackedBlock / 8; ++byte) {
+        for (int64_t byte = 0; byte < kRankBlock / 8; ++byte) {
           uint32_t bits = 0;
           for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(keys[8 * byte + j] > threshold) << j;
           slices_[i].bits[at / 8 + byte] = static_cast<uint8_t>(bits);
@@ -158,7 +158,7 @@ class Selection {
 
   // Writes the keys of the block at `at`, and returns how many they are.
   int64_t read_keys(const Slice& slice, int64_t at, uint32_t* keys) const {
-    const int64_t count = std::min(kPackedBlock, slice.count - at);
+    const int64_t count = std::min(kRankBlock, slice.count - at);
     for (int64_t j = 0; j < count; ++j) keys[j] = key_of(slice.scores[at + j], flip_);
     return count;
   }

@@ -5,18 +5,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/packed_mask.h"
+
 namespace childtune {
 
-constexpr int64_t kPackedBlock = 1024;  // weights; bits are laid out as childtune_fast/packed_mask.py says
-
-// The scores of one parameter, and where its mask is written: packed_size(numel) bytes.
+// The scores of one parameter, and where its mask is written: mask_bytes(numel).
 struct ScoredTensor {
   const float* scores;
   uint8_t* bits;
   int64_t numel;
 };
-
-constexpr int64_t packed_size(int64_t numel) { return (numel + kPackedBlock - 1) / kPackedBlock * (kPackedBlock / 8); }
 
 // Sets the bits of exactly the `k` highest scores, or lowest, and clears all others; `k` is at most the number of
 // scores. Of equal scores (0.0 and -0.0 are) the one with the lower index is taken: earlier tensor, then flat index.

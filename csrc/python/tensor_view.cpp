@@ -122,7 +122,6 @@ TensorView view_by_attributes(PyObject* borrowed) {
                   tensor.attribute("is_cpu").integer() != 0};
   if (dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16") view.type_code = kCodeFloat;
   if (dtype == "torch.int64") view.type_code = kCodeInt;
-  if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;
   if (dtype == "torch.uint8") view.type_code = kCodeUInt;
   return view;

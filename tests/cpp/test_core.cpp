@@ -219,7 +219,7 @@ static void test_selection() {
   std::vector<std::vector<uint8_t>> bits;
   std::vector<float> flat;
   for (const auto& s : scores) {
-    bits.emplace_back(packed_size(static_cast<int64_t>(s.size())), 0xFF);
+    bits.emplace_back(mask_bytes(static_cast<int64_t>(s.size())), 0xFF);
     flat.insert(flat.end(), s.begin(), s.end());
   }
   std::vector<ScoredTensor> tensors;
