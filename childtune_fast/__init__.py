@@ -1,7 +1,9 @@
 """childtune_fast: masked fine-tuning of pretrained transformers (Child-Tuning) at the speed of fused AdamW."""
 
 from ._version import __version__
+from .fisher import estimate_fisher
+from .fisher_accumulator import FisherAccumulator
 from .mask import bernoulli_mask
 from .optimizer import ChildAdamW
 
-__all__ = ["ChildAdamW", "__version__", "bernoulli_mask"]
+__all__ = ["ChildAdamW", "FisherAccumulator", "__version__", "bernoulli_mask", "estimate_fisher"]

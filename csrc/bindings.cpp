@@ -206,6 +206,30 @@ double sum_of_squares(const py::list& tensors, int threads) {
   return sum_of_squares_cpu(w.items, threads);
 }
 
+bool accumulate_squares(const py::object& score, const py::object& grad, double weight, double grad_factor,
+                        int threads) {
+  Workspace& w = workspace();
+  const TensorView scores = view_tensor(score.ptr()), grads = view_tensor(grad.ptr());
+  if (!scores.on_cpu || !grads.on_cpu) refuse("every tensor must be on the CPU");
+  if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
+  if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
+  StepItem item{};
+  item.dtype = param_dtype(grads);
+  item.numel = grads.numel();
+  if (item.numel > 0 && (scores.data == nullptr || grads.data == nullptr))
+    refuse("every tensor must have memory of its own");
+  item.data[kGrad] = grads.data;
+  item.data[kExpAvgSq] = scores.data;
+  w.layout_starts.push_back(grads.contiguous() ? -1 : 0);
+  w.layouts.push_back(grads.ndim);
+  for (const int64_t* row : {grads.shape, scores.strides, grads.strides})  // in the place of kParam: not read
+    w.layouts.insert(w.layouts.end(), row, row + grads.ndim);
+  w.items.push_back(item);
+  w.place_layouts();
+  const py::gil_scoped_release no_gil;
+  return accumulate_squares_cpu(w.items, weight, grad_factor, threads);
+}
+
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
   if (counter.size() != 4 || key.size() != 2)
     refuse("philox4x32_10: four counter words and two key words are required");
@@ -240,6 +264,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MASK_VERSION") = kMaskVersion;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("threads"));
+  m.def("accumulate_squares", &accumulate_squares, py::arg("score"), py::arg("grad"), py::arg("weight"),
+        py::arg("grad_factor"), py::arg("threads"));
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);

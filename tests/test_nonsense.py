@@ -39,6 +39,9 @@ for thing in THINGS:
     for threads in (1, 0, -5, thing):
         if thing is freed: break  # pybind11 would print it, and torch crashes when printing it
         attempt(native.step, thing, threads); attempt(native.step, [thing], threads)
+        attempt(native.accumulate_squares, torch.ones(6), thing, 1.0, 1.0, threads)
+        attempt(native.accumulate_squares, thing, torch.ones(6), 1.0, 1.0, threads)
+        attempt(native.accumulate_squares, torch.ones(6), torch.ones(6), thing, thing, threads)
         attempt(native.sum_of_squares, thing, threads); attempt(native.sum_of_squares, [torch.ones(6), thing], threads)
     for name in (*GOOD, *LISTS, "indices", "slices"):
         g = group(); setattr(g, name, thing); attempt(native.step, [group(), g], 2)
