@@ -27,8 +27,8 @@ class FisherAccumulator:
             fisher.update()
         child = ChildNetwork.from_scores(model, fisher.scores(), reserve_p=0.3)
 
-    Scored are the parameters that require a gradient now; tied ones once, by their first name. A sum of n squares in
-    float32 is exact to a relative n * 2^-24.
+    Scored are the parameters that require a gradient now; tied ones once, by their first name. How exact the sums are:
+    docs/numerics.md.
 
     Args:
         model: whose parameters' gradients are squared.

@@ -1,6 +1,7 @@
 """estimate_fisher: its values against float64, and that it leaves everything as it was."""
 
 import copy
+import itertools
 import random
 import warnings
 import weakref
@@ -415,6 +416,34 @@ def test_never_a_second_gradient(monkeypatch):
     estimate(model, make_batches(), parameters="weight")
     assert len(seen) == 9 * BATCHES
     assert set(alive) == {1}
+
+
+def peak_allocation(function):
+    """The most bytes that torch's allocator had handed out at once during the call, beyond those from before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    del kept
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_peak_memory_is_one_backward_and_the_scores(monkeypatch, backend):
+    """Not even that: the gradients are not all there at once. The fallback has temporaries of single tensors."""
+    monkeypatch.setenv("CHILDTUNE_BACKEND", backend)
+    model = nn.Sequential(nn.Linear(6, 128), *(nn.Linear(128, 128) for _ in range(20)), nn.Linear(128, 3))
+    batches = make_batches()
+    size = sum(4 * p.numel() for p in model.parameters())
+
+    def backward():
+        loss_fn(model, batches[0]).backward()
+
+    one_backward = peak_allocation(backward)
+    assert one_backward >= size
+    model.zero_grad()
+    assert peak_allocation(lambda: estimate(model, batches)) <= 1.5 * size
+    assert 1.5 * size < one_backward + size
 
 
 def test_scores_do_not_depend_on_present_gradients():
