@@ -122,8 +122,15 @@ class FisherAccumulator:
         """Continues from what another accumulator's `state_dict` holds, which is copied.
 
         Raises:
-            ValueError: it is of other parameters, or was clipped otherwise. Nothing has been loaded then.
+            ValueError: it is no such thing, of other parameters, or was clipped otherwise. Nothing has been loaded
+                then.
         """
+        missing = {"sums", "weight", "grad_clip"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                "FisherAccumulator.load_state_dict: what FisherAccumulator.state_dict() returned is required (got one "
+                f"without {', '.join(sorted(missing))}); load a whole checkpoint"
+            )
         self._check_matches(state_dict["sums"], state_dict["grad_clip"], "load_state_dict")
         self.reset()
         for name, sums in state_dict["sums"].items():

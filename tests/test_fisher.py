@@ -205,6 +205,21 @@ def test_examples_must_lie_in_dimension_0(x):
         estimate(make_model(), batches, per_example=True)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("per_example", [False, True])
+def test_on_a_gpu(per_example):
+    """Batches from the CPU; gradients that differ by the rounding of matrix products."""
+    model, batches = make_model(), make_batches()
+    expected = estimate(model, batches, per_example=per_example, grad_clip=0.05)
+    model.cuda()
+    state = torch.cuda.get_rng_state()
+    scores = estimate(model, batches, per_example=per_example, grad_clip=0.05)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for name, score in scores.items():
+        assert score.is_cuda
+        torch.testing.assert_close(score.cpu(), expected[name], rtol=1e-3, atol=1e-9)
+
+
 # ---- Which parameters --------------------------------------------------------------------------------------------
 
 

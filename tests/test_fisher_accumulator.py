@@ -153,6 +153,8 @@ def test_wrong_calls():
         for value in (0.0, -1.0, math.nan, math.inf):
             with pytest.raises(ValueError, match=rf"{name} must be above 0 and finite \(got {value}\)"):
                 fisher.update(**{name: value})
+    with pytest.raises(ValueError, match=r"load_state_dict: .*\(got one without grad_clip, sums, weight\)"):
+        fisher.load_state_dict(model.state_dict())
     for p in model.parameters():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match=r"at least one parameter that requires a gradient \(got none of 0: none\)"):
