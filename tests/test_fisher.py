@@ -197,6 +197,25 @@ def test_chunks_cover_every_example(monkeypatch):
         torch.testing.assert_close(score, whole[name], rtol=1e-4, atol=1e-9)
 
 
+def test_vmap_that_fails_half_way(monkeypatch):
+    """After the first chunk of two: every example is still counted once."""
+    model, batches = make_model(), make_batches()
+    expected = estimate(model, examples_of(batches))
+    size = sum(4 * p.numel() for p in model.parameters())
+    monkeypatch.setattr("childtune_fast.per_example._CHUNK_BYTES", 2 * size)
+    vmap = torch.func.vmap
+
+    def fails_later(*args, **options):
+        results = iter([vmap(*args, **options)])
+        return lambda *inputs: next(results)(*inputs)
+
+    monkeypatch.setattr(torch.func, "vmap", fails_later)
+    with pytest.warns(UserWarning, match="StopIteration"):
+        scores = estimate(model, batches, per_example=True)
+    for name, score in scores.items():
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("x", [torch.zeros(3, 6), torch.zeros(())])
 def test_examples_must_lie_in_dimension_0(x):
     batches = make_batches()
