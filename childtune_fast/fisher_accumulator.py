@@ -49,6 +49,8 @@ class FisherAccumulator:
             )
         self.grad_clip = grad_clip
         self._params = _selected(model, parameters)
+        if any(param.is_cpu for param in self._params.values()):
+            backends.resolve("auto")  # a build, or the reason why there is none, comes now and not amid a backward pass
         self._sums: dict[str, Tensor] = {}
         self.reset()
 
