@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from fisher_models import estimate, loss_fn, make_batches, make_model
 from helpers import both_backends, every_dtype, same_bits
-from test_fisher import estimate, loss_fn, make_batches, make_model
 
 from childtune_fast import FisherAccumulator
 
