@@ -21,6 +21,11 @@ class Results:
         self.date: str = data["datetime"][:10]
         self._by_name = {bench["name"]: bench["extra_info"] for bench in data["benchmarks"]}
 
+    def interruptions(self) -> list[float]:
+        """Returns how many interruptions a second each benchmark noted, of those that count them."""
+        key = "interruptions_per_s"
+        return [noted[key] for noted in self._by_name.values() if key in noted]
+
     def cost(self, name: str) -> Record:
         """Returns what a test in test_costs.py noted. Raises KeyError if it was not run."""
         return self._by_name[f"test_{name}"]
@@ -28,6 +33,10 @@ class Results:
     def step(self, workload: str, dtype: str, threads: int) -> Record:
         """Returns what test_step noted on one workload. Raises KeyError if it was not run."""
         return self._by_name[f"test_step[{workload}-{dtype}-{threads}]"]
+
+    def fisher(self, threads: int) -> Record:
+        """Returns what test_fisher noted. Raises KeyError if it was not run."""
+        return self._by_name[f"test_fisher[{threads}]"]
 
     def steps(self, workload: str) -> dict[str, Record]:
         """Returns {title: what test_step noted} for each dtype and number of threads that were measured."""
@@ -64,6 +73,14 @@ def _ratio(workload: str, dtype: str, threads: int, other: str = "fused", ours: 
     return read
 
 
+def _fisher_ratio(other: str) -> Callable:
+    def read(results: Results) -> Record:
+        noted = results.fisher(2)
+        return {**noted["ratios"][other], "disturbed": noted["interruptions_per_s"] >= QUIET}
+
+    return read
+
+
 def _unit(unit: str, digits: int = 1) -> Callable[[float], str]:
     return lambda value: f"{value:.{digits}f} {unit}"
 
@@ -91,6 +108,10 @@ PROMISES = [
         _ratio(_BERT, "bfloat16", 2),
     ),
     Promise("the same on 1 thread", 1.00, _plain, _ratio(_BERT, "bfloat16", 1)),
+    Promise(
+        "Fisher accumulation, 84 M weights, 2 threads: to `F.add_(g * g)`", 0.65, _plain, _fisher_ratio("add_product")
+    ),
+    Promise("the same to `F.addcmul_(g, g)`", 1.00, _plain, _fisher_ratio("addcmul")),
     Promise(
         "memory that torch allocates in a step after the first",
         0,

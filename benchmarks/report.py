@@ -5,6 +5,7 @@ named after the CPU.
 """
 
 import argparse
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ WORKLOAD_TITLES = {
     "bert-base": "BERT-base, 109 M weights in 199 tensors: ns per weight",
     "1000x33": "1000 tensors of 33 weights: us per tensor",
 }
+FISHER_TITLES = {"ours": "one fused pass", "addcmul": "F.addcmul_(g, g)", "add_product": "F.add_(g * g)"}
 
 
 def main() -> None:
@@ -70,13 +72,12 @@ def report(results: Results) -> str:
         table = times_table(results, workload)
         if table:
             parts += [f"## {title}", table]
-    return "\n\n".join([*parts, memory_table(results)]).rstrip() + "\n"
+    return "\n\n".join([*parts, *filter(None, (fisher_table(results), memory_table(results)))]) + "\n"
 
 
 def quietness(results: Results) -> str:
     """Returns whether other processes disturbed the measurement, in a sentence."""
-    steps = [step for workload in WORKLOAD_TITLES for step in results.steps(workload).values()]
-    counts = [step["interruptions_per_s"] for step in steps if "interruptions_per_s" in step]
+    counts = results.interruptions()
     if not counts:
         return "Whether other processes disturbed the measurement was not recorded."
     judged = "so the machine was quiet" if max(counts) < QUIET else "so it was NOT QUIET: measure again"
@@ -131,6 +132,21 @@ def ratio_to(step: dict, name: str) -> str:
     """Returns the ratio of F's time to that of `name`."""
     ratio = step["ratios"]["ours"].get(name)
     return f"{ratio['median']:.2g}" if ratio else ""
+
+
+def fisher_table(results: Results) -> str:
+    """Returns the times to accumulate squared gradients; empty if they were not measured."""
+    measured = {}
+    for threads in (2, 1):
+        with contextlib.suppress(KeyError):
+            measured[f"{threads} thread{'s' * (threads > 1)}"] = results.fisher(threads)
+    if not measured:
+        return ""
+    rows = [
+        [title, *(f"{noted['times_ns'][name]['median'] / noted['weights']:.3g}" for noted in measured.values())]
+        for name, title in FISHER_TITLES.items()
+    ]
+    return "## Fisher accumulation, 84 M weights, fp32: ns per weight\n\n" + markdown(["", *measured], rows)
 
 
 def memory_table(results: Results) -> str:

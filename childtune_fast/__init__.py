@@ -2,7 +2,9 @@
 
 from ._version import __version__
 from .child_network import ChildNetwork
+from .fisher import estimate_fisher
+from .fisher_accumulator import FisherAccumulator
 from .mask import bernoulli_mask
 from .optimizer import ChildAdamW
 
-__all__ = ["ChildAdamW", "ChildNetwork", "__version__", "bernoulli_mask"]
+__all__ = ["ChildAdamW", "ChildNetwork", "FisherAccumulator", "__version__", "bernoulli_mask", "estimate_fisher"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import compute_dtype
 from .mask import KEEP_ALL, bernoulli_mask
 from .packed_mask import unpack
 from .step_group import StepGroup
@@ -143,3 +144,15 @@ def _sum_by_halving(x: Tensor) -> Tensor:
         low, high = x.chunk(2, dim=-1)
         x = low + high
     return x.squeeze(-1)
+
+
+def accumulate_squares(score: Tensor, grad: Tensor, weight: float, grad_factor: float) -> Tensor:
+    """Adds `weight * (grad * grad_factor)**2` to the float32 tensor `score`, in place. csrc/core/fisher.h in torch.
+
+    Returns:
+        Whether every gradient was finite, as a bool tensor on its device.
+    """
+    dtype = compute_dtype(grad)
+    scaled = grad.to(dtype) * grad_factor
+    score.copy_(score.to(dtype) + scaled * weight * scaled)
+    return torch.isfinite(grad).all()

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <string>
 #include <vector>
 
@@ -12,201 +11,14 @@
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/selection.h"
-#include "python/tensor_view.h"
+#include "python/step_items.h"
 
 #ifndef TORCH_EXTENSION_NAME
 #define TORCH_EXTENSION_NAME _native
 #endif
 
-namespace py = pybind11;
-
 namespace childtune {
 namespace {
-
-// Kept between steps, so that a step allocates nothing.
-struct Workspace {
-  std::vector<StepItem> items;
-  std::vector<void*> step_counters;  // where each item's step count is stored
-  std::vector<bool> step_is_double;
-  std::vector<int64_t> layouts;        // of arrays that are not contiguous
-  std::vector<int64_t> layout_starts;  // of each item in `layouts`, or -1
-
-  void clear() {
-    items.clear();
-    step_counters.clear();
-    step_is_double.clear();
-    layouts.clear();
-    layout_starts.clear();
-    forget_views();
-  }
-
-  // Growing `layouts` moves it, so pointers into it are set last.
-  void place_layouts() {
-    for (size_t i = 0; i < items.size(); ++i) {
-      items[i].layout = layout_starts[i] < 0 ? nullptr : layouts.data() + layout_starts[i];
-    }
-  }
-};
-
-Workspace& workspace() {
-  thread_local Workspace w;
-  w.clear();
-  return w;
-}
-
-[[noreturn]] void refuse(const std::string& what) { throw py::value_error(what); }
-
-// A real list: the group holds it, so its tensors outlive the step. Of another iterable, a copy would be all that does.
-py::list list_of(const py::handle& group, const char* name) {
-  const py::object value = group.attr(name);
-  if (!PyList_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a list");
-  return py::reinterpret_borrow<py::list>(value);
-}
-
-// One of a group's lists: `name` must hold a tensor for each parameter.
-struct TensorList {
-  py::list list;
-  const char* name;
-
-  TensorList(const py::handle& group, const char* name_) : list(list_of(group, name_)), name(name_) {}
-
-  TensorView at(size_t i) const {
-    if (i >= list.size()) refuse(std::string(name) + " must have an entry for each parameter");
-    return view_tensor(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
-  }
-};
-
-DType param_dtype(const TensorView& t) {
-  if (t.is(kCodeFloat, 32)) return DType::kFloat32;
-  if (t.is(kCodeFloat, 64)) return DType::kFloat64;
-  if (t.is(kCodeBFloat, 16)) return DType::kBFloat16;
-  if (t.is(kCodeFloat, 16)) return DType::kFloat16;
-  refuse("param must be float32, float64, bfloat16 or float16");
-}
-
-bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel) {
-  return t.is(code, bits) && t.on_cpu && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
-         (numel == 0 || t.data != nullptr);
-}
-
-// The bits of a child network's mask, after checking that they are those of `numel` weights.
-const uint8_t* child_bits(const TensorView& t, int64_t numel) {
-  static const uint8_t none = 0;
-  if (!is_vector_of(t, kCodeUInt, 8, mask_bytes(numel)))
-    refuse("child_bits must hold 128 bytes on the CPU for each 1024 weights begun");
-  if (numel == 0) return &none;
-  const auto* bits = static_cast<const uint8_t*>(t.data);
-  if (numel % 8 != 0 && bits[numel / 8] >> (numel % 8) != 0) refuse("child_bits must end with the weights");
-  return bits;
-}
-
-PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t numel) {
-  const int64_t blocks = mask_blocks(numel);
-  if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1))
-    refuse("child_ranks must hold a rank on the CPU for each 1024 weights begun, and the whole count");
-  const auto* rank = static_cast<const int64_t*>(ranks.data);
-  if (rank[blocks] < 0 || rank[blocks] > numel) refuse("child_ranks must count the weights");
-  return {child_bits(bits, numel), rank, rank[blocks]};
-}
-
-// Sets the item's arrays, after checking that all lie on the CPU with the shape and the dtypes that the kernel assumes.
-// item->child is set already: with it, the state must be compact.
-void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* item) {
-  const TensorView& param = views[kParam];
-  item->dtype = param_dtype(param);
-  item->numel = param.numel();
-  const uint8_t state_bits = item->dtype == DType::kFloat64 ? 64 : 32;
-  bool contiguous = true;
-  for (int s = 0; s < streams; ++s) {
-    const TensorView& t = views[s];
-    if (!t.on_cpu) refuse("every tensor must be on the CPU");
-    const bool compact = s > kGrad && item->child.bits != nullptr;
-    if (compact && (t.ndim != 1 || t.numel() != item->child.count || !t.contiguous()))
-      refuse("the state of a child network must be contiguous, with a value for each of its weights");
-    if (!compact && !t.same_shape(param)) refuse("param, grad and state must have one shape");
-    const bool right = s <= kGrad ? t.is(param.type_code, param.bits) : t.is(kCodeFloat, state_bits);
-    if (!right) refuse("grad must have the dtype of param, and the state that of the computation");
-    if (t.data == nullptr && t.numel() > 0) refuse("every tensor must have memory of its own");
-    contiguous = contiguous && (compact || t.contiguous());
-    item->data[s] = t.data;
-  }
-  for (int s = streams; s < kStreams; ++s) item->data[s] = nullptr;
-  w->layout_starts.push_back(contiguous ? -1 : static_cast<int64_t>(w->layouts.size()));
-  if (contiguous) return;
-  w->layouts.push_back(param.ndim);
-  w->layouts.insert(w->layouts.end(), param.shape, param.shape + param.ndim);
-  for (int s = 0; s < streams; ++s) {
-    if (views[s].ndim != param.ndim) break;  // compact state, which needs no strides
-    w->layouts.insert(w->layouts.end(), views[s].strides, views[s].strides + param.ndim);
-  }
-}
-
-// Notes where the step count is stored, and returns the number of the step now taken.
-uint64_t next_step(const TensorView& t, Workspace* w) {
-  const bool is_double = t.is(kCodeFloat, 64);
-  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu || t.data == nullptr) {
-    refuse("step must be one float32 or float64 on the CPU");
-  }
-  const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
-  if (!(value >= 0 && value < 4294967295.0) || value != std::floor(value))
-    refuse("step must be a whole number below 2^32");
-  w->step_counters.push_back(t.data);
-  w->step_is_double.push_back(is_double);
-  return static_cast<uint64_t>(value) + 1;
-}
-
-HyperParams hyper_params(const py::handle& group) {
-  const auto number = [&](const char* name) { return group.attr(name).cast<double>(); };
-  return {number("lr"),
-          number("beta1"),
-          number("beta2"),
-          number("eps"),
-          number("weight_decay"),
-          number("grad_factor"),
-          number("keep_threshold") / kKeepAll,
-          group.attr("published_code").cast<bool>()};
-}
-
-MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
-  if (slices.is_none()) return {};
-  const auto entry = py::list(slices)[i].cast<py::tuple>();
-  const MaskSlice slice{entry[0].cast<uint64_t>(), entry[1].cast<int64_t>(), entry[2].cast<uint64_t>()};
-  if (slice.run < 0 || (slice.run > 0 && numel % slice.run != 0)) refuse("a slice must hold whole runs");
-  return slice;
-}
-
-void add_group(const py::handle& group, Workspace* w) {
-  const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
-      exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
-      bits(group, "child_bits"), ranks(group, "child_ranks");
-  const py::list indices(group.attr("indices"));
-  const py::object slices = group.attr("slices");
-  const bool amsgrad = group.attr("amsgrad").cast<bool>();
-  const uint32_t keep_threshold = group.attr("keep_threshold").cast<uint32_t>();
-  const uint64_t seed = group.attr("seed").cast<uint64_t>();
-  const HyperParams h = hyper_params(group);
-  uint64_t constants_step = 0;  // parameters of a group mostly share their step count, so its constants too
-  AdamWConstants<double> constants{};
-  for (size_t i = 0; i < params.list.size(); ++i) {
-    TensorView views[kStreams] = {params.at(i), grads.at(i), exp_avgs.at(i), exp_avg_sqs.at(i), {}};
-    if (amsgrad) views[kMaxExpAvgSq] = max_exp_avg_sqs.at(i);
-    StepItem item{};
-    if (bits.list.size() > 0) item.child = packed_mask(bits.at(i), ranks.at(i), views[kParam].numel());
-    set_arrays(views, amsgrad ? 5 : 4, w, &item);
-    const uint64_t step = next_step(steps.at(i), w);
-    if (step != constants_step) {
-      constants = step_constants(h, step);
-      constants_step = step;
-    }
-    item.constants = constants;
-    item.masked = keep_threshold < kKeepAll;
-    item.keep_threshold = keep_threshold;
-    item.key = {seed, static_cast<uint32_t>(step), indices[i].cast<uint32_t>()};
-    item.slice = mask_slice(slices, i, item.numel);
-    item.decay_outside = group.attr("decay_outside").cast<bool>();
-    w->items.push_back(item);
-  }
-}
 
 void write_steps(const Workspace& w) {
   for (size_t i = 0; i < w.items.size(); ++i) {
@@ -269,6 +81,30 @@ int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool
   return select_cpu(tensors, k, largest, threads);
 }
 
+bool accumulate_squares(const py::object& score, const py::object& grad, double weight, double grad_factor,
+                        int threads) {
+  Workspace& w = workspace();
+  const TensorView scores = view_tensor(score.ptr()), grads = view_tensor(grad.ptr());
+  if (!scores.on_cpu || !grads.on_cpu) refuse("every tensor must be on the CPU");
+  if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
+  if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
+  StepItem item{};
+  item.dtype = param_dtype(grads);
+  item.numel = grads.numel();
+  if (item.numel > 0 && (scores.data == nullptr || grads.data == nullptr))
+    refuse("every tensor must have memory of its own");
+  item.data[kGrad] = grads.data;
+  item.data[kExpAvgSq] = scores.data;
+  w.layout_starts.push_back(grads.contiguous() ? -1 : 0);
+  w.layouts.push_back(grads.ndim);
+  for (const int64_t* row : {grads.shape, scores.strides, grads.strides})  // in the place of kParam: not read
+    w.layouts.insert(w.layouts.end(), row, row + grads.ndim);
+  w.items.push_back(item);
+  w.place_layouts();
+  const py::gil_scoped_release no_gil;
+  return accumulate_squares_cpu(w.items, weight, grad_factor, threads);
+}
+
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
   if (counter.size() != 4 || key.size() != 2)
     refuse("philox4x32_10: four counter words and two key words are required");
@@ -305,6 +141,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
         py::arg("threads"));
+  m.def("accumulate_squares", &accumulate_squares, py::arg("score"), py::arg("grad"), py::arg("weight"),
+        py::arg("grad_factor"), py::arg("threads"));
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);

@@ -42,6 +42,9 @@ for thing in THINGS:
         for arguments in ((thing, [None]), ([torch.ones(6), thing], [None, None]), ([torch.ones(6)], [thing]),
                           ([torch.ones(6)], thing)):
             attempt(native.sum_of_squares, *arguments, threads)
+        attempt(native.accumulate_squares, torch.ones(6), thing, 1.0, 1.0, threads)
+        attempt(native.accumulate_squares, thing, torch.ones(6), 1.0, 1.0, threads)
+        attempt(native.accumulate_squares, torch.ones(6), torch.ones(6), thing, thing, threads)
     for name in (*GOOD, *LISTS, "indices", "slices"):
         g = group(); setattr(g, name, thing); attempt(native.step, [group(), g], 2)
         if name not in GOOD:

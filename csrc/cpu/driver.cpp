@@ -3,6 +3,7 @@
 #include "cpu/driver.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/parallel.h"
 
@@ -128,6 +129,17 @@ double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
     total += sum_by_halving(sums + line.start(k) / kNormChunk, (items[k].numel + kNormChunk - 1) / kNormChunk);
   }
   return total;
+}
+
+bool accumulate_squares_cpu(const std::vector<StepItem>& items, double weight, double grad_factor, int threads) {
+  thread_local std::vector<int64_t> starts;
+  const CpuKernels kernels = current();
+  const Line line(items, kMaskBlock, &starts);
+  std::atomic<bool> finite{true};
+  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) {
+    if (!kernels.accumulate_squares(items[k], weight, grad_factor, begin, end)) finite = false;
+  });
+  return finite;
 }
 
 std::vector<std::string> supported_instruction_sets() {

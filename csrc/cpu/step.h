@@ -41,6 +41,9 @@ struct CpuKernels {
   void (*step)(const StepItem& item, int64_t begin, int64_t end);
   // The sum of squares of the gradient's elements [begin, end), at most kNormChunk of them, begin a multiple of it.
   double (*sum_of_squares)(const StepItem& item, int64_t begin, int64_t end);
+  // Adds weight * (gradient * grad_factor)^2 to the scores, floats in data[kExpAvgSq] that are contiguous whatever the
+  // layout says, for the elements [begin, end). Returns whether these gradients were finite.
+  bool (*accumulate_squares)(const StepItem& item, double weight, double grad_factor, int64_t begin, int64_t end);
 };
 
 constexpr int kNormChunk = 1024;

@@ -8,6 +8,7 @@
 
 #include "core/adamw.h"
 #include "core/dtypes.h"
+#include "core/fisher.h"
 #include "cpu/layout.h"
 
 // The iterations of the loop below touch different memory: no checks at run time before using vectors.
@@ -260,11 +261,13 @@ double sum_of_squares(const StepItem& item, int64_t begin, int64_t end) {
   return 0.0;
 }
 
+#include "cpu/fisher_kernel.h"
+
 }  // namespace
 
 #define CHILDTUNE_STRING_(x) #x
 #define CHILDTUNE_STRING(x) CHILDTUNE_STRING_(x)
-CpuKernels kernels() { return {CHILDTUNE_STRING(CHILDTUNE_ISA), step, sum_of_squares}; }
+CpuKernels kernels() { return {CHILDTUNE_STRING(CHILDTUNE_ISA), step, sum_of_squares, accumulate_squares}; }
 
 }  // namespace CHILDTUNE_ISA
 }  // namespace childtune

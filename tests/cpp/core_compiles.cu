@@ -2,6 +2,7 @@
 #include "core/adamw.h"
 #include "core/constants.h"
 #include "core/dtypes.h"
+#include "core/fisher.h"
 #include "core/mask.h"
 #include "core/philox.h"
 
@@ -28,5 +29,20 @@ template __global__ void step<BFloat16, true>(AdamWConstants<double>, MaskKey, u
                                               float*, int64_t);
 template __global__ void step<Float16, false>(AdamWConstants<double>, MaskKey, uint32_t, Float16*, const Float16*,
                                               float*, int64_t);
+
+template <class P>
+__global__ void add_squares(typename ComputeType<P>::type weight, typename ComputeType<P>::type grad_factor,
+                            const P* grad, float* score, bool* finite, int64_t count) {
+  using T = typename ComputeType<P>::type;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const T g = load(grad[i]);
+  add_square(weight, grad_factor, g, score[i]);
+  if (non_finite_bit(g) >> (8 * sizeof(g) - 1)) *finite = false;
+}
+
+template __global__ void add_squares<float>(float, float, const float*, float*, bool*, int64_t);
+template __global__ void add_squares<double>(double, double, const double*, float*, bool*, int64_t);
+template __global__ void add_squares<Float16>(float, float, const Float16*, float*, bool*, int64_t);
 
 }  // namespace childtune

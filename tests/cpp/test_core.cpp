@@ -10,6 +10,7 @@
 
 #include "core/adamw.h"
 #include "core/dtypes.h"
+#include "core/fisher.h"
 #include "core/mask.h"
 #include "cpu/driver.h"
 #include "cpu/selection.h"
@@ -200,6 +201,31 @@ static void test_sum_of_squares() {
   }
 }
 
+// Scores equal a plain loop's, whatever the gradient's stride; one gradient that is not finite is noticed anywhere.
+template <class P>
+static void test_accumulate_squares() {
+  using T = typename ComputeType<P>::type;
+  for (int64_t stride : {1, 3}) {
+    for (int64_t n : {0, 1, 3, 127, 128, 129, 4097, 300001}) {
+      Arrays<P> a(n, stride);
+      std::vector<float> score(static_cast<size_t>(n), 0.5f), plain = score;
+      for (int64_t i = 0; i < n; ++i)
+        add_square(T(0.25), T(-3), T(load(a.grad[static_cast<size_t>(i * stride)])), plain[static_cast<size_t>(i)]);
+      StepItem item = a.item(false, false, {});
+      item.data[kExpAvgSq] = score.data();
+      expect(accumulate_squares_cpu({item}, 0.25, -3.0, 2), "finite gradients", n);
+      expect(same_bytes(score, plain), "scores equal the plain loop's", n);
+      for (int64_t at : {n / 2, n - 1}) {
+        if (n == 0) continue;
+        Arrays<P> bad(n, stride);
+        store(bad.grad[static_cast<size_t>(at * stride)], -std::numeric_limits<T>::infinity());
+        item.data[kGrad] = bad.grad.data();
+        expect(!accumulate_squares_cpu({item}, 0.25, -3.0, 2), "an infinite gradient is noticed", n);
+      }
+    }
+  }
+}
+
 static void test_integer_power() {
   expect(integer_power(0.9, 0) == 1.0 && integer_power(0.9, 1) == 0.9, "first powers");
   for (uint64_t t : {2, 10, 1000, 100000}) {
@@ -257,6 +283,9 @@ int main() {
     test_steps<double>();
     test_steps<BFloat16>();
     test_sum_of_squares();
+    test_accumulate_squares<float>();
+    test_accumulate_squares<double>();
+    test_accumulate_squares<BFloat16>();
     std::printf("%s: done\n", name.c_str());
   }
   expect(!set_instruction_set("none"), "an unknown instruction set is refused");

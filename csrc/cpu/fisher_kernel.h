@@ -1,0 +1,50 @@
+// Fisher scores over a range of one parameter. Included by cpu/step_kernel.h only.
+//
+// The scores are StepItem::data[kExpAvgSq], always float and contiguous; the gradient may have any strides.
+
+// Returns whether every gradient was finite.
+template <class P>
+CHILDTUNE_OUT_OF_LINE bool add_squares(double weight, double grad_factor, const P* __restrict grad,
+                                       float* __restrict score, int64_t count) {
+  using T = typename ComputeType<P>::type;
+  const T w = static_cast<T>(weight), factor = static_cast<T>(grad_factor);
+  auto seen = non_finite_bit(T(0));
+  CHILDTUNE_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    const T g = load(grad[i]);
+    seen |= non_finite_bit(g);
+    add_square(w, factor, g, score[i]);
+  }
+  return seen >> (8 * sizeof(seen) - 1) == 0;
+}
+
+template <class P>
+bool accumulate_squares_typed(const StepItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
+  float* score = static_cast<float*>(item.data[kExpAvgSq]);
+  if (item.layout == nullptr) {
+    const P* grad = static_cast<const P*>(item.data[kGrad]);
+    return add_squares(weight, grad_factor, grad + begin, score + begin, end - begin);
+  }
+  bool finite = true;
+  P grad[kNormChunk];
+  for (int64_t at = begin; at < end; at += kNormChunk) {
+    const int64_t count = end - at < kNormChunk ? end - at : kNormChunk;
+    gather(item, kGrad, at, count, grad);
+    finite = add_squares(weight, grad_factor, grad, score + at, count) && finite;
+  }
+  return finite;
+}
+
+bool accumulate_squares(const StepItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
+  switch (item.dtype) {
+    case DType::kFloat32:
+      return accumulate_squares_typed<float>(item, weight, grad_factor, begin, end);
+    case DType::kFloat64:
+      return accumulate_squares_typed<double>(item, weight, grad_factor, begin, end);
+    case DType::kBFloat16:
+      return accumulate_squares_typed<BFloat16>(item, weight, grad_factor, begin, end);
+    case DType::kFloat16:
+      return accumulate_squares_typed<Float16>(item, weight, grad_factor, begin, end);
+  }
+  return false;
+}

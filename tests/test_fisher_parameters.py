@@ -1,0 +1,73 @@
+"""estimate_fisher: which parameters are scored, and how autograd may reach them."""
+
+import pytest
+import torch
+from fisher_models import estimate, examples_of, make_batches, make_model, reference
+from helpers import same_bits
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def test_frozen_and_unselected_parameters_are_left_out():
+    model, batches = make_model(), make_batches()
+    everything = estimate(model, batches)
+    model[0].weight.requires_grad_(False)
+    assert list(estimate(model, batches)) == ["0.bias", "3.weight", "3.bias"]
+    for selection in (r"\.bias$", lambda name: name.endswith("bias")):
+        scores = estimate(model, batches, parameters=selection)
+        assert list(scores) == ["0.bias", "3.bias"]
+        assert all(same_bits(scores[name], everything[name]) for name in scores)
+    assert not model[0].weight.requires_grad
+
+
+def test_a_parameter_without_a_gradient_scores_zero():
+    model = make_model()
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda x: model[3](model[1](model[0](x)))
+    scores = estimate(model, make_batches())
+    assert scores["unused.weight"].tolist() == [[0, 0], [0, 0]]
+    assert (scores["0.weight"] > 0).all()
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_tied_parameters_are_scored_once(per_example):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    torch.manual_seed(0)
+    model, batches = Tied(), make_batches()
+    scores = estimate(model, batches, per_example=per_example)
+    assert "a.weight" in scores
+    assert "b.weight" not in scores
+    expected = reference(model, examples_of(batches) if per_example else batches)
+    torch.testing.assert_close(scores["a.weight"], expected["a.weight"], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, batches = make_model(), make_batches()
+    expected = estimate(model, batches)
+
+    def checkpointed(model, batch):
+        x = batch["x"].clone().requires_grad_()
+        return nn.functional.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), batch["y"][0])
+
+    scores = estimate(model, batches, loss_fn=checkpointed)
+    assert all(same_bits(scores[name], expected[name]) for name in scores)
+
+
+def test_shared_weights_under_reentrant_checkpointing_raise():
+    """Their gradient comes in parts, whose squares are not the square of the sum."""
+
+    def twice(model, batch):
+        x = checkpoint(model, batch["x"].clone().requires_grad_(), use_reentrant=True)
+        return checkpoint(model, nn.functional.pad(x, (0, 3)), use_reentrant=True).sum()
+
+    with pytest.raises(RuntimeError, match=r"each parameter once \(it reached .* twice.*use_reentrant=False"):
+        estimate(make_model(), make_batches(), loss_fn=twice)
