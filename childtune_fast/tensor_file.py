@@ -28,7 +28,11 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Writes a file beside `path` and renames it, so that there is never half of one."""
+    """Writes a file beside `path` and renames it, so that there is never half of one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -36,6 +40,8 @@ def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], des
     metadata = _metadata(kind, json.dumps(description), contents)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        with open(unfinished, "wb"):
+            pass  # safetensors has errors of its own for a folder that is not there, or may not be written
         save_file(contents, unfinished, metadata)
         os.replace(unfinished, path)
     finally:

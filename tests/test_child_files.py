@@ -166,6 +166,11 @@ def test_no_file_is_the_systems_own_error(tmp_path):
         ChildNetwork.apply_delta(tmp_path, Tiny())
 
 
+def test_no_folder_is_the_systems_own_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        child_of(Tiny()).save(tmp_path / "none" / "file")
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(path, monkeypatch):
     child_of(Tiny()).save(path)
     before = path.read_bytes()
@@ -342,6 +347,20 @@ def test_a_wrong_base_is_refused_and_not_written_to(path, change):
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*'{name}'"):
         ChildNetwork.apply_delta(path, wrong)
     assert all(torch.equal(raw(tensor), before[key]) for key, tensor in wrong.state_dict().items())
+
+
+def test_empty_parameters_and_scalars(path):
+    def make():
+        model = nn.ParameterDict({"empty": nn.Parameter(torch.zeros(0, 3)), "scalar": nn.Parameter(torch.tensor(1.0))})
+        model["free"] = nn.Parameter(torch.zeros(0))
+        return model
+
+    base, tuned = make(), make()
+    masks = {"empty": torch.zeros(0, 3, dtype=torch.bool), "scalar": torch.tensor(True)}
+    tuned["scalar"].data.fill_(2.0)
+    ChildNetwork.from_masks(tuned, masks).save_delta(path, tuned, base)
+    ChildNetwork.apply_delta(path, base)
+    assert same_model(base, tuned)
 
 
 def test_values_that_the_delta_replaces_may_differ(path, delta):
