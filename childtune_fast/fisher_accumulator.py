@@ -147,7 +147,8 @@ class FisherAccumulator:
         native = backends.resolve("auto") if grad.is_cpu else None
         threads = torch.get_num_threads()
         if self.grad_clip is not None:
-            squares = native.sum_of_squares([grad], threads) if native else fallback.sum_of_squares([grad])
+            everything = [grad], [None]
+            squares = native.sum_of_squares(*everything, threads) if native else fallback.sum_of_squares(*everything)
             factor = self.grad_clip / (math.sqrt(squares) * abs(grad_factor) + 1e-6)
             grad_factor *= 1.0 if factor >= 1.0 else factor
         if native:

@@ -132,6 +132,11 @@ class ChildAdamW(CheckpointedAdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        if child is not None and not self.child_masks:
+            raise ValueError(
+                f"ChildAdamW: child must mask a parameter of those passed (got a child network of "
+                f"{len(child.packed)} others); make it from the model whose parameters these are, after wrapping it"
+            )
         if self.backend == "native":
             backends.resolve("native")
 

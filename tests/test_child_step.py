@@ -240,5 +240,7 @@ def test_wrong_arguments():
         ChildAdamW(model.parameters(), decay="child")
     with pytest.raises(TypeError, match="child must be a ChildNetwork"):
         ChildAdamW(model.parameters(), child={"p0": torch.ones(3)})
+    with pytest.raises(ValueError, match="child must mask a parameter of those passed"):
+        ChildAdamW([torch.nn.Parameter(model.p0.detach().reshape(-1))], child=child)  # as FSDP1 flattens them
     with pytest.raises(ValueError, match="norm_of must be 'all' or 'child'"):
         ChildAdamW(model.parameters(), norm_of="some")
