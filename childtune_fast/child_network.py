@@ -144,13 +144,21 @@ class ChildNetwork:
 
         Args:
             param: recognised by identity if the child network was made for the model that it belongs to.
-            name: of the parameter, by which any other is recognised if its shape is the mask's.
+            name: of the parameter, by which any other is recognised.
+
+        Raises:
+            ValueError: the mask of that name has another shape, as where parameters were flattened or sharded.
         """
         known = self._names.get(id(param))
         if known is not None and known[0]() is param:
             return self.packed[known[1]].to(param.device)
         mask = None if name is None else self.packed.get(name)
-        return mask.to(param.device) if mask is not None and mask.shape == tuple(param.shape) else None
+        if mask is not None and mask.shape != tuple(param.shape):
+            raise ValueError(
+                f"ChildNetwork: '{name}' must have the shape {mask.shape} of its mask (got {tuple(param.shape)}); "
+                "build the optimizer from the parameters as the child network knows them, before they are sharded"
+            )
+        return None if mask is None else mask.to(param.device)
 
     def masks(self) -> dict[str, Tensor]:
         """Returns the masks as bool tensors of the parameters' shapes, by name; True is in the child network."""

@@ -162,7 +162,8 @@ def test_a_stranger_is_found_by_name_and_shape():
     weight = other.blocks[0].attention.weight
     assert child.mask_of(weight) is None
     assert child.mask_of(weight, "blocks.0.attention.weight") is child.packed["blocks.0.attention.weight"]
-    assert child.mask_of(weight, "blocks.0.mlp.0.weight") is None
+    with pytest.raises(ValueError, match="'blocks.0.mlp.0.weight' must have the shape"):
+        child.mask_of(weight, "blocks.0.mlp.0.weight")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda child: pickle.loads(pickle.dumps(child))])

@@ -4,6 +4,7 @@
 #include "core/dtypes.h"
 #include "core/fisher.h"
 #include "core/mask.h"
+#include "core/packed_mask.h"
 #include "core/philox.h"
 
 namespace childtune {
@@ -44,5 +45,10 @@ __global__ void add_squares(typename ComputeType<P>::type weight, typename Compu
 template __global__ void add_squares<float>(float, float, const float*, float*, bool*, int64_t);
 template __global__ void add_squares<double>(double, double, const double*, float*, bool*, int64_t);
 template __global__ void add_squares<Float16>(float, float, const Float16*, float*, bool*, int64_t);
+
+__global__ void clear_outside(PackedMask child, float* values, int64_t numel) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < numel && !in_child(child.bits, i)) values[i] = 0;
+}
 
 }  // namespace childtune

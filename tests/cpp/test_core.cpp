@@ -160,6 +160,62 @@ static void test_steps() {
   }
 }
 
+// The compact step equals a plain loop over the child network's weights, and touches no other.
+template <class P>
+static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, uint32_t density) {
+  for (int64_t n : {1, 3, 7, 8, 128, 1023, 1024, 1025, 70001}) {
+    std::vector<uint8_t> bits(mask_bytes(n));
+    std::vector<int64_t> ranks, children;
+    for (int64_t i = 0; i < n; ++i) {
+      if (i % kRankBlock == 0) ranks.push_back(static_cast<int64_t>(children.size()));
+      if (philox4x32_10(static_cast<uint32_t>(i), 0, 0, 0, 3, 4).word[0] % 100 >= density) continue;
+      bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
+      children.push_back(i);
+    }
+    const int64_t count = static_cast<int64_t>(children.size());
+    ranks.push_back(count);
+    Arrays<P> fast(n, stride), plain(n, stride);
+    for (Arrays<P>* a : {&fast, &plain}) {
+      for (auto& state : a->state) state = {state.begin(), state.begin() + count};  // no room beside it
+    }
+    StepItem item = fast.item(false, amsgrad, {});
+    item.child = {bits.data(), ranks.data(), count};
+    item.decay_outside = decay_outside;
+    step_cpu({item}, 2);
+    const auto c = item.constants.cast<typename Arrays<P>::T>();
+    for (int64_t i = 0, rank = 0; i < n; ++i) {
+      P& stored = plain.param[i * stride];
+      typename Arrays<P>::T param = load(stored), unused = 0;
+      if (in_child(bits.data(), i)) {
+        const auto grad = load(plain.grad[i * stride]);
+        auto &m = plain.state[0][rank], &v = plain.state[1][rank];
+        amsgrad ? adamw_update<true>(c, true, grad, param, m, v, plain.state[2][rank])
+                : adamw_update<false>(c, true, grad, param, m, v, unused);
+        ++rank;
+        store(stored, param);
+      } else if (decay_outside) {
+        store(stored, param * c.decay_before * c.decay_after);
+      }
+    }
+    expect(same_bytes(fast.param, plain.param), "child step: param equals the plain loop's", n);
+    for (int k = 0; k < 3; ++k) expect(same_bytes(fast.state[k], plain.state[k]), "child step: state", n);
+    if (count == 0) continue;
+    bits[children[0] / 8] = n >= 8 ? 0xFF : bits[0];  // no longer what was counted: no room in the state for it
+    item.child.count = count - 1;
+    step_cpu({item}, 1);
+  }
+}
+
+template <class P>
+static void test_child_steps() {
+  for (int64_t stride : {1, 3}) {
+    for (uint32_t density : {0u, 1u, 30u, 100u}) {
+      test_child_step<P>(false, stride, density == 30, density);
+      test_child_step<P>(true, stride, false, density);
+    }
+  }
+}
+
 // Elements beyond 2^31, in arrays of which only the touched pages exist.
 static void test_large_index() {
   const int64_t n = (1ll << 31) + 5000, begin = (1ll << 31) - 3000, end = (1ll << 31) + 3000;
@@ -282,6 +338,9 @@ int main() {
     test_steps<float>();
     test_steps<double>();
     test_steps<BFloat16>();
+    test_child_steps<float>();
+    test_child_steps<double>();
+    test_child_steps<BFloat16>();
     test_sum_of_squares();
     test_accumulate_squares<float>();
     test_accumulate_squares<double>();
