@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from .child_network import ChildNetwork
 
 
-class _Default(float):
-    """A default that can tell whether it was given."""
-
-
-_RESERVE_P = _Default(0.3)
+_RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
 
 class ChildAdamW(CheckpointedAdamW):
@@ -111,7 +107,7 @@ class ChildAdamW(CheckpointedAdamW):
         self.child_masks: Masks = {}
         self._child = _checked_child(child, reserve_p, decay)
         self._child_defaults = {
-            "reserve_p": float(reserve_p) if child is None else 1.0,
+            "reserve_p": reserve_p if child is None else 1.0,
             "decay": decay,
             "variant": variant,
             "max_grad_norm": max_grad_norm,
@@ -258,7 +254,7 @@ def _checked_child(child: Any, reserve_p: float, decay: str) -> "ChildNetwork | 
         return None
     if not callable(getattr(child, "mask_of", None)):
         raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {type(child).__name__})")
-    if not isinstance(reserve_p, _Default):
+    if reserve_p is not _RESERVE_P:
         raise ValueError(
             f"ChildAdamW: reserve_p is not used with child= (got {reserve_p}); leave it out, the child network has a "
             "share of its own"

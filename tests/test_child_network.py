@@ -162,7 +162,7 @@ def test_a_stranger_is_found_by_name_and_shape():
     weight = other.blocks[0].attention.weight
     assert child.mask_of(weight) is None
     assert child.mask_of(weight, "blocks.0.attention.weight") is child.packed["blocks.0.attention.weight"]
-    with pytest.raises(ValueError, match="'blocks.0.mlp.0.weight' must have the shape"):
+    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.0\.weight' must have the shape"):
         child.mask_of(weight, "blocks.0.mlp.0.weight")
 
 

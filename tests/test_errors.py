@@ -26,7 +26,7 @@ OPTIONS = {
     "capturable": ({"capturable": True}, ValueError, "use capturable=False"),
     "variant": ({"variant": "adam"}, ValueError, "variant must be 'torch' or 'hf'"),
     "variant with amsgrad": ({"variant": "hf", "amsgrad": True}, ValueError, "use amsgrad=False or variant='torch'"),
-    "decay": ({"decay": "some"}, ValueError, "decay must be 'auto' or 'all' (got 'some')"),
+    "decay": ({"decay": "some"}, ValueError, "decay must be 'auto', 'all' or 'child' (got 'some')"),
     "max_grad_norm 0": ({"max_grad_norm": 0}, ValueError, "above 0, or None for no clipping (got 0)"),
     "max_grad_norm NaN": ({"max_grad_norm": float("nan")}, ValueError, "(got nan)"),
     "max_grad_norm text": ({"max_grad_norm": "1"}, ValueError, "(got '1')"),

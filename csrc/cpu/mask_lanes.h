@@ -105,13 +105,17 @@ struct MaskKeys {
 
 struct MaskDraw {};
 
+CHILDTUNE_OUT_OF_LINE void draw_counters(const MaskKey& key, uint64_t block, int begin, int end, MaskBits* bits) {
+  for (int j = begin; j < end; ++j) {
+    const Philox4 words = mask_words(key, block, j);
+    for (int word = 0; word < 4; ++word) bits->word[word][j] = words.word[word];
+  }
+}
+
 template <int kPart>
 CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw&, MaskBits* bits) {
   constexpr int kCounters = kMaskCounters / kMaskParts;
-  for (int j = kCounters * kPart; j < kCounters * (kPart + 1); ++j) {
-    const Philox4 words = mask_words(keys.key, block, j);
-    for (int word = 0; word < 4; ++word) bits->word[word][j] = words.word[word];
-  }
+  draw_counters(keys.key, block, kCounters * kPart, kCounters * (kPart + 1), bits);
 }
 
 #endif
