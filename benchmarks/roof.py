@@ -46,7 +46,7 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
     """Returns a function that reads and writes what our step would; all values stay as they are.
 
     Args:
-        work: the tensors.
+        work: the tensors, which must live as long as the function, as must `masks`.
         masks: of a child network, one for each parameter, all float32: its state is the first values of the workload's
             (default: None, plain AdamW).
     """
