@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Parameter, ParameterList
 
-from childtune_fast import ChildAdamW
+from childtune_fast import ChildAdamW, ChildNetwork
 
 from .naive import NaiveChildAdamW
 from .roof import make_roof
@@ -21,6 +21,14 @@ TITLES = {
     "forloop": "torch AdamW, for-loop",
     "naive": "published code, naive",
     "roof": "the roof: the same bytes, no arithmetic",
+}
+CHILD_TITLES = {
+    "ours": "ChildAdamW (D, p = 0.3)",
+    "ours_p0.1": "ChildAdamW (D, p = 0.1)",
+    "ours_p1": "ChildAdamW (p = 1)",
+    "fused": "torch AdamW, fused",
+    "roof": "the roof at p = 0.3",
+    "roof_p0.1": "the roof at p = 0.1",
 }
 
 
@@ -40,31 +48,64 @@ class Contestant:
 
 
 def make_contestants(work: Workload) -> dict[str, Contestant]:
-    """Returns {name: contestant}, all on the tensors of `work`."""
-    params = _parameters(work, work.grads)
-
-    def ours(reserve_p: float) -> Contestant:
-        optimizer = ChildAdamW(params, **HYPER, reserve_p=reserve_p, seed=0, backend="native")
-        return Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs).step)
-
-    def peer(every: int, **kind: bool) -> Contestant:
-        optimizer = torch.optim.AdamW(params, **HYPER, **kind)
-        return Contestant(_with_state(optimizer, work.peer_exp_avgs, work.peer_exp_avg_sqs).step, every)
-
+    """Returns {name: contestant}, all on the tensors of `work`; see TITLES."""
+    params = make_parameters(work, work.grads)
     return {
-        "ours": ours(0.3),
-        "ours_p1": ours(1.0),
-        "fused": peer(1, fused=True),
-        "foreach": peer(4, foreach=True),
-        "forloop": peer(4, foreach=False),
+        "ours": _ours(work, params, 0.3),
+        "ours_p1": _ours(work, params, 1.0),
+        "fused": _torch(work, params, 1, fused=True),
+        "foreach": _torch(work, params, 4, foreach=True),
+        "forloop": _torch(work, params, 4, foreach=False),
         "naive": _naive(work),
         "roof": Contestant(make_roof(work)),
     }
 
 
+def make_child_contestants(work: Workload) -> dict[str, Contestant]:
+    """Returns {name: contestant} for random child networks in the float32 tensors of `work`; see CHILD_TITLES.
+
+    Compact states lie where the dense ones begin.
+    """
+    params = make_parameters(work, work.grads)
+    children = {reserve_p: random_child(params, reserve_p) for reserve_p in (0.3, 0.1)}
+    masks = {reserve_p: list(child.packed.values()) for reserve_p, child in children.items()}
+
+    def ours(reserve_p: float) -> Contestant:
+        optimizer = ChildAdamW(params, **HYPER, child=children[reserve_p], backend="native")
+        states = (
+            [dense.view(-1)[: mask.count] for dense, mask in zip(tensors, masks[reserve_p], strict=True)]
+            for tensors in (work.exp_avgs, work.exp_avg_sqs)
+        )
+        return Contestant(_with_state(optimizer, *states).step)
+
+    return {
+        "ours": ours(0.3),
+        "ours_p0.1": ours(0.1),
+        "ours_p1": _ours(work, params, 1.0),
+        "fused": _torch(work, params, 1, fused=True),
+        "roof": Contestant(make_roof(work, masks[0.3])),
+        "roof_p0.1": Contestant(make_roof(work, masks[0.1])),
+    }
+
+
+def random_child(params: list[Parameter], reserve_p: float) -> ChildNetwork:
+    """Returns a child network of so large a share of all these parameters, which go by their number."""
+    return ChildNetwork.random(ParameterList(params), reserve_p=reserve_p, seed=0, maskable=lambda name: True)
+
+
+def _ours(work: Workload, params: list[Parameter], reserve_p: float) -> Contestant:
+    optimizer = ChildAdamW(params, **HYPER, reserve_p=reserve_p, seed=0, backend="native")
+    return Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs).step)
+
+
+def _torch(work: Workload, params: list[Parameter], every: int, **kind: bool) -> Contestant:
+    optimizer = torch.optim.AdamW(params, **HYPER, **kind)
+    return Contestant(_with_state(optimizer, work.peer_exp_avgs, work.peer_exp_avg_sqs).step, every)
+
+
 def _naive(work: Workload) -> Contestant:
     """It overwrites its gradients, so it has its own, set anew before each step."""
-    params = _parameters(work, [grad.clone() for grad in work.grads])
+    params = make_parameters(work, [grad.clone() for grad in work.grads])
 
     def restore() -> None:
         for param, grad in zip(params, work.grads, strict=True):
@@ -74,8 +115,9 @@ def _naive(work: Workload) -> Contestant:
     return Contestant(_with_state(optimizer, work.peer_exp_avgs, work.peer_exp_avg_sqs, 0).step, 10, restore)
 
 
-def _parameters(work: Workload, grads: list[torch.Tensor]) -> list[Parameter]:
-    params = [Parameter(tensor) for tensor in work.params]  # shares its memory
+def make_parameters(work: Workload, grads: list[torch.Tensor]) -> list[Parameter]:
+    """Returns the workload's parameters, in its own memory, with `grads` as their gradients."""
+    params = [Parameter(tensor) for tensor in work.params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return params
@@ -86,5 +128,5 @@ def _with_state(optimizer, exp_avgs, exp_avg_sqs, step=None):
     params = optimizer.param_groups[0]["params"]
     for param, exp_avg, exp_avg_sq in zip(params, exp_avgs, exp_avg_sqs, strict=True):
         count = torch.tensor(0.0) if step is None else step
-        optimizer.state[param] = {"step": count, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        optimizer.state[param].update(step=count, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     return optimizer

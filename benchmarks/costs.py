@@ -68,6 +68,11 @@ class TimedCall:
 def seconds_in_new_process(before: str, timed: str, **environment: str) -> float:
     """Returns how long `timed` takes in a new Python that has run `before`; both are lines of code."""
     code = f"import time\n{before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
+    return number_in_new_process(code, **environment)
+
+
+def number_in_new_process(code: str, **environment: str) -> float:
+    """Returns the number that a new Python prints last when it runs `code`."""
     env = {**os.environ, **environment}
     ran = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:

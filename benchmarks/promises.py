@@ -27,16 +27,21 @@ class Results:
         return [noted[key] for noted in self._by_name.values() if key in noted]
 
     def cost(self, name: str) -> Record:
-        """Returns what a test in test_costs.py noted. Raises KeyError if it was not run."""
+        """Returns what a test without parameters noted. Raises KeyError if it was not run."""
         return self._by_name[f"test_{name}"]
+
+    def find(self, name: str) -> Record:
+        """Returns what a test without parameters noted; empty if it was not run."""
+        return self._by_name.get(f"test_{name}", {})
 
     def step(self, workload: str, dtype: str, threads: int) -> Record:
         """Returns what test_step noted on one workload. Raises KeyError if it was not run."""
         return self._by_name[f"test_step[{workload}-{dtype}-{threads}]"]
 
-    def fisher(self, threads: int) -> Record:
-        """Returns what test_fisher noted. Raises KeyError if it was not run."""
-        return self._by_name[f"test_fisher[{threads}]"]
+    def by_threads(self, name: str) -> dict[str, Record]:
+        """Returns {title: what a test noted} for each number of threads that it was run with."""
+        noted = {threads: self._by_name.get(f"test_{name}[{threads}]") for threads in (2, 1)}
+        return {f"{threads} thread{'s' * (threads > 1)}": record for threads, record in noted.items() if record}
 
     def steps(self, workload: str) -> dict[str, Record]:
         """Returns {title: what test_step noted} for each dtype and number of threads that were measured."""
@@ -68,17 +73,34 @@ class Promise:
 def _ratio(workload: str, dtype: str, threads: int, other: str = "fused", ours: str = "ours") -> Callable:
     def read(results: Results) -> Record:
         step = results.step(workload, dtype, threads)
-        return {**step["ratios"][ours][other], "disturbed": step.get("interruptions_per_s", 0.0) >= QUIET}
+        return _judged(step["ratios"][ours][other], step)
 
     return read
+
+
+def _judged(ratio: Record, noted: Record) -> Record:
+    return {**ratio, "disturbed": noted.get("interruptions_per_s", 0.0) >= QUIET}
 
 
 def _fisher_ratio(other: str) -> Callable:
     def read(results: Results) -> Record:
-        noted = results.fisher(2)
-        return {**noted["ratios"][other], "disturbed": noted["interruptions_per_s"] >= QUIET}
+        noted = results.cost("fisher[2]")
+        return _judged(noted["ratios"][other], noted)
 
     return read
+
+
+def _child_ratio(ours: str) -> Callable:
+    def read(results: Results) -> Record:
+        noted = results.cost("child_step[2]")
+        return _judged(noted["ratios"][ours]["fused"], noted)
+
+    return read
+
+
+def _choice_ratio(results: Results) -> Record:
+    noted = results.cost("selection")
+    return _judged(noted["ratios"]["percentile"], noted)
 
 
 def _unit(unit: str, digits: int = 1) -> Callable[[float], str]:
@@ -91,6 +113,10 @@ _plain = "{:.2f}".format
 
 def _fraction(value: float) -> str:
     return f"1/{1 / value:.0f}"
+
+
+def _per_weight(results: Results, count: int) -> float:
+    return count / results.cost("child_state")["weights"]
 
 
 PROMISES = [
@@ -112,6 +138,38 @@ PROMISES = [
         "Fisher accumulation, 84 M weights, 2 threads: to `F.add_(g * g)`", 0.65, _plain, _fisher_ratio("add_product")
     ),
     Promise("the same to `F.addcmul_(g, g)`", 1.00, _plain, _fisher_ratio("addcmul")),
+    Promise("D, p = 0.3, fp32, 84 M weights, 2 threads: to torch fused", 0.70, _plain, _child_ratio("ours")),
+    Promise("the same at p = 0.1", 0.62, _plain, _child_ratio("ours_p0.1")),
+    Promise(
+        "optimizer state of D at p = 0.3, per maskable weight; dense it is 8",
+        2.6,
+        _unit("bytes", 2),
+        lambda results: _per_weight(results, results.cost("child_state")["state_bytes"]["child"]),
+    ),
+    Promise(
+        "its mask in memory, per weight",
+        0.15,
+        _unit("bytes", 3),
+        lambda results: _per_weight(results, results.cost("child_state")["mask_bytes"]),
+    ),
+    Promise(
+        "choice of a child network among 302 M scores, 2 threads: to `np.concatenate` + `np.percentile`",
+        1 / 10,
+        _fraction,
+        _choice_ratio,
+    ),
+    Promise(
+        "its memory beside scores and masks",
+        64,
+        _unit("MB"),
+        lambda results: results.cost("selection_memory")["extra_bytes"]["ours"] / 1e6,
+    ),
+    Promise(
+        "delta file at p = 0.3: to the full checkpoint",
+        0.34,
+        "{:.3f}".format,
+        lambda results: results.cost("delta_file")["ratio"],
+    ),
     Promise(
         "memory that torch allocates in a step after the first",
         0,

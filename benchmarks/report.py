@@ -5,19 +5,13 @@ named after the CPU.
 """
 
 import argparse
-import contextlib
 import json
 import re
 from pathlib import Path
 
-from .contestants import TITLES
+from . import tables
 from .promises import PROMISES, QUIET, Results
-
-WORKLOAD_TITLES = {
-    "bert-base": "BERT-base, 109 M weights in 199 tensors: ns per weight",
-    "1000x33": "1000 tensors of 33 weights: us per tensor",
-}
-FISHER_TITLES = {"ours": "one fused pass", "addcmul": "F.addcmul_(g, g)", "add_product": "F.add_(g * g)"}
+from .tables import markdown
 
 
 def main() -> None:
@@ -68,11 +62,7 @@ def report(results: Results) -> str:
         "## What is promised",
         promises_table(results),
     ]
-    for workload, title in WORKLOAD_TITLES.items():
-        table = times_table(results, workload)
-        if table:
-            parts += [f"## {title}", table]
-    return "\n\n".join([*parts, *filter(None, (fisher_table(results), memory_table(results)))]) + "\n"
+    return "\n\n".join([*parts, *tables.measured(results)]) + "\n"
 
 
 def quietness(results: Results) -> str:
@@ -103,77 +93,6 @@ def promises_table(results: Results) -> str:
             verdict = "disturbed"
         rows.append([promise.text, measured, promise.show(promise.at_most), verdict])
     return markdown(["", "measured", "at most", ""], rows)
-
-
-def times_table(results: Results, workload: str) -> str:
-    """Returns the times of all contestants on a workload, and F's ratios to them; empty if nothing was measured."""
-    columns = results.steps(workload)
-    if not columns:
-        return ""
-    rows = []
-    for name, title in TITLES.items():
-        row = [title]
-        for step in columns.values():
-            row += [f"{time_per_unit(step, workload, name):.3g}", ratio_to(step, name)]
-        rows.append(row)
-    head = [""]
-    for column in columns:
-        head += [column, "F to it"]
-    return markdown(head, rows)
-
-
-def time_per_unit(step: dict, workload: str, name: str) -> float:
-    """Returns a contestant's median time: ns per weight, or us per tensor on the tiny tensors."""
-    nanoseconds = step["times_ns"][name]["median"]
-    return nanoseconds / step["weights"] if workload == "bert-base" else nanoseconds / 1e3 / step["tensors"]
-
-
-def ratio_to(step: dict, name: str) -> str:
-    """Returns the ratio of F's time to that of `name`."""
-    ratio = step["ratios"]["ours"].get(name)
-    return f"{ratio['median']:.2g}" if ratio else ""
-
-
-def fisher_table(results: Results) -> str:
-    """Returns the times to accumulate squared gradients; empty if they were not measured."""
-    measured = {}
-    for threads in (2, 1):
-        with contextlib.suppress(KeyError):
-            measured[f"{threads} thread{'s' * (threads > 1)}"] = results.fisher(threads)
-    if not measured:
-        return ""
-    rows = [
-        [title, *(f"{noted['times_ns'][name]['median'] / noted['weights']:.3g}" for noted in measured.values())]
-        for name, title in FISHER_TITLES.items()
-    ]
-    return "## Fisher accumulation, 84 M weights, fp32: ns per weight\n\n" + markdown(["", *measured], rows)
-
-
-def memory_table(results: Results) -> str:
-    """Returns what a step allocates; empty if it was not measured."""
-    try:
-        cost = results.cost("memory_of_a_step")
-    except KeyError:
-        return ""
-    rows = []
-    for name, found in cost["allocated"].items():
-        resident = found["resident_bytes"]
-        rows.append([
-            TITLES[name],
-            f"{found['torch_bytes'] / cost['weights']:.2f}",
-            "unknown" if resident is None else f"{resident / 1e6:.1f}",
-            f"{found['python_bytes'] / cost['tensors']:.0f}",
-        ])  # fmt: skip
-    head = ["", "bytes allocated by torch, per weight", "growth of resident memory, MB", "Python's heap, per tensor"]
-    return "## Memory of one step after the first, fp32, BERT-base\n\n" + markdown(head, rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table whose columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rules = ["-" * width for width in widths]
-    lines = (zip(row, widths, strict=True) for row in [head, rules, *rows])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in line) + " |" for line in lines)
 
 
 def draw(results: Results, base: Path) -> Path | None:

@@ -1,6 +1,6 @@
 // The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
 // the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
-// loop.
+// loop. With a child network m and v are shorter, and its mask is read too.
 #include <cstdint>
 
 #include "cpu/parallel.h"
@@ -13,13 +13,16 @@
 
 namespace {
 
-// A run of neighbouring weights of one tensor; `weight_bytes` is 4 with float32 parameters, 2 with bfloat16.
+// A run of neighbouring weights of one tensor; `weight_bytes` is 4 with float32 parameters, 2 with bfloat16. With a
+// child network, which has `kept` of them, `mask` is their bits, filled up to whole words; else it is null.
 struct Piece {
   void* p;
   const void* g;
   void* m;
   void* v;
+  const uint32_t* mask;
   int64_t count;
+  int64_t kept;
 };
 
 // `zero` is 0, which the compiler cannot know: every value is read, and written back as it was.
@@ -32,6 +35,21 @@ __attribute__((always_inline)) inline void pass(const Piece& piece, uint32_t zer
   for (int64_t i = 0; i < piece.count; ++i) {
     const uint32_t nothing = g[i] & zero;
     p[i] = static_cast<Weight>(p[i] ^ nothing);
+    m[i] ^= nothing;
+    v[i] ^= nothing;
+  }
+}
+
+// The same of a child network in float32 parameters.
+BEST_INSTRUCTION_SET void pass_child(const Piece& piece, uint32_t zero) {
+  uint32_t* __restrict p = static_cast<uint32_t*>(piece.p);
+  const uint32_t* __restrict g = static_cast<const uint32_t*>(piece.g);
+  uint32_t* __restrict m = static_cast<uint32_t*>(piece.m);
+  uint32_t* __restrict v = static_cast<uint32_t*>(piece.v);
+  uint32_t nothing = 0;
+  for (int64_t i = 0; i < (piece.count + 31) / 32; ++i) nothing |= piece.mask[i] & zero;
+  for (int64_t i = 0; i < piece.count; ++i) p[i] ^= (g[i] & zero) | nothing;
+  for (int64_t i = 0; i < piece.kept; ++i) {
     m[i] ^= nothing;
     v[i] ^= nothing;
   }
@@ -50,7 +68,9 @@ struct Work {
 void run_slice(void* context, int64_t i) {
   const Work& work = *static_cast<const Work*>(context);
   for (int64_t k = work.starts[i]; k < work.starts[i + 1]; ++k) {
-    work.weight_bytes == 4 ? pass_32(work.pieces[k], work.zero) : pass_16(work.pieces[k], work.zero);
+    const Piece& piece = work.pieces[k];
+    auto* pass = piece.mask ? pass_child : work.weight_bytes == 4 ? pass_32 : pass_16;
+    pass(piece, work.zero);
   }
 }
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from childtune_fast import _build
+from childtune_fast.packed_mask import BLOCK, PackedMask
 
 from .workloads import Workload
 
-PIECE = 32768  # weights that a thread takes at a time
+PIECE = 32768  # weights that a thread takes at a time; whole blocks of a mask
 
 
 @functools.cache
@@ -35,18 +36,25 @@ class _Piece(ctypes.Structure):
         ("g", ctypes.c_void_p),
         ("m", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
     ]
 
 
-def make_roof(work: Workload) -> Callable[[], None]:
-    """Returns a function that reads and writes what our step would; all values stay as they are."""
+def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable[[], None]:
+    """Returns a function that reads and writes what our step would; all values stay as they are.
+
+    Args:
+        work: the tensors, which must live as long as the function, as must `masks`.
+        masks: of a child network, one for each parameter, all float32: its state is the first values of the workload's
+            (default: None, plain AdamW).
+    """
     pieces, starts, filled = [], [0], 0
-    for streams in zip(work.params, work.grads, work.exp_avgs, work.exp_avg_sqs, strict=True):
-        numel = streams[0].numel()
-        for begin in range(0, numel, PIECE):
-            count = min(PIECE, numel - begin)
-            pieces.append(_Piece(*(t.data_ptr() + begin * t.element_size() for t in streams), count))
+    for i, param in enumerate(work.params):
+        for begin in range(0, param.numel(), PIECE):
+            count = min(PIECE, param.numel() - begin)
+            pieces.append(_piece(work, i, None if masks is None else masks[i], begin, count))
             filled += count
             if filled >= PIECE:
                 starts.append(len(pieces))
@@ -65,3 +73,18 @@ def make_roof(work: Workload) -> Callable[[], None]:
         function(pieces, starts, slices, weight_bytes, 0, torch.get_num_threads())
 
     return roof
+
+
+def _piece(work: Workload, i: int, mask: PackedMask | None, begin: int, count: int) -> _Piece:
+    """Weights `begin` to `begin + count` of parameter `i`, with their state."""
+    first, end, bits = begin, begin + count, None
+    if mask is not None:
+        first, end = (int(mask.ranks[-(-at // BLOCK)]) for at in (begin, end))
+        bits = mask.bits.data_ptr() + begin // 8
+
+    def address(tensor: torch.Tensor, at: int) -> int:
+        return tensor.data_ptr() + at * tensor.element_size()
+
+    weights = (address(tensors[i], begin) for tensors in (work.params, work.grads))
+    states = (address(tensors[i], first) for tensors in (work.exp_avgs, work.exp_avg_sqs))
+    return _Piece(*weights, *states, bits, count, end - first)

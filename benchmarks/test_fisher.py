@@ -9,8 +9,7 @@ from childtune_fast import backend
 
 from .contestants import Contestant
 from .race import Race
-
-SHAPE, TENSORS = (1024, 4096), 20  # 84 M weights, and more memory than any cache holds
+from .workloads import LARGE
 
 
 @pytest.mark.parametrize("threads", [2, 1])
@@ -19,8 +18,8 @@ def test_fisher(benchmark, rounds, quiet_process, threads):
         pytest.skip("this machine has fewer cores")
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(SHAPE, generator=generator).mul_(1e-3) for _ in range(TENSORS)]
-    scores = [torch.zeros(SHAPE) for _ in range(TENSORS)]
+    grads = [torch.randn(shape, generator=generator).mul_(1e-3) for shape in LARGE]
+    scores = [torch.zeros(shape) for shape in LARGE]
     native = backend.load_native()
     finite = []
 

@@ -1,4 +1,4 @@
-"""What a step works on: the tensors of BERT-base, or a thousand tiny ones, all contestants on the same memory."""
+"""What a step works on: BERT-base's tensors, a thousand tiny ones, or large ones; all contestants on one memory."""
 
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ WORKLOADS = {
     "bert-base": bert_base_shapes(),
     "1000x33": [(33,)] * 1000,
 }
+LARGE = [(1024, 4096)] * 20  # 84 M weights, and more memory than any cache holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

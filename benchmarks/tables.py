@@ -1,0 +1,137 @@
+"""The tables of a report, as Markdown; one for each thing that was measured."""
+
+from .contestants import CHILD_TITLES, TITLES
+from .promises import Record, Results
+
+WORKLOAD_TITLES = {
+    "bert-base": "BERT-base, 109 M weights in 199 tensors: ns per weight",
+    "1000x33": "1000 tensors of 33 weights: us per tensor",
+}
+FISHER_TITLES = {"ours": "one fused pass", "addcmul": "F.addcmul_(g, g)", "add_product": "F.add_(g * g)"}
+CHOICE_TITLES = {
+    "ours": "ChildNetwork.from_scores, masks included",
+    "percentile": "np.percentile(np.concatenate(...)), no masks yet",
+}
+
+
+def measured(results: Results) -> list[str]:
+    """Returns the tables of what was measured, each under its heading."""
+    times = (times_table(results, workload) for workload in WORKLOAD_TITLES)
+    others = (fisher_table, child_table, choice_table, saving_table, memory_table)
+    return [table for table in (*times, *(make(results) for make in others)) if table]
+
+
+def times_table(results: Results, workload: str) -> str:
+    """Returns the times of all contestants on a workload, and F's ratios to them; empty if nothing was measured."""
+    columns = results.steps(workload)
+    if not columns:
+        return ""
+    rows = []
+    for name, title in TITLES.items():
+        row = [title]
+        for step in columns.values():
+            row += [f"{time_per_unit(step, workload, name):.3g}", ratio_to(step, name)]
+        rows.append(row)
+    head = [""]
+    for column in columns:
+        head += [column, "F to it"]
+    return f"## {WORKLOAD_TITLES[workload]}\n\n" + markdown(head, rows)
+
+
+def time_per_unit(step: Record, workload: str, name: str) -> float:
+    """Returns a contestant's median time: ns per weight, or us per tensor on the tiny tensors."""
+    nanoseconds = step["times_ns"][name]["median"]
+    return nanoseconds / step["weights"] if workload == "bert-base" else nanoseconds / 1e3 / step["tensors"]
+
+
+def ratio_to(step: Record, name: str) -> str:
+    """Returns the ratio of F's time to that of `name`."""
+    ratio = step["ratios"]["ours"].get(name)
+    return f"{ratio['median']:.2g}" if ratio else ""
+
+
+def fisher_table(results: Results) -> str:
+    """Returns the times to accumulate squared gradients; empty if they were not measured."""
+    measured = results.by_threads("fisher")
+    if not measured:
+        return ""
+    rows = [
+        [title, *(f"{noted['times_ns'][name]['median'] / noted['weights']:.3g}" for noted in measured.values())]
+        for name, title in FISHER_TITLES.items()
+    ]
+    return "## Fisher accumulation, 84 M weights, fp32: ns per weight\n\n" + markdown(["", *measured], rows)
+
+
+def child_table(results: Results) -> str:
+    """Returns the times of a step with a child network, and D's ratios to them; empty if they were not measured."""
+    columns = results.by_threads("child_step")
+    if not columns:
+        return ""
+    rows = []
+    for name, title in CHILD_TITLES.items():
+        row = [title]
+        for step in columns.values():
+            row.append(f"{step['times_ns'][name]['median'] / step['weights']:.3g}")
+            row += [f"{ratios[name]['median']:.2f}" if name in ratios else "" for ratios in step["ratios"].values()]
+        rows.append(row)
+    head = [""]
+    for column in columns:
+        head += [column, "D, p = 0.3, to it", "D, p = 0.1, to it"]
+    return "## Child networks, 84 M weights in 20 tensors, fp32: ns per weight\n\n" + markdown(head, rows)
+
+
+def choice_table(results: Results) -> str:
+    """Returns what it takes to choose a child network; empty if the time was not measured."""
+    noted = results.find("selection")
+    if not noted:
+        return ""
+    extra = results.find("selection_memory").get("extra_bytes", {})
+    rows = []
+    for name, title in CHOICE_TITLES.items():
+        memory = f"{extra[name] / 1e6:.0f}" if name in extra else "unknown"
+        rows.append([title, f"{noted['times_ns'][name]['median'] / 1e9:.2f}", memory])
+    heading = f"## Choice of a child network among {noted['scores'] / 1e6:.0f} M scores, 2 threads"
+    return heading + "\n\n" + markdown(["", "seconds", "memory beside scores and masks, MB"], rows)
+
+
+def saving_table(results: Results) -> str:
+    """Returns what a child network saves beside time, in bytes per weight; empty if nothing of it was measured."""
+    rows = []
+    state, file = results.find("child_state"), results.find("delta_file")
+    if state:
+        held = {**state["state_bytes"], "mask": state["mask_bytes"]}
+        child, dense, mask = (f"{held[name] / state['weights']:.3f}" for name in ("child", "dense", "mask"))
+        rows += [["optimizer state, the mask in it", child, dense], ["the mask in memory", mask, ""]]
+    if file:
+        delta, full = (file["file_bytes"][name] / file["weights"] for name in ("delta.safetensors", "full.safetensors"))
+        rows.append(["file of the fine-tuned model", f"{delta:.3f}", f"{full:.3f}"])
+    if not rows:
+        return ""
+    head = ["", "child network, p = 0.3", "all weights"]
+    return "## What a child network saves, fp32: bytes per weight\n\n" + markdown(head, rows)
+
+
+def memory_table(results: Results) -> str:
+    """Returns what a step allocates; empty if it was not measured."""
+    cost = results.find("memory_of_a_step")
+    if not cost:
+        return ""
+    rows = []
+    for name, found in cost["allocated"].items():
+        resident = found["resident_bytes"]
+        rows.append([
+            TITLES[name],
+            f"{found['torch_bytes'] / cost['weights']:.2f}",
+            "unknown" if resident is None else f"{resident / 1e6:.1f}",
+            f"{found['python_bytes'] / cost['tensors']:.0f}",
+        ])  # fmt: skip
+    head = ["", "bytes allocated by torch, per weight", "growth of resident memory, MB", "Python's heap, per tensor"]
+    return "## Memory of one step after the first, fp32, BERT-base\n\n" + markdown(head, rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table whose columns line up in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rules = ["-" * width for width in widths]
+    lines = (zip(row, widths, strict=True) for row in [head, rules, *rows])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in line) + " |" for line in lines)

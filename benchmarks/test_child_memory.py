@@ -1,0 +1,86 @@
+"""What a child network saves: memory of the optimizer's state, size of the file that a fine-tuned model takes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import Parameter, ParameterList
+
+from childtune_fast import ChildAdamW, ChildNetwork
+
+from .contestants import HYPER, make_parameters, random_child
+from .workloads import LARGE, make_workload
+
+
+@dataclass
+class Trained:
+    """A model one step after its base, and what took the step."""
+
+    base: ParameterList
+    model: ParameterList
+    child: ChildNetwork
+    optimizer: ChildAdamW
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the model."""
+        return sum(param.numel() for param in self.model)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    work = make_workload(LARGE, torch.float32)
+    base = ParameterList([param.clone() for param in work.params])
+    params = make_parameters(work, work.grads)
+    child = random_child(params, 0.3)
+    optimizer = ChildAdamW(params, **HYPER, child=child)
+    optimizer.step()
+    return Trained(base, ParameterList(params), child, optimizer)
+
+
+def test_child_state(benchmark, trained):
+    benchmark.pedantic(trained.optimizer.step, rounds=1)
+    dense = _dense(trained)
+    masks = [tensor for mask in trained.optimizer.child_masks.values() for tensor in (mask.bits, mask.ranks)]
+    benchmark.extra_info.update(
+        weights=trained.weights,
+        state_bytes={"child": _held(_states(trained.optimizer) + masks), "dense": _held(_states(dense))},
+        mask_bytes=_held(masks),
+    )
+
+
+def test_delta_file(benchmark, trained, tmp_path):
+    delta, safetensors, pickled = (tmp_path / name for name in ("delta.safetensors", "full.safetensors", "full.pt"))
+    model, base = trained.model, trained.base
+    try:
+        benchmark.pedantic(trained.child.save_delta, args=(delta, model, base), rounds=1)
+        save_file(model.state_dict(), safetensors)
+        torch.save(model.state_dict(), pickled)
+        sizes = {path.name: path.stat().st_size for path in (delta, safetensors, pickled)}
+        ChildNetwork.apply_delta(delta, base)
+    finally:
+        for path in (delta, safetensors, pickled):
+            path.unlink(missing_ok=True)  # pytest would keep them for days
+    assert all(map(torch.equal, base, model))
+    full = min(sizes["full.safetensors"], sizes["full.pt"])
+    benchmark.extra_info.update(weights=trained.weights, file_bytes=sizes, ratio=sizes["delta.safetensors"] / full)
+
+
+def _dense(trained):
+    """Returns torch's AdamW after a step on a copy of the base."""
+    params = [Parameter(param.detach().clone()) for param in trained.base]
+    for param, of_child in zip(params, trained.model, strict=True):
+        param.grad = of_child.grad
+    optimizer = torch.optim.AdamW(params, **HYPER, fused=True)
+    optimizer.step()
+    return optimizer
+
+
+def _states(optimizer):
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]
+
+
+def _held(tensors):
+    """Returns the bytes of the tensors' memory, which counts once where several lie in it."""
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
