@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-CPP := $(NATIVE) $(wildcard tests/cpp/*.c* benchmarks/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/cpp/* benchmarks/*.cpp)
 OUT := build/tests
 
 .PHONY: demo test test-core core-cuda lint format bench clean
@@ -44,12 +44,12 @@ format: $(VENV)/.lint
 
 # The core and the CPU driver without Python, where the sanitizers see everything.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
-CORE := $(OUT)/tests/cpp/test_core.o $(patsubst %.cpp,$(OUT)/%.o,$(wildcard csrc/cpu/*.cpp))
+CORE := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/cpp/*.cpp csrc/cpu/*.cpp))
 test-core: $(OUT)/test_core
 	$(OUT)/test_core
 $(OUT)/test_core: $(CORE)
 	$(CXX) $(SANITIZE) $^ -ldl -lpthread -o $@
-$(CORE): $(OUT)/%.o: %.cpp $(NATIVE)
+$(CORE): $(OUT)/%.o: %.cpp $(NATIVE) tests/cpp/test_helpers.h
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 

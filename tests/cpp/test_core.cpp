@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <vector>
 
@@ -13,17 +12,7 @@
 #include "core/fisher.h"
 #include "core/mask.h"
 #include "cpu/driver.h"
-#include "cpu/selection.h"
-
-using namespace childtune;
-
-static int failures = 0;
-
-static void expect(bool holds, const char* what, long long detail = 0) {
-  if (holds) return;
-  ++failures;
-  std::printf("FAILED: %s (%lld)\n", what, detail);
-}
+#include "test_helpers.h"
 
 // Known answers of Random123, kat_vectors, philox4x32 10.
 static void test_philox() {
@@ -67,50 +56,6 @@ static void test_half_precision() {
   expect(h.bits == 0x7C00, "fp16 overflow");
 }
 
-static float noise(uint32_t i, uint32_t stream) {
-  return static_cast<float>(static_cast<int32_t>(philox4x32_10(i, stream, 0, 0, 7, 7).word[0])) * 0x1p-31f;
-}
-
-// Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
-template <class P>
-struct Arrays {
-  using T = typename ComputeType<P>::type;
-  std::vector<P> param, grad;
-  std::vector<T> state[3];
-  int64_t numel, stride;
-  std::vector<int64_t> layout;
-
-  Arrays(int64_t n, int64_t s) : numel(n), stride(s), layout{1, n, s, s, s, s, s} {
-    const size_t length = n == 0 ? 0 : static_cast<size_t>((n - 1) * s + 1);
-    param.resize(length);
-    grad.resize(length);
-    for (size_t i = 0; i < length; ++i) {
-      store(param[i], T(noise(i, 0)));
-      store(grad[i], T(noise(i, 1)));
-    }
-    for (int k = 0; k < 3; ++k) {
-      for (size_t i = 0; i < length; ++i) state[k].push_back(std::fabs(T(noise(i, 2 + k))));
-    }
-  }
-
-  StepItem item(bool masked, bool amsgrad, MaskSlice slice) {
-    StepItem it{};
-    void* data[kStreams] = {param.data(), grad.data(), state[0].data(), state[1].data(), state[2].data()};
-    for (int k = 0; k < kStreams; ++k) it.data[k] = data[k];
-    if (!amsgrad) it.data[kMaxExpAvgSq] = nullptr;
-    it.numel = numel;
-    it.layout = stride == 1 ? nullptr : layout.data();
-    it.dtype = sizeof(P) == 8 ? DType::kFloat64 : sizeof(P) == 4 ? DType::kFloat32 : DType::kBFloat16;
-    it.masked = masked;
-    it.keep_threshold = masked ? 19661 : kKeepAll;
-    it.key = {0x123456789ABCDEFull, 3, 5};
-    it.slice = slice;
-    const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, masked ? 19661.0 / kKeepAll : 1.0, false};
-    it.constants = step_constants(h, 3);
-    return it;
-  }
-};
-
 template <class P>
 static void plain_step(const StepItem& it, Arrays<P>* a) {
   using T = typename ComputeType<P>::type;
@@ -128,11 +73,6 @@ static void plain_step(const StepItem& it, Arrays<P>* a) {
     }
     store(a->param[at], param);
   }
-}
-
-template <class V>
-static bool same_bytes(const V& a, const V& b) {
-  return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
 }
 
 // The vectorised step, cut over threads, equals a plain loop over core's scalar functions.
@@ -156,62 +96,6 @@ static void test_steps() {
       for (int64_t stride : {1, 3}) {
         for (const MaskSlice& slice : slices) test_step<P>(masked, amsgrad, stride, slice, 2);
       }
-    }
-  }
-}
-
-// The compact step equals a plain loop over the child network's weights, and touches no other.
-template <class P>
-static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, uint32_t density) {
-  for (int64_t n : {1, 3, 7, 8, 128, 1023, 1024, 1025, 70001}) {
-    std::vector<uint8_t> bits(mask_bytes(n));
-    std::vector<int64_t> ranks, children;
-    for (int64_t i = 0; i < n; ++i) {
-      if (i % kRankBlock == 0) ranks.push_back(static_cast<int64_t>(children.size()));
-      if (philox4x32_10(static_cast<uint32_t>(i), 0, 0, 0, 3, 4).word[0] % 100 >= density) continue;
-      bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
-      children.push_back(i);
-    }
-    const int64_t count = static_cast<int64_t>(children.size());
-    ranks.push_back(count);
-    Arrays<P> fast(n, stride), plain(n, stride);
-    for (Arrays<P>* a : {&fast, &plain}) {
-      for (auto& state : a->state) state = {state.begin(), state.begin() + count};  // no room beside it
-    }
-    StepItem item = fast.item(false, amsgrad, {});
-    item.child = {bits.data(), ranks.data(), count};
-    item.decay_outside = decay_outside;
-    step_cpu({item}, 2);
-    const auto c = item.constants.cast<typename Arrays<P>::T>();
-    for (int64_t i = 0, rank = 0; i < n; ++i) {
-      P& stored = plain.param[i * stride];
-      typename Arrays<P>::T param = load(stored), unused = 0;
-      if (in_child(bits.data(), i)) {
-        const auto grad = load(plain.grad[i * stride]);
-        auto &m = plain.state[0][rank], &v = plain.state[1][rank];
-        amsgrad ? adamw_update<true>(c, true, grad, param, m, v, plain.state[2][rank])
-                : adamw_update<false>(c, true, grad, param, m, v, unused);
-        ++rank;
-        store(stored, param);
-      } else if (decay_outside) {
-        store(stored, param * c.decay_before * c.decay_after);
-      }
-    }
-    expect(same_bytes(fast.param, plain.param), "child step: param equals the plain loop's", n);
-    for (int k = 0; k < 3; ++k) expect(same_bytes(fast.state[k], plain.state[k]), "child step: state", n);
-    if (count == 0) continue;
-    bits[children[0] / 8] = n >= 8 ? 0xFF : bits[0];  // no longer what was counted: no room in the state for it
-    item.child.count = count - 1;
-    step_cpu({item}, 1);
-  }
-}
-
-template <class P>
-static void test_child_steps() {
-  for (int64_t stride : {1, 3}) {
-    for (uint32_t density : {0u, 1u, 30u, 100u}) {
-      test_child_step<P>(false, stride, density == 30, density);
-      test_child_step<P>(true, stride, false, density);
     }
   }
 }
@@ -291,41 +175,8 @@ static void test_integer_power() {
   }
 }
 
-// Against counting: a weight is chosen if fewer than k others are ahead of it.
-static void test_selection() {
-  std::vector<std::vector<float>> scores;
-  for (int64_t n : {0, 1, 1023, 1024, 2500}) {
-    scores.emplace_back();
-    for (int64_t i = 0; i < n; ++i) scores.back().push_back(std::round(noise(static_cast<uint32_t>(i), 9) * 20) / 8);
-  }
-  std::vector<std::vector<uint8_t>> bits;
-  std::vector<float> flat;
-  for (const auto& s : scores) {
-    bits.emplace_back(mask_bytes(static_cast<int64_t>(s.size())), 0xFF);
-    flat.insert(flat.end(), s.begin(), s.end());
-  }
-  std::vector<ScoredTensor> tensors;
-  for (size_t t = 0; t < scores.size(); ++t) {
-    tensors.push_back({scores[t].data(), bits[t].data(), static_cast<int64_t>(scores[t].size())});
-  }
-  for (int64_t k : {int64_t{0}, int64_t{1}, int64_t{1500}, static_cast<int64_t>(flat.size())}) {
-    expect(select_cpu(tensors, k, true, 2) == -1, "selection finds no NaN", k);
-    size_t at = 0;
-    for (size_t t = 0; t < scores.size(); ++t) {
-      for (size_t i = 0; i < 8 * bits[t].size(); ++i) {
-        int64_t ahead = i < scores[t].size() ? 0 : k;
-        if (i < scores[t].size()) {
-          for (size_t j = 0; j < flat.size(); ++j)
-            ahead += flat[j] > flat[at + i] || (flat[j] == flat[at + i] && j < at + i);
-        }
-        expect((bits[t][i / 8] >> i % 8 & 1) == (ahead < k), "selection", static_cast<long long>(at + i));
-      }
-      at += scores[t].size();
-    }
-  }
-  scores[3][7] = std::numeric_limits<float>::quiet_NaN();
-  expect(select_cpu(tensors, 1, true, 2) == 3, "selection names the tensor with a NaN");
-}
+void test_child_steps();
+void test_selection();
 
 int main() {
   test_philox();
@@ -338,9 +189,7 @@ int main() {
     test_steps<float>();
     test_steps<double>();
     test_steps<BFloat16>();
-    test_child_steps<float>();
-    test_child_steps<double>();
-    test_child_steps<BFloat16>();
+    test_child_steps();
     test_sum_of_squares();
     test_accumulate_squares<float>();
     test_accumulate_squares<double>();

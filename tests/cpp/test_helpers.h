@@ -1,0 +1,69 @@
+// What the tests of csrc/core and csrc/cpu share: failures, noise, and the arrays of a parameter.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "core/dtypes.h"
+#include "core/philox.h"
+#include "cpu/driver.h"
+
+using namespace childtune;
+
+inline int failures = 0;
+
+inline void expect(bool holds, const char* what, long long detail = 0) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s (%lld)\n", what, detail);
+}
+
+inline float noise(uint32_t i, uint32_t stream) {
+  return static_cast<float>(static_cast<int32_t>(philox4x32_10(i, stream, 0, 0, 7, 7).word[0])) * 0x1p-31f;
+}
+
+// Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
+template <class P>
+struct Arrays {
+  using T = typename ComputeType<P>::type;
+  std::vector<P> param, grad;
+  std::vector<T> state[3];
+  int64_t numel, stride;
+  std::vector<int64_t> layout;
+
+  Arrays(int64_t n, int64_t s) : numel(n), stride(s), layout{1, n, s, s, s, s, s} {
+    const size_t length = n == 0 ? 0 : static_cast<size_t>((n - 1) * s + 1);
+    param.resize(length);
+    grad.resize(length);
+    for (size_t i = 0; i < length; ++i) {
+      store(param[i], T(noise(i, 0)));
+      store(grad[i], T(noise(i, 1)));
+    }
+    for (int k = 0; k < 3; ++k) {
+      for (size_t i = 0; i < length; ++i) state[k].push_back(std::fabs(T(noise(i, 2 + k))));
+    }
+  }
+
+  StepItem item(bool masked, bool amsgrad, MaskSlice slice) {
+    StepItem it{};
+    void* data[kStreams] = {param.data(), grad.data(), state[0].data(), state[1].data(), state[2].data()};
+    for (int k = 0; k < kStreams; ++k) it.data[k] = data[k];
+    if (!amsgrad) it.data[kMaxExpAvgSq] = nullptr;
+    it.numel = numel;
+    it.layout = stride == 1 ? nullptr : layout.data();
+    it.dtype = sizeof(P) == 8 ? DType::kFloat64 : sizeof(P) == 4 ? DType::kFloat32 : DType::kBFloat16;
+    it.masked = masked;
+    it.keep_threshold = masked ? 19661 : kKeepAll;
+    it.key = {0x123456789ABCDEFull, 3, 5};
+    it.slice = slice;
+    const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, masked ? 19661.0 / kKeepAll : 1.0, false};
+    it.constants = step_constants(h, 3);
+    return it;
+  }
+};
+
+template <class V>
+bool same_bytes(const V& a, const V& b) {
+  return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
+}
