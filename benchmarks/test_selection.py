@@ -18,7 +18,7 @@ def test_selection(benchmark, rounds, quiet_process):
     torch.set_num_threads(2)
     scores = make_scores()
     contestants = {name: Contestant(lambda choose=choose: choose(scores)) for name, choose in CONTESTANTS.items()}
-    race = Race(contestants, rounds(3), untimed_step=False)
+    race = Race(contestants, rounds(5), untimed_step=False)
     race.run(benchmark)
     benchmark.extra_info.update(
         scores=sum(tensor.numel() for tensor in scores),
