@@ -77,6 +77,8 @@ class CheckpointedAdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group.pop(FINGERPRINT, None)
             self.child_masks = masks
+            if masks:
+                self.defaults["reserve_p"] = 1.0  # of groups that are added later
             self.defaults["seed"] = self.param_groups[0]["seed"]  # of groups that are added later
 
         handles = [

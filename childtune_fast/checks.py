@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import keep_threshold
+from .packed_mask import PackedMask
 from .step_group import StepGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,6 +41,15 @@ def check_options(group: dict[str, Any], seed: int) -> None:
         raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
     if group["capturable"]:
         raise ValueError("ChildAdamW cannot be captured in a CUDA graph yet; use capturable=False")
+
+
+def check_mask(mask: PackedMask, param: Tensor) -> None:
+    """Raises ValueError if a parameter has got another shape since its mask was made."""
+    if mask.shape != param.shape:
+        raise ValueError(
+            f"ChildAdamW: a masked parameter must keep its shape {mask.shape} (got {tuple(param.shape)}); make child "
+            "network and optimizer after the model has its final shapes"
+        )
 
 
 def check_group(group: StepGroup) -> None:

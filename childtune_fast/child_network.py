@@ -147,11 +147,17 @@ class ChildNetwork:
             name: of the parameter, by which any other is recognised.
 
         Raises:
-            ValueError: the mask of that name has another shape, as where parameters were flattened or sharded.
+            ValueError: the mask of that name has another shape, as where parameters were flattened or sharded; or there
+                is no name, and this is a copy, which knows parameters by name only.
         """
         known = self._names.get(id(param))
         if known is not None and known[0]() is param:
             return self.packed[known[1]].to(param.device)
+        if name is None and not self._names and self.packed:
+            raise ValueError(
+                "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one without); "
+                "pass model.named_parameters() to the optimizer"
+            )
         mask = None if name is None else self.packed.get(name)
         if mask is not None and mask.shape != tuple(param.shape):
             raise ValueError(

@@ -24,7 +24,7 @@ def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Mas
     """
     masks = {}
     for i, state in state_dict["state"].items():
-        bits = state.get("child_mask")
+        bits = state.get("child_mask") if isinstance(state, dict) else None
         if bits is not None and i in params:
             if not isinstance(bits, Tensor):
                 raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor (got {type(bits).__name__})")
@@ -55,3 +55,17 @@ def adopt(present: Masks, saved: Masks) -> Masks:
             "which takes the checkpoint's, or with the child network that was saved"
         )
     return present or saved
+
+
+def check_ranks_agree(masks: Masks) -> None:
+    """Raises ValueError on all ranks of an initialised process group if they have not one child network."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, fingerprint(masks.values()) if masks else None)
+    if len(set(found)) > 1:
+        raise ValueError(
+            "ChildAdamW: all ranks must have one child network, or their replicas drift apart (got "
+            f"{len(set(found))} different ones, each perhaps chosen by the rank's own data); merge the ranks' "
+            "FisherAccumulators before choosing, or load one file on all ranks"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import fallback
-from .checks import check_options
+from .checks import check_mask, check_options
 from .mask import KEEP_ALL, check_seed, keep_threshold
 from .state import has_begun, init_state
 from .step_group import StepGroup
@@ -60,6 +60,7 @@ def collect(
             if amsgrad:
                 row = (*row, state["max_exp_avg_sq"])
             if mask is not None:
+                check_mask(mask, param)
                 rows[use_native and param.is_cpu, False, True].append((*row, mask.bits, mask.ranks))
             elif type(param) is Parameter and use_native and param.is_cpu:  # mostly; a step has 2 us per parameter
                 plain_rows.append(row)
@@ -83,7 +84,6 @@ def _step_group(
         rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     if masked:
-        target.keep_threshold = KEEP_ALL  # the child network is the mask
         target.child_ranks = columns.pop()
         target.child_bits = columns.pop()
     target.params, target.grads, target.exp_avgs, target.exp_avg_sqs, target.steps, target.indices = columns[:6]
@@ -104,7 +104,7 @@ def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -
         weight_decay=float(group["weight_decay"]),
         amsgrad=bool(group["amsgrad"]),
         grad_factor=-grad_factor if group["maximize"] else grad_factor,
-        keep_threshold=keep_threshold(group["reserve_p"]),
+        keep_threshold=KEEP_ALL if optimizer.child_masks else keep_threshold(group["reserve_p"]),
         published_code=group["variant"] == "hf",
         seed=check_seed(group["seed"]),
         max_grad_norm=group["max_grad_norm"],
@@ -136,8 +136,9 @@ def clip(native: ModuleType | None, on_native: list[StepGroup], on_torch: list[S
 
 def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]:
     """The gradients that the norm is of, and for each the mask of what counts in it."""
-    grads = [grad for group in groups for grad in group.grads]
-    bits: list[Tensor | None] = []
+    rows: list[tuple[int, Tensor, Tensor | None]] = []
     for group in groups:
-        bits += group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
-    return grads, bits
+        bits = group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
+        rows += zip(group.indices, group.grads, bits, strict=True)
+    rows.sort(key=lambda row: row[0])  # the sum's order must not depend on how parameters were grouped
+    return [row[1] for row in rows], [row[2] for row in rows]

@@ -171,5 +171,5 @@ def _shown(batches: Iterable[Any], dataloader: Iterable[Any], max_batches: int |
 def _length(dataloader: Iterable[Any]) -> int | None:
     try:
         return len(dataloader)  # type: ignore[arg-type]
-    except TypeError:  # an iterable dataset
+    except (TypeError, NotImplementedError):  # an iterable dataset, or a sampler that does not know
         return None

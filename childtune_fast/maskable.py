@@ -51,11 +51,12 @@ def block_lists(model: nn.Module) -> list[str]:
     """Returns the names of the outermost lists of repeated blocks, such as "bert.encoder.layer".
 
     Such a list is a ModuleList, or a Sequential of several, whose members have modules with parameters themselves, and
-    of which two are of one class. A list of whole models, with embeddings and repeated blocks inside, is none.
+    of which two are of one class. A list of whole models, with embeddings and repeated blocks inside, is none; nor is a
+    list with a head's name, or of plain perceptrons.
     """
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in found) or _HEAD_NAMES.search(name)
         if name and not inside and _is_block_list(module) and not _holds_models(module):
             found.append(name)
     return found
@@ -67,6 +68,8 @@ def _is_block_list(module: nn.Module) -> bool:
     members = [member for member in module if any(True for _ in member.parameters())]
     if not members or not all(map(_is_composite, members)):
         return False
+    if all(isinstance(member, nn.Sequential) and not any(map(_is_composite, member)) for member in members):
+        return False  # small perceptrons, as heads for several tasks are
     if len(members) == 1:
         return isinstance(module, nn.ModuleList)  # a model of one layer, or one layer that is used again and again
     return len({type(member) for member in members}) < len(members)
@@ -118,7 +121,10 @@ def head_parameters(model: nn.Module, head: Selector = None) -> dict[str, Parame
 
 def _predicate(selector: Selector, what: str) -> Callable[[str], object]:
     if isinstance(selector, (str, re.Pattern)):
-        return re.compile(selector).search
+        try:
+            return re.compile(selector).search
+        except re.error as error:
+            raise ValueError(f"{what} must be a regular expression (got {selector!r}: {error})") from None
     if not callable(selector):
         raise TypeError(
             f"{what} must be a predicate over parameter names, a regex or None (got {type(selector).__name__})"

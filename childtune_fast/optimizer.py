@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,11 @@ from . import backend as backends
 from . import fallback
 from .checkpoint import CheckpointedAdamW
 from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
-from .child_state import Masks
+from .child_network import ChildNetwork
+from .child_state import Masks, check_ranks_agree
 from .collect import PLAIN_TENSORS, clip, collect, is_sharded
 from .mask import MASK_VERSION, check_seed
 from .state import mark_child
-
-if TYPE_CHECKING:
-    from .child_network import ChildNetwork
-
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
@@ -90,7 +87,7 @@ class ChildAdamW(CheckpointedAdamW):
         amsgrad: bool = False,
         *,
         reserve_p: float = _RESERVE_P,
-        child: "ChildNetwork | None" = None,
+        child: ChildNetwork | None = None,
         seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -133,6 +130,7 @@ class ChildAdamW(CheckpointedAdamW):
                 f"ChildAdamW: child must mask a parameter of those passed (got a child network of "
                 f"{len(child.packed)} others); make it from the model whose parameters these are, after wrapping it"
             )
+        check_ranks_agree(self.child_masks)
         if self.backend == "native":
             backends.resolve("native")
 
@@ -247,13 +245,13 @@ class ChildAdamW(CheckpointedAdamW):
                 group.setdefault(name, self.defaults[name])
 
 
-def _checked_child(child: Any, reserve_p: float, decay: str) -> "ChildNetwork | None":
+def _checked_child(child: Any, reserve_p: float, decay: str) -> ChildNetwork | None:
     if child is None:
         if decay == "child":
             raise ValueError("ChildAdamW: decay='child' needs a child network; pass child=, or decay='all'")
         return None
-    if not callable(getattr(child, "mask_of", None)):
-        raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {type(child).__name__})")
+    if not isinstance(child, ChildNetwork):
+        raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {child!r})")
     if reserve_p is not _RESERVE_P:
         raise ValueError(
             f"ChildAdamW: reserve_p is not used with child= (got {reserve_p}); leave it out, the child network has a "

@@ -9,6 +9,7 @@ csrc/core/packed_mask.h is the same in C++.
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ class PackedMask:
 
     Attributes:
         shape: of the parameter.
-        bits: uint8, 128 bytes for each 1024 weights begun.
         ranks: int64, one for each 1024 weights begun, and the whole count at the end; on the device of `bits`.
         count: how many weights are in the child network.
     """
@@ -36,7 +36,7 @@ class PackedMask:
             ValueError: `bits` is not of the dtype and length that `shape` requires, or has bits beyond it.
         """
         self.shape = tuple(shape)
-        self.bits = bits
+        self._bits, self._version = bits, _version(bits)
         size = packed_size(self.numel)
         if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous():
             raise ValueError(
@@ -47,10 +47,30 @@ class PackedMask:
         rest = packed[self.numel // 8 :]
         if rest.size and (rest[1:].any() or rest[0] >> self.numel % 8):
             raise ValueError(f"PackedMask: bits beyond the {self.numel} weights must be 0; the mask is damaged")
-        counts = _POPCOUNT[packed].reshape(-1, _BLOCK_BYTES).sum(axis=1, dtype=np.int64)
+        counts = _popcounts(packed).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1, dtype=np.int64)
         ranks = np.concatenate([[0], counts.cumsum()])
         self.count = int(ranks[-1])
         self.ranks = torch.from_numpy(ranks).to(bits.device)
+
+    @property
+    def bits(self) -> Tensor:
+        """The mask in memory: uint8, 128 bytes for each 1024 weights begun.
+
+        Raises:
+            RuntimeError: somebody wrote to it.
+        """
+        if _version(self._bits) != self._version:
+            raise RuntimeError(
+                "the mask of a child network must not be changed (got one that was written to in place, perhaps by "
+                "code that zeroes an optimizer's state); delete the state instead, and make the child network anew"
+            )
+        return self._bits
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "bits": self.bits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def numel(self) -> int:
@@ -80,6 +100,18 @@ class PackedMask:
     def scatter(self, values: Tensor) -> Tensor:
         """Returns `values`, as `gather` gives them, in a tensor of the parameter's shape, zeros elsewhere."""
         return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
+
+
+def _popcounts(packed: np.ndarray) -> np.ndarray:
+    """How many bits are set in each eight bytes."""
+    if hasattr(np, "bitwise_count"):  # numpy 2, several times faster
+        return np.bitwise_count(packed.view(np.uint64))
+    return _POPCOUNT[packed].reshape(-1, 8).sum(axis=1, dtype=np.uint8)
+
+
+def _version(bits: Tensor) -> int | None:
+    """Torch's count of writes to a tensor; None for one made in inference mode, which has none."""
+    return None if bits.is_inference() else bits._version
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ _AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def has_begun(state: dict[str, Any], amsgrad: bool = False) -> bool:
     """Whether a parameter has all of its state; before its first step, what `mark_child` gave it at most."""
-    if not state or ("exp_avg" not in state and "child_mask" in state and state["step"] == 0):
+    if not state or ("exp_avg" not in state and "child_mask" in state and state.get("step") == 0):
         return False
     return not amsgrad or "max_exp_avg_sq" in state
 
@@ -47,31 +47,39 @@ def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None
     With a mask it is the child network's; of a state that was saved without one, its values are gathered.
 
     Raises:
-        TypeError: a state is no tensor.
-        ValueError: a state without a mask has not the parameter's shape.
+        TypeError: a state is no tensor, or the step count no number.
+        ValueError: a state has not the shape that the parameter, or its mask, requires.
     """
+    if not isinstance(saved, dict):
+        raise TypeError(f"load_state_dict: the state of a parameter must be a dict (got {type(saved).__name__})")
     state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*_AVERAGES, "step", "child_mask")}
     if mask is not None:
         mark_child(state, mask)
     if not has_begun(saved):
         return state
     step = saved.get("step", 0.0)
+    if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
+        raise TypeError(f"load_state_dict: state 'step' must be one number (got {step!r})")
     state["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu").detach().clone().reshape(())
-    for key in _AVERAGES:
-        if key not in saved:
-            continue
+    for key in (key for key in _AVERAGES if key in saved):
         value = saved[key]
         if not isinstance(value, Tensor):
             raise TypeError(f"load_state_dict: state '{key}' must be a tensor (got {type(value).__name__})")
-        if mask is not None and "child_mask" not in saved:
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"load_state_dict: state '{key}' of a parameter of shape {tuple(param.shape)} must have that shape "
-                    f"to be gathered for a child network (got {tuple(value.shape)})"
-                )
-            value = mask.to(value.device).gather(value)
+        if mask is not None:
+            value = _child_values(key, value, param if "child_mask" not in saved else None, mask)
         state[key] = value.detach().to(device=param.device, dtype=compute_dtype(param), copy=True)
     return state
+
+
+def _child_values(key: str, value: Tensor, dense_like: Tensor | None, mask: PackedMask) -> Tensor:
+    """The child network's part of a saved state: itself, or gathered, where it is dense."""
+    required = (mask.count,) if dense_like is None else tuple(dense_like.shape)
+    if value.shape != required:
+        raise ValueError(
+            f"load_state_dict: state '{key}' must have the shape {required} (got {tuple(value.shape)}); the checkpoint "
+            "is damaged, or of another model"
+        )
+    return value if dense_like is None else mask.to(value.device).gather(value)
 
 
 def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:

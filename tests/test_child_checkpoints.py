@@ -150,3 +150,33 @@ def test_a_group_added_later_is_masked():
     assert len(opt.child_masks) == len(model.masks)
     set_grads(params, 0)
     opt.step()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        ({"step": torch.zeros(2)}, TypeError),
+        ({"exp_avg": torch.zeros(3)}, ValueError),
+        ({"exp_avg": 1.0}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(damage, error):
+    opt = child_adamw(Model())
+    train(opt, range(1))
+    state_dict = copy.deepcopy(opt.state_dict())
+    state_dict["state"][0].update(damage)
+    fresh = ChildAdamW(Model().parameters())
+    with pytest.raises(error, match=f"load_state_dict: state '{next(iter(damage))}' must"):
+        fresh.load_state_dict(state_dict)
+    assert not fresh.child_masks
+
+
+def test_a_group_added_after_a_child_network_was_adopted_trains_in_full():
+    model = Model()
+    params = list(model.parameters())
+    first = ChildAdamW(params[:2], child=model.child())
+    adopted = ChildAdamW(params[:2])
+    adopted.load_state_dict(first.state_dict())
+    adopted.add_param_group({"params": params[2:]})
+    assert [group["reserve_p"] for group in adopted.param_groups] == [1.0, 1.0]

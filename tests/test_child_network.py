@@ -157,7 +157,7 @@ def test_a_mask_is_found_by_identity_whatever_the_name():
         assert child.mask_of(param, "another name") is child.packed.get(name)
 
 
-def test_a_stranger_is_found_by_name_and_shape():
+def test_a_stranger_is_found_by_name():
     child, other = child_of(Tiny()), Tiny()
     weight = other.blocks[0].attention.weight
     assert child.mask_of(weight) is None
@@ -172,7 +172,8 @@ def test_copies_know_parameters_by_name_and_hold_none(copied):
     child = child_of(model)
     copy_of_it = copied(child)
     assert copy_of_it.fingerprint == child.fingerprint
-    assert copy_of_it.mask_of(model.blocks[0].attention.weight) is None
+    with pytest.raises(ValueError, match="knows parameters by name only"):
+        copy_of_it.mask_of(model.blocks[0].attention.weight)
     assert copy_of_it.mask_of(model.blocks[0].attention.weight, "blocks.0.attention.weight") is not None
 
 

@@ -242,3 +242,61 @@ def test_wrong_arguments():
         ChildAdamW([torch.nn.Parameter(model.p0.detach().reshape(-1))], child=child)  # as FSDP1 flattens them
     with pytest.raises(ValueError, match="norm_of must be 'all' or 'child'"):
         ChildAdamW(model.parameters(), norm_of="some")
+
+
+@both_backends
+def test_a_mask_that_somebody_zeroes_is_noticed(backend):
+    """Some code resets an optimizer by zeroing its state; training must not stop silently."""
+    model = Model()
+    child = model.child()
+    opt = ChildAdamW(model.parameters(), child=child, backend=backend)
+    train(opt, range(1))
+    before = [p.detach().clone() for p in model.parameters()]
+    for state in opt.state.values():
+        for value in state.values():
+            value.zero_()
+    set_grads(params_of(opt), 1)
+    for use in (opt.step, child.masks, opt.state_dict):
+        with pytest.raises(RuntimeError, match="the mask of a child network must not be changed"):
+            use()
+    assert all(same_bits(p.detach(), b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@both_backends
+def test_a_masked_parameter_that_has_got_another_shape_is_refused(backend):
+    model = Model()
+    opt = child_adamw(model, backend=backend)
+    model.p0.data = model.p0.data.t().contiguous()
+    set_grads(params_of(opt), 0)
+    before = model.p1.detach().clone()
+    with pytest.raises(ValueError, match=r"must keep its shape \(40, 70\) \(got \(70, 40\)\)"):
+        opt.step()
+    assert same_bits(model.p1.detach(), before)
+
+
+@both_backends
+def test_reserve_p_of_a_group_masks_nothing_beside_a_child_network(backend):
+    model = Model()
+    opt = child_adamw(model, backend=backend)
+    opt.param_groups[0]["reserve_p"] = 0.3
+    train(opt, range(1))
+    assert (opt.state[getattr(model, f"p{len(SHAPES) - 1}")]["exp_avg"] != 0).all()
+
+
+def test_the_norm_is_summed_in_one_order_whatever_is_masked():
+    """Masked and full parameters in turn, in float64, where another order of summation shows."""
+    runs = []
+    for backend in ("native", "torch"):
+        model = Model(torch.float64, ((40, 40), (40,)) * 6)
+        model.masks = {name: mask for name, mask in model.masks.items() if mask.ndim == 2}
+        runs.append(child_adamw(model, backend=backend, max_grad_norm=0.1, lr=0.1))
+        train(runs[-1], range(20))
+    assert_same_run(*runs)
+
+
+def test_a_copied_child_network_asks_for_names():
+    model = Model()
+    copied = copy.deepcopy(model.child())
+    with pytest.raises(ValueError, match=r"pass model\.named_parameters\(\)"):
+        ChildAdamW(model.parameters(), child=copied)
+    assert len(ChildAdamW(model.named_parameters(), child=copied).child_masks) == len(model.masks)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers import same_bits
 
-from childtune_fast import ChildAdamW
+from childtune_fast import ChildAdamW, ChildNetwork
 
 WORLD = 2
 STEPS = 3
@@ -121,8 +121,22 @@ def clipping_of_shards_is_refused(rank):
         assert torch.equal(p.to_local(), torch.ones(2, 3))
 
 
+def child_networks_must_agree(rank):
+    """One chosen by each rank's own data would let replicas drift apart: all ranks refuse it."""
+    model = torch.nn.Linear(9, 5)
+    for differing in (True, False):
+        mask = given((5, 9), 7 + rank * differing) > 0
+        child = ChildNetwork.from_masks(model, {"weight": mask})
+        if differing:
+            with pytest.raises(ValueError, match="all ranks must have one child network"):
+                ChildAdamW(model.parameters(), child=child)
+        else:
+            ChildAdamW(model.parameters(), child=child)
+
+
 CHECKS = (
     replicas_stay_equal,
+    child_networks_must_agree,
     shards_get_their_own_masks,
     fsdp_equals_one_process,
     clipping_of_shards_is_refused,

@@ -106,3 +106,14 @@ def test_no_head_or_nothing_else_is_an_error(head):
         del model.classifier
     with pytest.raises(ValueError, match=r"a head must be found beside other parameters \(got \d+ of the 1"):
         head_parameters(model, head)
+
+
+def test_heads_that_are_lists_of_perceptrons_are_no_blocks():
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+            self.heads = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)) for _ in range(3))
+            self.outputs = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)) for _ in range(3))
+
+    assert block_lists(Tasks()) == ["blocks"]

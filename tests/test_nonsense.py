@@ -71,6 +71,11 @@ for name in (*LISTS, *CHILD):
             g = masked(); setattr(g, name, bad); attempt(native.step, [g], 2)
 g = masked(); g.child_bits[0][0] = 63; before = g.params[0].clone()  # more weights than were counted
 native.step([g], 1); assert g.params[0].equal(before) and g.exp_avgs[0].tolist() == [1, 1]
+for first in (1 << 63) - 1, -5, 17, 5000:  # ranks that were not counted
+    g = masked(); g.child_ranks[0][0] = first
+    try: native.step([g], 1)
+    except ValueError: continue
+    raise AssertionError(first)
 for _ in range(300):
     g = group()
     for _ in range(chance.randint(1, 3)):

@@ -160,7 +160,9 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
   const auto c = item.constants.cast<T>();
   const PackedMask& child = item.child;
   const int64_t block = begin / kRankBlock;
-  int64_t rank = child.ranks[block] + count_bits(child.bits + block * (kRankBlock / 8), begin % kRankBlock / 8);
+  int64_t rank = child.ranks[block];
+  if (rank < 0 || rank > child.count) return;  // not what was counted when the mask was made
+  rank += count_bits(child.bits + block * (kRankBlock / 8), begin % kRankBlock / 8);
   P copied_param[kRankBlock], copied_grad[kRankBlock];
   T child_param[kRankBlock + kSlack] = {}, child_grad[kRankBlock + kSlack] = {};
   for (int64_t at = begin; at < end;) {
@@ -177,7 +179,7 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
       grad = copied_grad;
     }
     const int64_t n = collect(bits, bytes, param, grad, child_param, child_grad);
-    if (rank < 0 || rank + n > child.count) return;  // somebody changed the bits since they were counted
+    if (n > child.count - rank) return;  // nor are these
     Block<T> b{child_param, child_grad, static_cast<T*>(item.data[kExpAvg]) + rank,
                static_cast<T*>(item.data[kExpAvgSq]) + rank,
                kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + rank : nullptr};

@@ -99,7 +99,9 @@ PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t 
   if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1))
     refuse("child_ranks must hold a rank on the CPU for each 1024 weights begun, and the whole count");
   const auto* rank = static_cast<const int64_t*>(ranks.data);
-  if (rank[blocks] < 0 || rank[blocks] > numel) refuse("child_ranks must count the weights");
+  bool counts = rank[0] == 0;
+  for (int64_t b = 0; b < blocks; ++b) counts = counts && rank[b] <= rank[b + 1] && rank[b + 1] - rank[b] <= kRankBlock;
+  if (!counts || rank[blocks] > numel) refuse("child_ranks must count the weights");
   return {child_bits(bits, numel), rank, rank[blocks]};
 }
 

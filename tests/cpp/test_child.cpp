@@ -52,6 +52,10 @@ static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, ui
     bits[children[0] / 8] = n >= 8 ? 0xFF : bits[0];  // no longer what was counted: no room in the state for it
     item.child.count = count - 1;
     step_cpu({item}, 1);
+    for (int64_t wrong : {INT64_MAX, INT64_MIN, int64_t{-1}, count + 1}) {
+      ranks[0] = wrong;
+      step_cpu({item}, 1);
+    }
   }
 }
 
