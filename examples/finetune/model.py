@@ -108,6 +108,18 @@ class Head(nn.Module):
         return self.linear(self.dropout(features))
 
 
+class Classifier(nn.Module):
+    """An encoder and a head, named so that pictures of the weights can tell layers apart."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.encoder, self.head = Encoder(backbone), head
+
+    def forward(self, tokens):
+        """Returns what the head makes of the encoder's vectors."""
+        return self.head(self.encoder(tokens))
+
+
 class TokenInputs:
     """Examples as token batches, padded to the longest of each batch."""
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: scores, one table, one picture, and a JSON file with every number behind them."""
+"""What a comparison leaves behind: scores, one table, pictures, and a JSON file with every number behind them."""
 
 import json
 import math
@@ -6,10 +6,18 @@ import platform
 from importlib import metadata
 from statistics import mean, median, stdev
 
-from .train import METHODS
+from .methods import METHODS
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
-COLOURS = {"frozen": "#7f7f7f", "vanilla": "#0072B2", "vanilla-sqrtp": "#56B4E9", "f": "#D55E00"}
+COLOURS = {
+    "frozen": "#7f7f7f",
+    "vanilla": "#0072B2",
+    "vanilla-sqrtp": "#56B4E9",
+    "f": "#D55E00",
+    "d": "#009E73",
+    "d-random": "#E69F00",
+    "d-lowest": "#CC79A7",
+}
 PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -70,7 +78,8 @@ def table(runs):
         runs: dicts from `Experiment.run`.
     """
     first, second = runs[0]["curve"][-1][1]
-    head = ["method", "lr", first, "sd", "min..max", second, "optimizer ms/step", "of step time", "state MB"]
+    head = ["method", "lr", first, "sd", "min..max", second]
+    head += ["Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
     rows = []
     for name, group in by_method(runs).items():
         scores = [100 * score for score in final_scores(group, first)]
@@ -83,11 +92,19 @@ def table(runs):
             f"{stdev(scores):.1f}" if len(scores) > 1 else "",
             f"{min(scores):.1f}..{max(scores):.1f}",
             f"{100 * mean(final_scores(group, second)):.1f}",
+            seconds(group, "fisher_seconds"),
+            seconds(group, "selection_seconds"),
             f"{1e3 * own:.2f}",
             f"{100 * share:.0f} %",
             f"{group[0]['optimizer_bytes'] / 1e6:.1f}",
         ])  # fmt: skip
     return markdown(head, rows)
+
+
+def seconds(runs, key):
+    """Returns the median over runs of something that is done once a run, as text; a dash where nothing is."""
+    values = [run[key] for run in runs if run[key] is not None]
+    return f"{median(values):.2f}" if values else "—"
 
 
 def markdown(head, rows):
@@ -114,6 +131,16 @@ def caveats(runs, task):
     return "\n".join(lines)
 
 
+def pyplot():
+    """Returns matplotlib's pyplot, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def picture(runs, task, model, path):
     """Draws the learning curves: dev score against training step, the mean over seeds and the band they span.
 
@@ -123,11 +150,7 @@ def picture(runs, task, model, path):
         model: name of the model, for the title.
         path: file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     metric = next(iter(runs[0]["curve"][-1][1]))
     seeds = len({run["seed"] for run in runs})
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -150,11 +173,33 @@ def picture(runs, task, model, path):
     plt.close(figure)
 
 
-def save(folder, settings, runs, task, model):
-    """Writes results.json (every number), table.md and curves.png into an existing folder."""
+def child_picture(child, task, model, path):
+    """Draws the density of a child network by layer and kind of module.
+
+    Args:
+        child: the `ChildNetwork` of method `d`.
+        task: the `Task` whose training set its Fisher scores come from.
+        model: name of the model, for the title.
+        path: file to write.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    child.plot(axes)
+    layers = [label.get_text().rpartition(".")[2] for label in axes.get_xticklabels()]
+    axes.set_xticks(axes.get_xticks(), layers, rotation=0)
+    axes.set_xlabel("layer")
+    axes.set_title(f"{METHODS['d'].title}, first seed: {model} on {task.name}\n{child!r}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save(folder, settings, runs, task, model, child=None):
+    """Writes results.json (every number), table.md, curves.png and, of a child network, child.png into a folder."""
     data = {"name": task.name, "fingerprint": task.fingerprint(), "counts": task.counts()}
     result = {"model": model, "settings": settings, "data": data, "versions": versions(), "runs": runs}
     (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = f"{describe_task(task)}\n\n{table(runs)}\n\n{caveats(runs, task)}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     picture(runs, task, model, folder / "curves.png")
+    if child is not None:
+        child_picture(child, task, model, folder / "child.png")

@@ -1,4 +1,4 @@
-"""The methods that are compared, and the one training loop that all of them share.
+"""The one training loop that all methods share, and what they do before it.
 
 Everything but the optimizer is equal by construction: one loop, one warm-up and decay of the learning rate, one split
 into weights that decay and weights that do not. A seed governs the head's initial weights, the order of the data and
@@ -6,70 +6,27 @@ the dropout, and does so alike for every method.
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from . import model as models
+from .methods import METHODS
 
 EVALUATION_BATCH = 64
 BUCKET = 16  # batches that are sorted by length together
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters, named as on the command line."""
-
-    lr: float = 4e-4
-    head_lr: float = 1e-1
-    reserve_p: float = 0.3
-    weight_decay: float = 0.01
-    epochs: int = 2
-    batch_size: int = 16
-    max_length: int = 24
-    warmup: float = 0.1
-    max_grad_norm: float = 1.0
-    evaluations: int = 4
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: its name, how it gets an optimizer, its learning rate, and what it trains."""
-
-    title: str
-    optimizer: Callable
-    lr: Callable
-    frozen: bool = False
-
-
-def adamw(groups, lr, settings, seed, fused=True):
-    """Returns PyTorch's fastest AdamW."""
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=fused)
-
-
-def child_adamw(groups, lr, settings, seed):
-    """Returns Child-Tuning (F): the same call with `reserve_p` and a seed."""
-    from childtune_fast import ChildAdamW
-
-    p = settings.reserve_p
-    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, reserve_p=p, seed=seed)
-
-
-METHODS = {
-    "frozen": Method("frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, frozen=True),
-    "vanilla": Method("AdamW", adamw, lambda s: s.lr),
-    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * math.sqrt(s.reserve_p)),
-    "f": Method("ChildAdamW (F)", child_adamw, lambda s: s.lr),
-}
-
-
 class Experiment:
-    """A pretrained model and a task, on which methods are run with seeds."""
+    """A pretrained model and a task, on which methods are run with seeds.
+
+    Attributes:
+        children: {method: the child network of its first run}, for methods that have one.
+    """
 
     def __init__(self, tokenizer, backbone, task, settings, metrics, device):
         self.backbone, self.task, self.settings, self.metrics = backbone, task, settings, metrics
@@ -83,6 +40,8 @@ class Experiment:
             name: models.TokenInputs(tokenizer, part, settings.max_length, device) for name, part in examples.items()
         }
         self.features = None
+        self.fisher = None  # (seed, scores, seconds) of the last Fisher pass
+        self.children = {}
 
     @property
     def steps(self):
@@ -94,27 +53,30 @@ class Experiment:
 
         Args:
             name: a key of `METHODS`.
-            seed: governs head, data order, dropout and, for F, the masks.
+            seed: governs head, data order, dropout and, for F and `d-random`, the masks.
             on_step: called after every training step.
 
         Returns:
-            A dict of plain numbers: scores at each evaluation, seconds of each step, bytes of optimizer state.
+            A dict of plain numbers: scores at each evaluation, seconds of each step, of the Fisher pass and of the
+            selection (None where there is none), bytes of optimizer state.
         """
         method, lr = METHODS[name], METHODS[name].lr(self.settings)
         started = time.perf_counter()
         model, inputs = self._model(method, seed)
+        child, cost = self._child(name, model, seed)
         torch.manual_seed(seed)
-        optimizer = method.optimizer(models.decay_groups(model, self.settings.weight_decay), lr, self.settings, seed)
+        groups = models.decay_groups(model, self.settings.weight_decay)
+        optimizer = method.optimizer(groups, lr, self.settings, seed, child)
         record = self._train(model, inputs, optimizer, seed, on_step)
         record["seconds"] = time.perf_counter() - started
-        return {"method": name, "seed": seed, "lr": lr, **record, "optimizer_bytes": state_bytes(optimizer)}
+        return {"method": name, "seed": seed, "lr": lr, **cost, **record, "optimizer_bytes": state_bytes(optimizer)}
 
     def _model(self, method, seed):
         """Returns a fresh model and the inputs it reads: tokens, or for a frozen encoder its cached features."""
         outputs = len(self.task.labels) if self.task.labels else 1
         head = models.Head(self.backbone.config.hidden_size, outputs, seed)
         if not method.frozen:
-            return nn.Sequential(models.Encoder(copy.deepcopy(self.backbone)), head).to(self.device), self.tokens
+            return models.Classifier(copy.deepcopy(self.backbone), head).to(self.device), self.tokens
         if self.features is None:
             encoder = models.Encoder(self.backbone).to(self.device)
             self.features = {
@@ -122,6 +84,35 @@ class Experiment:
                 for name, tokens in self.tokens.items()
             }
         return head.to(self.device), self.features
+
+    def _child(self, name, model, seed):
+        """Returns a method's child network, or None, and the seconds that its Fisher pass and its selection took."""
+        method = METHODS[name]
+        if method.child is None:
+            return None, {"fisher_seconds": None, "selection_seconds": None}
+        scores, seconds = self._fisher_scores(model, seed) if method.fisher else (None, None)
+        before = self.clock()
+        child = method.child(model, scores, self.settings, seed)
+        cost = {"fisher_seconds": seconds, "selection_seconds": self.clock() - before}
+        self.children.setdefault(name, child)
+        return child, cost
+
+    def _fisher_scores(self, model, seed):
+        """Returns the Fisher scores of a fresh model and the seconds they took; methods with one seed share them."""
+        from childtune_fast import estimate_fisher
+
+        if self.fisher is None or self.fisher[0] != seed:
+            inputs, targets = self.tokens["train"], self.targets["train"]
+            order = batches(inputs.lengths, dataclasses.replace(self.settings, epochs=1), seed)
+            before = self.clock()
+            scores = estimate_fisher(
+                model,
+                ((inputs.batch(indices), targets[indices]) for indices in order),
+                loss_fn=lambda model, batch: self.loss(model(batch[0]), batch[1]),
+                progress=False,
+            )
+            self.fisher = seed, scores, self.clock() - before
+        return self.fisher[1:]
 
     def _train(self, model, inputs, optimizer, seed, on_step):
         settings, targets = self.settings, self.targets["train"]

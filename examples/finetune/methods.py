@@ -1,0 +1,100 @@
+"""The methods that are compared: how each gets an optimizer, its learning rate, and what it trains.
+
+A method of Child-Tuning (D) also has a child network, chosen once before the first step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters, named as on the command line."""
+
+    lr: float = 4e-4
+    head_lr: float = 1e-1
+    reserve_p: float = 0.3
+    reserve_p_d: float = 0.3
+    weight_decay: float = 0.01
+    epochs: int = 2
+    batch_size: int = 16
+    max_length: int = 20
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    evaluations: int = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: its name in the table.
+        optimizer: from (parameter groups, learning rate, settings, seed, child network or None) to an optimizer.
+        lr: from settings to the learning rate.
+        frozen: trains the head alone, on features that are computed once.
+        child: from (model, Fisher scores or None, settings, seed) to a child network; None for methods without one.
+        fisher: whether `child` needs Fisher scores.
+    """
+
+    title: str
+    optimizer: Callable
+    lr: Callable
+    frozen: bool = False
+    child: Callable | None = None
+    fisher: bool = False
+
+
+def adamw(groups, lr, settings, seed, child):
+    """Returns PyTorch's fastest AdamW."""
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def child_adamw_f(groups, lr, settings, seed, child):
+    """Returns Child-Tuning (F): the same call with `reserve_p` and a seed."""
+    from childtune_fast import ChildAdamW
+
+    p = settings.reserve_p
+    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, reserve_p=p, seed=seed)
+
+
+def child_adamw_d(groups, lr, settings, seed, child):
+    """Returns Child-Tuning (D): the same call with a child network."""
+    from childtune_fast import ChildAdamW
+
+    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, child=child)
+
+
+def highest(model, scores, settings, seed):
+    """Returns the child network of the highest Fisher scores."""
+    from childtune_fast import ChildNetwork
+
+    return ChildNetwork.from_scores(model, scores, reserve_p=settings.reserve_p_d)
+
+
+def lowest(model, scores, settings, seed):
+    """Returns the child network of the lowest Fisher scores."""
+    from childtune_fast import ChildNetwork
+
+    return ChildNetwork.lowest(model, scores, reserve_p=settings.reserve_p_d)
+
+
+def at_random(model, scores, settings, seed):
+    """Returns a random child network of the same size."""
+    from childtune_fast import ChildNetwork
+
+    return ChildNetwork.random(model, reserve_p=settings.reserve_p_d, seed=seed)
+
+
+METHODS = {
+    "frozen": Method("frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, frozen=True),
+    "vanilla": Method("AdamW", adamw, lambda s: s.lr),
+    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * math.sqrt(s.reserve_p)),
+    "f": Method("ChildAdamW (F)", child_adamw_f, lambda s: s.lr),
+    "d": Method("ChildAdamW (D)", child_adamw_d, lambda s: s.lr, child=highest, fisher=True),
+    "d-random": Method("D, child at random", child_adamw_d, lambda s: s.lr, child=at_random),
+    "d-lowest": Method("D, lowest Fisher", child_adamw_d, lambda s: s.lr, child=lowest, fisher=True),
+}
