@@ -222,7 +222,7 @@ def test_learning_rate_rises_to_its_full_value_and_falls(steps):
 
 
 def test_child_networks_of_d_are_the_ends_of_the_scores_and_a_random_one():
-    network = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)))
+    network = nn.ModuleDict({"blocks": nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))})
     generator = torch.Generator().manual_seed(0)
     scores = {name: torch.rand(param.shape, generator=generator) for name, param in network.named_parameters()}
     every = torch.cat([score.flatten() for score in scores.values()])
