@@ -17,6 +17,7 @@ constexpr size_t kWorthThreads = 8;  // slices: below that, waking other threads
 constexpr int kMostWorkers = 32;     // each has counts of its own: half a megabyte
 constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr int64_t kBuckets = 1 << 16;
+constexpr int64_t kFew = 32;
 
 struct Slice {
   const float* scores;
@@ -106,8 +107,14 @@ class Selection {
       for (int64_t at = 0; at < slices_[i].count; at += kRankBlock) {
         uint32_t keys[kRankBlock];
         const int64_t count = read_keys(slices_[i], at, keys);
-        for (int64_t j = 0; j < count; ++j) {
-          if (keys[j] >> 16 == upper) ++counts[keys[j] & 0xFFFFu];
+        std::fill(keys + count, keys + kRankBlock, ~upper << 16);  // in another bucket
+        for (int64_t from = 0; from < count; from += kFew) {
+          uint32_t found = 0;  // few keys share the bucket: most groups are passed over by vectors
+          for (int64_t j = from; j < from + kFew; ++j) found |= keys[j] >> 16 == upper;
+          if (!found) continue;
+          for (int64_t j = from; j < from + kFew; ++j) {
+            if (keys[j] >> 16 == upper) ++counts[keys[j] & 0xFFFFu];
+          }
         }
       }
     });
@@ -134,10 +141,12 @@ class Selection {
         uint32_t equal = 0;
         for (uint32_t key : keys) equal += key == threshold;
         ties += equal;
+        uint8_t above[kRankBlock];
+        for (int64_t j = 0; j < kRankBlock; ++j) above[j] = keys[j] > threshold;
         for (int64_t byte = 0; byte < kRankBlock / 8; ++byte) {
-          uint32_t bits = 0;
-          for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(keys[8 * byte + j] > threshold) << j;
-          slices_[i].bits[at / 8 + byte] = static_cast<uint8_t>(bits);
+          uint64_t flags = 0;  // flag j of eight in bits 8 j
+          for (int j = 0; j < 8; ++j) flags |= uint64_t{above[8 * byte + j]} << (8 * j);
+          slices_[i].bits[at / 8 + byte] = static_cast<uint8_t>(flags * 0x0102040810204080u >> 56);  // in bit j
         }
       }
       ties_[i] = ties;
