@@ -184,7 +184,7 @@ class ChildAdamW(CheckpointedAdamW):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or somebody wrote to a mask.
             TypeError, ValueError: a gradient or a state does not fit its parameter. Nothing has been written then.
         """
         loss = None
