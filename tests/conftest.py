@@ -26,6 +26,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def native():
+    """The compiled module; whatever a test changes of it is put back."""
+    module = backend.load_native()
+    yield module
+    module.set_instruction_set(module.supported_instruction_sets()[-1])
+    module.force_attribute_access(False)
+
+
+@pytest.fixture
 def cache(tmp_path):
     """Returns the cache folder of just-in-time builds in a test with a fresh process."""
     return tmp_path / "cache"

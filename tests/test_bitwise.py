@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from childtune_fast import ChildAdamW, bernoulli_mask
-from childtune_fast.backend import load_native
 from childtune_fast.fallback import sum_of_squares
 from childtune_fast.packed_mask import PackedMask
 
@@ -18,15 +17,6 @@ OPTIONS = {
     "hf": {"variant": "hf", "reserve_p": 0.1, "weight_decay": 0.1},
     "clipped": {"max_grad_norm": 1e-2},
 }
-
-
-@pytest.fixture
-def native():
-    """The compiled module; whatever a test changes of it is put back."""
-    module = load_native()
-    yield module
-    module.set_instruction_set(module.supported_instruction_sets()[-1])
-    module.force_attribute_access(False)
 
 
 @pytest.fixture(params=[1, 2])

@@ -8,7 +8,6 @@ import torch
 from helpers import assert_same_run, both_backends, every_dtype, make_params, same_bits, set_grads, train
 
 from childtune_fast import ChildAdamW, ChildNetwork
-from childtune_fast.backend import load_native
 
 SHAPES = ((40, 70), (129,), (1,), (), (0,), (3, 1030), (8, 128), (4097,))
 OPTIONS = {
@@ -48,18 +47,14 @@ def params_of(optimizer):
 
 @every_option
 @every_dtype
-def test_native_equals_the_fallback(dtype, options):
+def test_native_equals_the_fallback(native, dtype, options):
     expected = child_adamw(Model(dtype), backend="torch", **options)
     train(expected, range(4))
-    native = load_native()
-    try:
-        for instruction_set in native.supported_instruction_sets():
-            native.set_instruction_set(instruction_set)
-            run = child_adamw(Model(dtype), backend="native", **options)
-            train(run, range(4))
-            assert_same_run(run, expected)
-    finally:
-        native.set_instruction_set(native.supported_instruction_sets()[-1])
+    for instruction_set in native.supported_instruction_sets():
+        native.set_instruction_set(instruction_set)
+        run = child_adamw(Model(dtype), backend="native", **options)
+        train(run, range(4))
+        assert_same_run(run, expected)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.1, 0.5, 1.0])

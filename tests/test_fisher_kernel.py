@@ -5,17 +5,8 @@ import torch
 from helpers import every_dtype, same_bits
 
 from childtune_fast import fallback
-from childtune_fast.backend import load_native
 
 SIZES = [0, 1, 3, 127, 128, 129, 4097, 300_001]
-
-
-@pytest.fixture
-def native():
-    module = load_native()
-    yield module
-    module.set_instruction_set(module.supported_instruction_sets()[-1])
-    module.force_attribute_access(False)
 
 
 def random_tensor(shape, dtype, seed=0):
@@ -59,10 +50,10 @@ def test_strides(native, dtype, access):
         assert_same(native, grad, threads=2)
 
 
-def test_formula():
+def test_formula(native):
     """Numbers that no rounding touches."""
     score = torch.tensor([1.0, 2.0, 3.0])
-    assert load_native().accumulate_squares(score, torch.tensor([2.0, -4.0, 0.0]), 0.5, 0.25, 1)
+    assert native.accumulate_squares(score, torch.tensor([2.0, -4.0, 0.0]), 0.5, 0.25, 1)
     assert score.tolist() == [1.125, 2.5, 3.0]
 
 
