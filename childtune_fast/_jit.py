@@ -82,6 +82,7 @@ def _key(compiler: _toolchain.Compiler) -> str:
         _build.fingerprint(),
         compiler.path,
         compiler.banner,
+        _toolchain.local_flags(),
         sysconfig.get_config_var("SOABI") or sys.version,
         [sys.platform, platform.machine(), *platform.libc_ver()],
         torch.__version__,  # its pybind11 headers are the ones that are compiled in

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -62,6 +63,16 @@ def find_compiler() -> Compiler:
     return Compiler(command, os.path.realpath(path), banner.strip())
 
 
+def local_flags() -> list[str]:
+    """Returns the flags that only a build on the machine it is for may have: no kernels its processor cannot run."""
+    import torch
+
+    skips = platform.machine().lower() in ("x86_64", "amd64") and not (
+        torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
+    return ["-DCHILDTUNE_NO_AVX512"] if skips else []
+
+
 def compile_native(folder: Path, compiler: Compiler) -> None:
     """Builds the native backend in the empty `folder`, in a child process that also loads it once.
 
@@ -75,7 +86,7 @@ def compile_native(folder: Path, compiler: Compiler) -> None:
         "load": {
             "name": _build.MODULE,
             "sources": [str(path) for path in _build.sources()],
-            "extra_cflags": _build.compile_flags(),
+            "extra_cflags": _build.compile_flags() + local_flags(),
             "extra_ldflags": _build.link_flags(),
             "extra_include_paths": [str(_build.csrc())],
             "build_directory": str(folder),

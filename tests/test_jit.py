@@ -30,6 +30,19 @@ def test_no_compiler(monkeypatch, tmp_path):
     assert "a C++ compiler is needed and 'c++' is none that can be run; install one (g++)" in cause_of_failure()
 
 
+@pytest.mark.parametrize(
+    ("machine", "capability", "skips"), [("x86_64", "AVX2", 1), ("x86_64", "AVX512", 0), ("arm64", "NEON", 0)]
+)
+def test_avx512_kernels_are_built_where_they_run(monkeypatch, machine, capability, skips):
+    """And a binary without them is not taken for one with them."""
+    monkeypatch.setattr(_toolchain.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert _toolchain.local_flags() == ["-DCHILDTUNE_NO_AVX512"] * skips
+    key = _jit._key(_toolchain.find_compiler())
+    monkeypatch.setattr(_toolchain, "local_flags", lambda: ["-DCHILDTUNE_NO_AVX512"] * (1 - skips))
+    assert _jit._key(_toolchain.find_compiler()) != key
+
+
 def test_compiler_that_fails_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "cc", "echo licence expired; exit 3"))
     assert "fails at --version; repair it" in cause_of_failure()

@@ -13,28 +13,15 @@ namespace {
 constexpr int64_t kWorthThreads = 8;         // slices: below that, waking other threads costs more than they take over
 constexpr int64_t kSliceElements = 1 << 15;  // large against a slice's overhead, small against a thread's share
 
-bool runs_avx2() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx2");
-#else
-  return false;
-#endif
-}
-
-bool runs_avx512() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
-}
-
 std::vector<CpuKernels> supported_kernels() {
   std::vector<CpuKernels> all{baseline::kernels()};
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (runs_avx2()) all.push_back(avx2::kernels());
-  if (runs_avx512()) all.push_back(avx512::kernels());
+  if (__builtin_cpu_supports("avx2")) all.push_back(avx2::kernels());
+#if !defined(CHILDTUNE_NO_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    all.push_back(avx512::kernels());
+#endif
 #endif
   return all;
 }

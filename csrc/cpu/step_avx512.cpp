@@ -1,5 +1,6 @@
-// The CPU step for x86 processors with AVX-512 (F, BW, DQ, VL). Empty elsewhere.
-#if defined(__x86_64__) && defined(__GNUC__)
+// The CPU step for x86 processors with AVX-512 (F, BW, DQ, VL). Empty elsewhere, and where a build just in time knows
+// that the processor has none.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(CHILDTUNE_NO_AVX512)
 // System headers first: their inline functions must stay plain code, since the linker may share them.
 #include <immintrin.h>
 
