@@ -178,6 +178,7 @@ void add_group(const py::handle& group, Workspace* w) {
   const py::list indices(group.attr("indices"));
   const py::object slices = group.attr("slices");
   const bool amsgrad = group.attr("amsgrad").cast<bool>();
+  const bool decay_outside = group.attr("decay_outside").cast<bool>();
   const uint32_t keep_threshold = group.attr("keep_threshold").cast<uint32_t>();
   const uint64_t seed = group.attr("seed").cast<uint64_t>();
   const HyperParams h = hyper_params(group);
@@ -199,7 +200,7 @@ void add_group(const py::handle& group, Workspace* w) {
     item.keep_threshold = keep_threshold;
     item.key = {seed, static_cast<uint32_t>(step), indices[i].cast<uint32_t>()};
     item.slice = mask_slice(slices, i, item.numel);
-    item.decay_outside = group.attr("decay_outside").cast<bool>();
+    item.decay_outside = decay_outside;
     w->items.push_back(item);
   }
 }
