@@ -123,23 +123,23 @@ CHILDTUNE_OUT_OF_LINE void put_back(const uint8_t* bits, int64_t bytes, const T*
 
 // Updates `count` weights, all of them, in whole groups of lanes: the last group is filled up in buffers, so that tail
 // and body are the same arithmetic.
-template <bool kAmsgrad, class P, class T>
-CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Block<P>& block, int64_t count) {
+template <bool kAmsgrad, class T>
+CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Block<T>& block, int64_t count) {
   const AdamWConstants<T> c = constants;  // its own copy, which no store can change
-  const Block<P> b = block;
+  const Block<T> b = block;
   const int64_t whole = count / kLanes * kLanes, rest = count - whole;
-  update_lanes<P, false, kAmsgrad>(c, b, 0, whole, nullptr, 0, 0);
+  update_lanes<T, false, kAmsgrad>(c, b, 0, whole, nullptr, 0, 0);
   if (rest == 0) return;
-  P param[kLanes] = {}, grad[kLanes] = {};
+  T param[kLanes] = {}, grad[kLanes] = {};
   T exp_avg[kLanes] = {}, exp_avg_sq[kLanes] = {}, max_exp_avg_sq[kLanes] = {};
-  memcpy(param, b.param + whole, rest * sizeof(P));
-  memcpy(grad, b.grad + whole, rest * sizeof(P));
+  memcpy(param, b.param + whole, rest * sizeof(T));
+  memcpy(grad, b.grad + whole, rest * sizeof(T));
   memcpy(exp_avg, b.exp_avg + whole, rest * sizeof(T));
   memcpy(exp_avg_sq, b.exp_avg_sq + whole, rest * sizeof(T));
   if (kAmsgrad) memcpy(max_exp_avg_sq, b.max_exp_avg_sq + whole, rest * sizeof(T));
-  const Block<P> filled{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
-  update_lanes<P, false, kAmsgrad>(c, filled, 0, kLanes, nullptr, 0, 0);
-  memcpy(b.param + whole, param, rest * sizeof(P));
+  const Block<T> filled{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
+  update_lanes<T, false, kAmsgrad>(c, filled, 0, kLanes, nullptr, 0, 0);
+  memcpy(b.param + whole, param, rest * sizeof(T));
   memcpy(b.exp_avg + whole, exp_avg, rest * sizeof(T));
   memcpy(b.exp_avg_sq + whole, exp_avg_sq, rest * sizeof(T));
   if (kAmsgrad) memcpy(b.max_exp_avg_sq + whole, max_exp_avg_sq, rest * sizeof(T));
