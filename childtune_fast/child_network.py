@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from . import child_file, delta_file
 from .child_choice import check_scores, check_tensors, choose, random_scores
 from .child_report import Summary, plot_density, summarize
-from .maskable import Selector, head_parameters, maskable_parameters
+from .maskable import head_parameters, maskable_parameters
 from .packed_mask import PackedMask, fingerprint, packed_size
+from .selector import Selector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .as_it_was import leaving_as_it_was
 from .batches import examples_in, map_tensors, tensors_of, with_tensors
-from .fisher_accumulator import FisherAccumulator, Selection
+from .fisher_accumulator import FisherAccumulator
 from .per_example import PerExampleGrads
+from .selector import Selector
 from .task_loss import LossFn, check_finite, check_loss, loss_of_output
 
 
@@ -23,7 +24,7 @@ def estimate_fisher(
     max_batches: int | None = None,
     per_example: bool = False,
     grad_clip: float | None = None,
-    parameters: Selection = None,
+    parameters: Selector = None,
     train_mode: bool = False,
     progress: bool = True,
 ) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
 """FisherAccumulator: running sums of squared gradients, one float32 tensor for each parameter."""
 
 import math
-import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +8,8 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import fallback
-
-Selection = str | re.Pattern[str] | Callable[[str], bool] | None
+from .collect import is_sharded
+from .selector import Selector, predicate
 
 
 class FisherAccumulator:
@@ -41,7 +39,7 @@ class FisherAccumulator:
         ValueError: `grad_clip` is not above 0, no parameter is left, or one is sharded (a DTensor).
     """
 
-    def __init__(self, model: nn.Module, *, grad_clip: float | None = None, parameters: Selection = None) -> None:
+    def __init__(self, model: nn.Module, *, grad_clip: float | None = None, parameters: Selector = None) -> None:
         if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
             raise ValueError(
                 f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
@@ -124,8 +122,8 @@ class FisherAccumulator:
         """Continues from what another accumulator's `state_dict` holds, which is copied.
 
         Raises:
-            ValueError: it is no such thing, of other parameters, or was clipped otherwise. Nothing has been loaded
-                then.
+            ValueError: it is no such thing, of other parameters, was clipped otherwise, or is damaged. Nothing has been
+                loaded then.
         """
         missing = {"sums", "weight", "grad_clip"} - state_dict.keys()
         if missing:
@@ -133,11 +131,18 @@ class FisherAccumulator:
                 "FisherAccumulator.load_state_dict: what FisherAccumulator.state_dict() returned is required (got one "
                 f"without {', '.join(sorted(missing))}); load a whole checkpoint"
             )
-        self._check_matches(state_dict["sums"], state_dict["grad_clip"], "load_state_dict")
+        sums, weight = state_dict["sums"], state_dict["weight"]
+        whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in sums.values())
+        if not (whole and isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(
+                "FisherAccumulator.load_state_dict: sums and weight must be numbers from 0 on (got "
+                f"others, or weight {weight!r}); the checkpoint is damaged"
+            )
+        self._check_matches(sums, state_dict["grad_clip"], "load_state_dict")
         self.reset()
-        for name, sums in state_dict["sums"].items():
-            self._sums[name].copy_(sums)
-        self._weight = float(state_dict["weight"])
+        for name, tensor in sums.items():
+            self._sums[name].copy_(tensor)
+        self._weight = float(weight)
 
     def _add(self, name: str, grad: Tensor, weight: float, grad_factor: float) -> bool | Tensor:
         """Adds one gradient's squares; returns whether it was finite, without waiting for a GPU to know."""
@@ -195,14 +200,11 @@ class FisherAccumulator:
             )
 
 
-def _selected(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
+def _selected(model: nn.Module, parameters: Selector) -> dict[str, nn.Parameter]:
     """The parameters to score, by name: those that require a gradient and are selected."""
-    if parameters is None:
-        chosen: Callable[[str], Any] = lambda _: True  # noqa: E731
-    else:
-        chosen = parameters if callable(parameters) else re.compile(parameters).search
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    found = {name: param for name, param in trained.items() if chosen(name)}
+    chosen = None if parameters is None else predicate(parameters, "parameters")
+    found = {name: param for name, param in trained.items() if chosen is None or chosen(name)}
     if not found:
         names = ", ".join(list(trained)[:5]) or "none"
         raise ValueError(
@@ -210,7 +212,7 @@ def _selected(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter
             f"{len(trained)}: {names}{', ...' if len(trained) > 5 else ''}); change `parameters` or unfreeze some"
         )
     for name, param in found.items():
-        if hasattr(param, "placements"):
+        if is_sharded(param):
             raise ValueError(
                 f"Fisher scores: parameters must be whole (got '{name}', a DTensor); estimate before fully_shard()"
             )

@@ -5,12 +5,12 @@ family ("layer", "h", "block", "layers"); that they are a list of modules which 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn import Parameter
 
-Selector = str | re.Pattern[str] | Callable[[str], bool] | None
+from .selector import Selector, predicate
 
 _LEAST_SHARE = 0.1  # of the trainable weights, that the blocks found must hold
 _HEAD_NAMES = re.compile(  # first or any later part of a name, in transformers and in common code
@@ -37,7 +37,7 @@ def maskable_parameters(model: nn.Module, maskable: Selector = None) -> dict[str
         if _size(chosen.values()) < _LEAST_SHARE * _size(trainable.values()) or not _size(chosen.values()):
             raise ValueError(_no_blocks(model, chosen, trainable))
         return chosen
-    wanted = _predicate(maskable, "maskable")
+    wanted = predicate(maskable, "maskable")
     chosen = {name: param for name, param in trainable.items() if wanted(name)}
     if not _size(chosen.values()):
         raise ValueError(
@@ -108,7 +108,7 @@ def head_parameters(model: nn.Module, head: Selector = None) -> dict[str, Parame
         blocks = tuple(name + "." for name in block_lists(model))
         found = {n: param for n, param in trainable.items() if _HEAD_NAMES.search(n) and not n.startswith(blocks)}
     else:
-        wanted = _predicate(head, "head")
+        wanted = predicate(head, "head")
         found = {name: param for name, param in trainable.items() if wanted(name)}
     if not found or len(found) == len(trainable):
         raise ValueError(
@@ -117,19 +117,6 @@ def head_parameters(model: nn.Module, head: Selector = None) -> dict[str, Parame
             f"{_candidates(model, trainable)}"
         )
     return found
-
-
-def _predicate(selector: Selector, what: str) -> Callable[[str], object]:
-    if isinstance(selector, (str, re.Pattern)):
-        try:
-            return re.compile(selector).search
-        except re.error as error:
-            raise ValueError(f"{what} must be a regular expression (got {selector!r}: {error})") from None
-    if not callable(selector):
-        raise TypeError(
-            f"{what} must be a predicate over parameter names, a regex or None (got {type(selector).__name__})"
-        )
-    return selector
 
 
 def _no_blocks(model: nn.Module, chosen: dict[str, Parameter], trainable: dict[str, Parameter]) -> str:

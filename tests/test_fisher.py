@@ -101,6 +101,16 @@ def test_progress_bar(capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+def test_progress_bar_of_a_dataloader_that_does_not_know_its_length():
+    class Unknown(list):
+        def __len__(self):
+            raise NotImplementedError
+
+    model, batches = make_model(), make_batches()
+    got, expected = estimate(model, Unknown(batches), progress=True), estimate(model, batches)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_transformers_batches_need_no_loss_fn():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

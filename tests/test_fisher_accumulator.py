@@ -175,3 +175,27 @@ def test_sparse_and_strided_gradients():
     fisher = FisherAccumulator(dense)
     fisher.update()
     assert_same_scores(fisher.scores(), scores[0])
+
+
+@pytest.mark.parametrize(
+    "damage", [{"weight": -1.0}, {"weight": math.nan}, {"weight": "1"}, {"sums": math.nan}, {"sums": None}]
+)
+def test_a_damaged_checkpoint_is_refused(damage):
+    model = make_model()
+    fisher = accumulate(FisherAccumulator(model), model, make_batches())
+    before, damaged = fisher.scores(), fisher.state_dict()
+    if "sums" in damage:
+        name, sums = next(iter(damaged["sums"].items()))
+        bad = None if damage["sums"] is None else torch.full_like(sums, damage["sums"])
+        damaged = {**damaged, "sums": {**damaged["sums"], name: bad}}
+    else:
+        damaged |= damage
+    with pytest.raises(ValueError, match="load_state_dict: sums and weight must be numbers from 0 on"):
+        fisher.load_state_dict(damaged)
+    assert_same_scores(fisher.scores(), before)
+
+
+@pytest.mark.parametrize(("parameters", "error"), [(["weight"], TypeError), (5, TypeError), ("(", ValueError)])
+def test_parameters_must_be_a_selector(parameters, error):
+    with pytest.raises(error, match="parameters must be a"):
+        FisherAccumulator(make_model(), parameters=parameters)
