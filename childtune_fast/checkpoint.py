@@ -77,8 +77,6 @@ class CheckpointedAdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group.pop(FINGERPRINT, None)
             self.child_masks = masks
-            if masks:
-                self.defaults["reserve_p"] = 1.0  # of groups that are added later
             self.defaults["seed"] = self.param_groups[0]["seed"]  # of groups that are added later
 
         handles = [
@@ -102,8 +100,6 @@ class CheckpointedAdamW(torch.optim.AdamW):
             present = self.param_groups[min(i, len(self.param_groups) - 1)]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
-            if self.child_masks and FINGERPRINT not in saved:
-                group["reserve_p"] = 1.0  # of Child-Tuning_F, which a child network replaces
             check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
             if group["mask_version"] != MASK_VERSION:
                 raise ValueError(

@@ -104,6 +104,7 @@ def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -
         weight_decay=float(group["weight_decay"]),
         amsgrad=bool(group["amsgrad"]),
         grad_factor=-grad_factor if group["maximize"] else grad_factor,
+        # With a child network there are no random masks, whatever a checkpoint or an editor put into the group.
         keep_threshold=KEEP_ALL if optimizer.child_masks else keep_threshold(group["reserve_p"]),
         published_code=group["variant"] == "hf",
         seed=check_seed(group["seed"]),
