@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from childtune_fast import ChildNetwork
+
 BERT_LIKE = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -120,3 +122,7 @@ def random_scores(model, seed=0):
     """Squares, as Fisher scores are, one for each weight of every parameter."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(p.shape, generator=generator).square() for name, p in model.named_parameters()}
+
+
+def child_of(model, reserve_p=0.3, **options):
+    return ChildNetwork.from_scores(model, random_scores(model), reserve_p=reserve_p, **options)

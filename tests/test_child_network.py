@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from models import Tiny, random_scores
+from models import Tiny, child_of, random_scores
 from torch import nn
 
 from childtune_fast import ChildNetwork
@@ -17,10 +17,6 @@ WEIGHTS = 2 * (16 * 17 + 16 * 32 + 32 + 32 * 16 + 16)  # in the blocks of Tiny
 
 def count(child):
     return sum(mask.count for mask in child.packed.values())
-
-
-def child_of(model, reserve_p=0.3, **options):
-    return ChildNetwork.from_scores(model, random_scores(model), reserve_p=reserve_p, **options)
 
 
 # ---- The choice ----------------------------------------------------------------------------------------------------
