@@ -190,21 +190,20 @@ def test_self_check_survives_an_error(monkeypatch):
 # ---- Import --------------------------------------------------------------------------------------------------------
 
 IMPORT = """
-import time, torch, sys
-before, start = set(sys.modules), time.perf_counter()
+import torch, sys
+before = set(sys.modules)
 import childtune_fast
-print(1000 * (time.perf_counter() - start))
 print(*sorted(set(sys.modules) - before))
 """
 
 
-def test_import_is_quick_and_neither_builds_nor_loads(cache):
-    runs = [result_of(python(IMPORT)) for _ in range(3)]
-    names = runs[0][0].splitlines()[1].split()
+def test_import_loads_nothing_but_the_package_and_neither_builds_nor_loads_the_kernels(cache):
+    """Its time is measured by benchmarks/test_costs.py: in a test it would measure who else uses the machine."""
+    output, errors = result_of(python(IMPORT))
+    names = set(output.split())
+    assert errors == ""
     assert "childtune_fast.backend" in names
-    heavy = {"childtune_fast._native", "childtune_fast._jit", "torch.utils.cpp_extension", "filelock", "ninja"}
-    assert not heavy & set(names)
+    assert not {"childtune_fast._native", "childtune_fast._jit"} & names
+    foreign = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert foreign <= {"childtune_fast", "numpy"}
     assert not cache.exists()
-    assert all(errors == "" for _, errors in runs)
-    # The fastest of three: another process can only make an import slower.
-    assert min(float(output.split()[0]) for output, _ in runs) < 50
