@@ -63,8 +63,9 @@ def test_native_equals_the_fallback_at_every_density_on_many_slices(density, thr
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     runs = []
+    shapes = ((700, 1000), (33,), (43,), (129, 5), (3,))
     for backend in ("native", "torch"):
-        runs.append(child_adamw(Model(shapes=((700, 1000), (33,), (129, 5), (3,)), density=density), backend=backend))
+        runs.append(child_adamw(Model(shapes=shapes, density=density), backend=backend))
         train(runs[-1], range(2))
     torch.set_num_threads(before)
     assert_same_run(*runs)

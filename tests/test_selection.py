@@ -1,5 +1,6 @@
 """Selection of the k highest scores: against a stable sort on adversarial scores, on both backends, any threads."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from childtune_fast import backend
 from childtune_fast.packed_mask import PackedMask
 from childtune_fast.selection import top_k
 
-SLICE = 64 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
+SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
 DENORMAL = 1e-45
 
 
@@ -85,7 +86,7 @@ def test_equals_a_stable_sort(kind, backend, on):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_equals_torch_for_any_number_of_threads(kind, on, threads):
+def test_native_equals_torch_for_any_number_of_threads_and_instruction_set(kind, on, threads, native):
     scores = tensors(kind, sizes=(1000, 1, 0, 5 * SLICE + 77, 1024, SLICE, 3 * SLICE - 1))
     total = sum(tensor.numel() for tensor in scores.values())
     for largest, share in ((True, 0.001), (True, 0.3), (False, 0.3)):
@@ -93,7 +94,8 @@ def test_native_equals_torch_for_any_number_of_threads(kind, on, threads):
         on("torch")
         expected = top_k(scores, k, largest=largest)
         on("native")
-        for count in (1, 2, 3):
+        for name, count in itertools.product(native.supported_instruction_sets(), (1, 2, 3)):
+            native.set_instruction_set(name)
             threads(count)
             masks = top_k(scores, k, largest=largest)
             assert sum(mask.count for mask in masks.values()) == k

@@ -10,8 +10,10 @@
 namespace childtune {
 namespace {
 
-constexpr int64_t kWorthThreads = 8;         // slices: below that, waking other threads costs more than they take over
-constexpr int64_t kSliceElements = 1 << 15;  // large against a slice's overhead, small against a thread's share
+constexpr int64_t kWorthThreads = 1 << 18;  // elements: below that, waking other threads costs more than they take over
+// Elements of a slice: as many as they may be, since memory is slow to start at each, and slices enough for threads of
+// different speed to end together.
+constexpr int64_t kLeastSlice = 1 << 15, kMostSlice = 1 << 17, kSlicesPerThread = 16;
 
 std::vector<CpuKernels> supported_kernels() {
   std::vector<CpuKernels> all{baseline::kernels()};
@@ -31,11 +33,11 @@ CpuKernels& current() {
   return kernels;
 }
 
-// The line of elements. Each parameter starts at a multiple of `unit`, and slices are cut at multiples of it.
+// The line of elements. Each parameter starts at a multiple of `unit`, a power of two, and so do slices.
 class Line {
  public:
-  Line(const std::vector<StepItem>& items, int64_t unit, std::vector<int64_t>* starts)
-      : items_(items), starts_(*starts), unit_(unit) {
+  Line(const std::vector<StepItem>& items, int64_t unit, int threads, std::vector<int64_t>* starts)
+      : items_(items), starts_(*starts) {
     starts_.clear();
     int64_t at = 0;
     for (const StepItem& item : items) {
@@ -43,16 +45,19 @@ class Line {
       at += (item.numel + unit - 1) / unit * unit;
     }
     length_ = at;
+    threads_ = length_ < kWorthThreads ? 1 : std::max(threads, 1);
+    slice_ = std::clamp(length_ / (kSlicesPerThread * threads_), kLeastSlice, kMostSlice) / kLeastSlice * kLeastSlice;
   }
 
   int64_t length() const { return length_; }
   int64_t start(size_t item) const { return starts_[item]; }
-  int64_t slices() const { return (length_ + kSliceElements - 1) / kSliceElements; }
+  int64_t slices() const { return (length_ + slice_ - 1) / slice_; }
+  int threads() const { return threads_; }
 
   // Calls visit(item's number, begin, end) for the parts of parameters that slice `i` covers.
   template <class Visit>
   void visit_slice(int64_t i, Visit visit) const {
-    const int64_t begin = i * kSliceElements, end = std::min(begin + kSliceElements, length_);
+    const int64_t begin = i * slice_, end = std::min(begin + slice_, length_);
     size_t k = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
     for (; k < items_.size() && starts_[k] < end; ++k) {
       const int64_t from = std::max<int64_t>(begin - starts_[k], 0), to = std::min(end - starts_[k], items_[k].numel);
@@ -63,11 +68,12 @@ class Line {
  private:
   const std::vector<StepItem>& items_;
   std::vector<int64_t>& starts_;
-  int64_t unit_, length_;
+  int64_t length_, slice_;
+  int threads_;
 };
 
 template <class Body>
-void parallel_over(const Line& line, int threads, Body body) {
+void parallel_over(const Line& line, Body body) {
   struct Context {
     const Line& line;
     Body& body;
@@ -76,7 +82,7 @@ void parallel_over(const Line& line, int threads, Body body) {
     const Context& c = *static_cast<Context*>(argument);
     c.line.visit_slice(i, c.body);
   };
-  parallel_slices(line.slices() < kWorthThreads ? 1 : threads, line.slices(), slice, &context);
+  parallel_slices(line.threads(), line.slices(), slice, &context);
 }
 
 // Sums by halving, as if padded with zeros to a power of two. Overwrites its input.
@@ -94,19 +100,19 @@ double sum_by_halving(double* values, int64_t count) {
 
 void step_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;  // kept, so that a step allocates nothing
-  const CpuKernels kernels = current();
-  const Line line(items, kMaskBlock, &starts);
-  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
+  const CpuKernels kernels = current_kernels();
+  const Line line(items, kMaskBlock, threads, &starts);
+  parallel_over(line, [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
 }
 
 double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;
   thread_local std::vector<double> chunk_sums;
-  const CpuKernels kernels = current();
-  const Line line(items, kNormChunk, &starts);
+  const CpuKernels kernels = current_kernels();
+  const Line line(items, kNormChunk, threads, &starts);
   chunk_sums.resize(line.length() / kNormChunk);
   double* sums = chunk_sums.data();
-  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) {
+  parallel_over(line, [&](size_t k, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += kNormChunk) {
       sums[(line.start(k) + at) / kNormChunk] = kernels.sum_of_squares(items[k], at, std::min(at + kNormChunk, end));
     }
@@ -120,10 +126,10 @@ double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
 
 bool accumulate_squares_cpu(const std::vector<StepItem>& items, double weight, double grad_factor, int threads) {
   thread_local std::vector<int64_t> starts;
-  const CpuKernels kernels = current();
-  const Line line(items, kMaskBlock, &starts);
+  const CpuKernels kernels = current_kernels();
+  const Line line(items, kMaskBlock, threads, &starts);
   std::atomic<bool> finite{true};
-  parallel_over(line, threads, [&](size_t k, int64_t begin, int64_t end) {
+  parallel_over(line, [&](size_t k, int64_t begin, int64_t end) {
     if (!kernels.accumulate_squares(items[k], weight, grad_factor, begin, end)) finite = false;
   });
   return finite;
@@ -136,6 +142,8 @@ std::vector<std::string> supported_instruction_sets() {
 }
 
 std::string instruction_set() { return current().name; }
+
+CpuKernels current_kernels() { return current(); }
 
 bool set_instruction_set(const std::string& name) {
   for (const CpuKernels& kernels : supported_kernels()) {

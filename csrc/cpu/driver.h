@@ -18,6 +18,7 @@ bool accumulate_squares_cpu(const std::vector<StepItem>& items, double weight, d
 
 std::vector<std::string> supported_instruction_sets();  // of this processor, the widest last
 std::string instruction_set();                          // the one in use; at first the widest
+CpuKernels current_kernels();                           // and what is compiled for it
 bool set_instruction_set(const std::string& name);      // false if this processor lacks it
 
 }  // namespace childtune

@@ -9,11 +9,16 @@ CHILDTUNE_OUT_OF_LINE bool add_squares(double weight, double grad_factor, const 
   using T = typename ComputeType<P>::type;
   const T w = static_cast<T>(weight), factor = static_cast<T>(grad_factor);
   auto seen = non_finite_bit(T(0));
-  CHILDTUNE_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    const T g = load(grad[i]);
-    seen |= non_finite_bit(g);
-    add_square(w, factor, g, score[i]);
+  for (int64_t begin = 0; begin < count; begin += kMaskBlock) {
+    const int64_t end = begin + kMaskBlock < count ? begin + kMaskBlock : count;
+    fetch_ahead(grad + begin, end - begin);
+    fetch_ahead(score + begin, end - begin);
+    CHILDTUNE_INDEPENDENT
+    for (int64_t i = begin; i < end; ++i) {
+      const T g = load(grad[i]);
+      seen |= non_finite_bit(g);
+      add_square(w, factor, g, score[i]);
+    }
   }
   return seen >> (8 * sizeof(seen) - 1) == 0;
 }

@@ -6,18 +6,17 @@
 #include <algorithm>
 #include <atomic>
 
-#include "core/compiler.h"
+#include "core/score_key.h"
+#include "cpu/driver.h"
 #include "cpu/parallel.h"
 
 namespace childtune {
 namespace {
 
-constexpr int64_t kSliceElements = 64 * kRankBlock;
-constexpr size_t kWorthThreads = 8;  // slices: below that, waking other threads costs more than they take over
+constexpr int64_t kSliceElements = 128 * kRankBlock;
+constexpr size_t kWorthThreads = 4;  // slices: below that, waking other threads costs more than they take over
 constexpr int kMostWorkers = 32;     // each has counts of its own: half a megabyte
-constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr int64_t kBuckets = 1 << 16;
-constexpr int64_t kFew = 32;
 
 struct Slice {
   const float* scores;
@@ -25,13 +24,6 @@ struct Slice {
   int64_t count;
   int64_t tensor;
 };
-
-// The key as an unsigned number: magnitudes, signed, are in order. `flip` is 0, or -1 to turn the order around.
-CHILDTUNE_INLINE uint32_t key_of(float score, uint32_t flip) {
-  const uint32_t bits = bit_cast<uint32_t>(score);
-  const uint32_t negate = (0u - (bits >> 31)) ^ flip;
-  return (((bits & 0x7FFFFFFFu) ^ negate) - negate) + 0x80000000u;
-}
 
 // Runs body(worker, slice) for every slice; a worker is never in two calls at once.
 template <class Body>
@@ -80,19 +72,7 @@ class Selection {
     std::atomic<int64_t> first_nan{INT64_MAX};
     for_slices(slices_, workers_, [&](int64_t worker, size_t i) {
       const Slice& slice = slices_[i];
-      int64_t* counts = &counts_[worker * kBuckets];
-      bool has_nan = false;
-      for (int64_t at = 0; at < slice.count; at += kRankBlock) {
-        uint32_t keys[kRankBlock];
-        const int64_t count = read_keys(slice, at, keys);
-        uint32_t beyond = 0;  // the sign bit of infinity minus a NaN's magnitude
-        for (int64_t j = 0; j < count; ++j) {
-          beyond |= kInfinity - (bit_cast<uint32_t>(slice.scores[at + j]) & 0x7FFFFFFFu);
-        }
-        has_nan |= beyond >> 31;
-        for (int64_t j = 0; j < count; ++j) ++counts[keys[j] >> 16];
-      }
-      if (!has_nan) return;
+      if (!kernels_.count_upper_halves(slice.scores, slice.count, flip_, &counts_[worker * kBuckets])) return;
       int64_t first = first_nan.load();
       while (slice.tensor < first && !first_nan.compare_exchange_weak(first, slice.tensor)) {
       }
@@ -103,20 +83,7 @@ class Selection {
   void count_lower_halves(uint32_t upper) {
     std::fill(counts_.begin(), counts_.end(), 0);
     for_slices(slices_, workers_, [&](int64_t worker, size_t i) {
-      int64_t* counts = &counts_[worker * kBuckets];
-      for (int64_t at = 0; at < slices_[i].count; at += kRankBlock) {
-        uint32_t keys[kRankBlock];
-        const int64_t count = read_keys(slices_[i], at, keys);
-        std::fill(keys + count, keys + kRankBlock, ~upper << 16);  // in another bucket
-        for (int64_t from = 0; from < count; from += kFew) {
-          uint32_t found = 0;  // few keys share the bucket: most groups are passed over by vectors
-          for (int64_t j = from; j < from + kFew; ++j) found |= keys[j] >> 16 == upper;
-          if (!found) continue;
-          for (int64_t j = from; j < from + kFew; ++j) {
-            if (keys[j] >> 16 == upper) ++counts[keys[j] & 0xFFFFu];
-          }
-        }
-      }
+      kernels_.count_lower_halves(slices_[i].scores, slices_[i].count, flip_, upper, &counts_[worker * kBuckets]);
     });
   }
 
@@ -133,23 +100,8 @@ class Selection {
   // Sets the bits of the keys above the threshold, clears the others, and counts the keys that equal it.
   void write_bits(uint32_t threshold) {
     for_slices(slices_, workers_, [&](int64_t, size_t i) {
-      int64_t ties = 0;
-      for (int64_t at = 0; at < slices_[i].count; at += kRankBlock) {
-        uint32_t keys[kRankBlock];
-        const int64_t count = read_keys(slices_[i], at, keys);
-        std::fill(keys + count, keys + kRankBlock, 0u);  // below every score
-        uint32_t equal = 0;
-        for (uint32_t key : keys) equal += key == threshold;
-        ties += equal;
-        uint8_t above[kRankBlock];
-        for (int64_t j = 0; j < kRankBlock; ++j) above[j] = keys[j] > threshold;
-        for (int64_t byte = 0; byte < kRankBlock / 8; ++byte) {
-          uint64_t flags = 0;  // flag j of eight in bits 8 j
-          for (int j = 0; j < 8; ++j) flags |= uint64_t{above[8 * byte + j]} << (8 * j);
-          slices_[i].bits[at / 8 + byte] = static_cast<uint8_t>(flags * 0x0102040810204080u >> 56);  // in bit j
-        }
-      }
-      ties_[i] = ties;
+      const Slice& slice = slices_[i];
+      ties_[i] = kernels_.write_above(slice.scores, slice.count, flip_, threshold, slice.bits);
     });
   }
 
@@ -158,20 +110,14 @@ class Selection {
     for (size_t i = 0; i < slices_.size() && left > 0; ++i) {
       if (ties_[i] == 0) continue;
       for (int64_t j = 0; j < slices_[i].count && left > 0; ++j) {
-        if (key_of(slices_[i].scores[j], flip_) != threshold) continue;
+        if (score_key(slices_[i].scores[j], flip_) != threshold) continue;
         slices_[i].bits[j / 8] |= static_cast<uint8_t>(1u << j % 8);
         --left;
       }
     }
   }
 
-  // Writes the keys of the block at `at`, and returns how many they are.
-  int64_t read_keys(const Slice& slice, int64_t at, uint32_t* keys) const {
-    const int64_t count = std::min(kRankBlock, slice.count - at);
-    for (int64_t j = 0; j < count; ++j) keys[j] = key_of(slice.scores[at + j], flip_);
-    return count;
-  }
-
+  const CpuKernels kernels_ = current_kernels();
   std::vector<Slice> slices_;
   std::vector<int64_t> counts_;  // of each worker, by bucket
   std::vector<int64_t> ties_;    // of each slice

@@ -9,34 +9,13 @@
 #include "core/adamw.h"
 #include "core/dtypes.h"
 #include "core/fisher.h"
+#include "core/score_key.h"
 #include "cpu/layout.h"
+#include "cpu/loops.h"
 
-// The iterations of the loop below touch different memory: no checks at run time before using vectors.
-#if defined(__clang__)
-#define CHILDTUNE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define CHILDTUNE_INDEPENDENT _Pragma("GCC ivdep")
-#else
-#define CHILDTUNE_INDEPENDENT
-#endif
-
-// What is called once per many elements stays out of line: it compiles sooner and leaves the loops their registers.
-#if defined(__GNUC__)
-#define CHILDTUNE_OUT_OF_LINE static __attribute__((noinline))
-#define CHILDTUNE_LAMBDA __attribute__((always_inline))
-#define CHILDTUNE_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define CHILDTUNE_OUT_OF_LINE static
-#define CHILDTUNE_LAMBDA
-#define CHILDTUNE_PREFETCH(address)
-#endif
-
-#if defined(__clang__)
-#define CHILDTUNE_UNROLL_4 _Pragma("unroll 4")
-#elif defined(__GNUC__)
-#define CHILDTUNE_UNROLL_4 _Pragma("GCC unroll 4")
-#else
-#define CHILDTUNE_UNROLL_4
+// How many bytes ahead of a loop memory is fetched by software prefetch: 0 leaves that to the processor.
+#if !defined(CHILDTUNE_FETCH_AHEAD)
+#define CHILDTUNE_FETCH_AHEAD 0
 #endif
 
 namespace childtune {
@@ -56,6 +35,25 @@ struct Block {
   T* exp_avg_sq;
   T* max_exp_avg_sq;
 };
+
+// Fetches what lies CHILDTUNE_FETCH_AHEAD bytes after the `count` elements at `at`.
+template <class V>
+CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count) {
+  if (CHILDTUNE_FETCH_AHEAD == 0) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + CHILDTUNE_FETCH_AHEAD;
+  for (uintptr_t line = begin; line < begin + count * sizeof(V); line += 64) {
+    CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(line));
+  }
+}
+
+template <bool kAmsgrad, class P>
+CHILDTUNE_INLINE void fetch_ahead(const Block<P>& b, int64_t at, int64_t count) {
+  fetch_ahead(b.param + at, count);
+  fetch_ahead(b.grad + at, count);
+  fetch_ahead(b.exp_avg + at, count);
+  fetch_ahead(b.exp_avg_sq + at, count);
+  if (kAmsgrad) fetch_ahead(b.max_exp_avg_sq + at, count);
+}
 
 // `count` elements, whose masks stand in `words` (unused without a mask) in turn.
 template <class P, bool kMasked, bool kAmsgrad, class T>
@@ -100,6 +98,7 @@ CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Block<P>& b
   for_each_part(
       [&](auto part) CHILDTUNE_LAMBDA {
         constexpr int k = part.value;
+        fetch_ahead<kAmsgrad>(b, kLanes * k, kLanes);
         update_lanes<P, true, kAmsgrad>(c, b, kLanes * k, kLanes, bits.word[k / 2], k % 2, keep_threshold);
         draw_part<k>(keys, next_block, draw, next);
       },
@@ -111,11 +110,15 @@ template <class P, bool kMasked, bool kAmsgrad, class T>
 CHILDTUNE_OUT_OF_LINE void update_blocks(const AdamWConstants<T>& constants, Block<P> b, int64_t blocks,
                                          uint32_t keep_threshold, const MaskKeys& keys, uint64_t block) {
   const AdamWConstants<T> c = constants;  // its own copy, which no store can change
-  if (!kMasked) return update_lanes<P, false, kAmsgrad>(c, b, 0, blocks * kMaskBlock, nullptr, 0, 0);
   MaskBits bits[2];
-  draw_block(keys, block, &bits[0]);
+  if (kMasked) draw_block(keys, block, &bits[0]);
   for (int64_t i = 0; i < blocks; ++i) {
-    update_block<P, kAmsgrad>(c, b, keep_threshold, bits[i % 2], keys, block + i + 1, &bits[(i + 1) % 2]);
+    if (kMasked) {
+      update_block<P, kAmsgrad>(c, b, keep_threshold, bits[i % 2], keys, block + i + 1, &bits[(i + 1) % 2]);
+    } else {
+      fetch_ahead<kAmsgrad>(b, 0, kMaskBlock);
+      update_lanes<P, false, kAmsgrad>(c, b, 0, kMaskBlock, nullptr, 0, 0);
+    }
     b.param += kMaskBlock;
     b.grad += kMaskBlock;
     b.exp_avg += kMaskBlock;
@@ -262,12 +265,21 @@ double sum_of_squares(const StepItem& item, int64_t begin, int64_t end) {
 }
 
 #include "cpu/fisher_kernel.h"
+#include "cpu/selection_kernel.h"
 
 }  // namespace
 
 #define CHILDTUNE_STRING_(x) #x
 #define CHILDTUNE_STRING(x) CHILDTUNE_STRING_(x)
-CpuKernels kernels() { return {CHILDTUNE_STRING(CHILDTUNE_ISA), step, sum_of_squares, accumulate_squares}; }
+CpuKernels kernels() {
+  return {CHILDTUNE_STRING(CHILDTUNE_ISA),
+          step,
+          sum_of_squares,
+          accumulate_squares,
+          count_upper_halves,
+          count_lower_halves,
+          write_above};
+}
 
 }  // namespace CHILDTUNE_ISA
 }  // namespace childtune

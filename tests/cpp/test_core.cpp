@@ -183,13 +183,13 @@ int main() {
   test_half_precision();
   test_integer_power();
   test_large_index();
-  test_selection();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();
     test_steps<double>();
     test_steps<BFloat16>();
     test_child_steps();
+    test_selection();
     test_sum_of_squares();
     test_accumulate_squares<float>();
     test_accumulate_squares<double>();
