@@ -53,7 +53,7 @@ def collect(
                 grad = grad.resolve_neg()
             state = states[param]
             mask = masks.get(param) if masks else None
-            if not has_begun(state, amsgrad):
+            if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # mostly without the call
                 states_before[param] = dict(state)
                 init_state(state, param, mask, amsgrad)
             row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
