@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_options
+from .checks import check_options, check_type
 from .child_state import FINGERPRINT, Masks, adopt, saved_masks
 from .mask import MASK_VERSION, check_seed
 from .packed_mask import fingerprint
-from .state import dense_state, restored_state
+from .state import check_saved_state, dense_state, restored_state
 
 
 class CheckpointedAdamW(torch.optim.AdamW):
@@ -60,11 +60,13 @@ class CheckpointedAdamW(torch.optim.AdamW):
         Raises:
             ValueError: as torch does; also for a checkpoint whose masks were placed by another version, are damaged, or
                 are not those of the child network that this optimizer was built with.
-            TypeError: a state is no tensor. Whatever is raised, nothing has been loaded then.
+            TypeError: it is no checkpoint, or a state is no tensor. Whatever is raised, nothing has been loaded then.
         """
         loaded: dict[str, Any] = {}
 
         def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            for state in state_dict["state"].values():
+                check_saved_state(state)
             loaded.update(state_dict, param_groups=self._complete_groups(state_dict["param_groups"]))
             return loaded
 
@@ -79,6 +81,9 @@ class CheckpointedAdamW(torch.optim.AdamW):
             self.child_masks = masks
             self.defaults["seed"] = self.param_groups[0]["seed"]  # of groups that are added later
 
+        check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
+        check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")
+        check_type("load_state_dict: 'param_groups' in state_dict", state_dict.get("param_groups"), list, "a list")
         handles = [
             self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(after, prepend=True),

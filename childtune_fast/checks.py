@@ -7,13 +7,24 @@ has refused, and before every step of the fallback.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .mask import keep_threshold
 from .packed_mask import PackedMask
 from .step_group import StepGroup
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_type(what: str, value: Any, kind: type | tuple[type, ...], noun: str) -> None:
+    """Raises TypeError unless an argument is of its kind; the sentence is "`what` must be `noun`"."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {noun} (got {type(value).__name__})")
+
+
+def check_model(model: Any, what: str = "model") -> None:
+    """Raises TypeError unless an argument is a module."""
+    check_type(what, model, nn.Module, "a torch.nn.Module")
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

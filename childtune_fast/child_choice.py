@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from .checks import check_type
 from .mask import check_seed
 from .packed_mask import PackedMask
 from .selection import top_k
@@ -48,6 +49,7 @@ def check_tensors(
     what: str, tensors: Mapping[str, Tensor], params: Mapping[str, Parameter], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Raises if there is a tensor for no parameter, or one of another dtype or shape; `what` begins the sentence."""
+    check_type(what, tensors, Mapping, "a mapping from parameter names to tensors")
     for name, tensor in tensors.items():
         if name not in params:
             raise ValueError(

@@ -40,5 +40,5 @@ def check_shapes(path: str | os.PathLike, shapes: Mapping[str, list[int]], tenso
             got = f"one of shape {tuple(tensors[name].shape)}" if name in tensors else "none of that name"
             raise ValueError(
                 f"'{os.fspath(path)}' is for a model with '{name}' of shape {tuple(shape)} (got {got}); it is of "
-                "another model"
+                "another model, or of this one inside or outside a wrapper, such as torch.compile's, that changes names"
             )

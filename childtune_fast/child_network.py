@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import child_file, delta_file
+from .checks import check_model, check_type
 from .child_choice import check_scores, check_tensors, choose, random_scores
 from .child_report import Summary, plot_density, summarize
 from .maskable import head_parameters, maskable_parameters
@@ -117,6 +118,7 @@ class ChildNetwork:
             ValueError: a name or shape that the model does not have.
             TypeError: a mask is no bool tensor.
         """
+        check_model(model)
         params = dict(model.named_parameters())
         check_tensors("from_masks: masks", masks, params, (torch.bool,))
         return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, params)
@@ -216,6 +218,7 @@ class ChildNetwork:
         return self._combined(other, torch.bitwise_and)
 
     def _combined(self, other: "ChildNetwork", operation: Callable[[Tensor, Tensor], Tensor]) -> "ChildNetwork":
+        check_type("other", other, ChildNetwork, "a ChildNetwork")
         a, b = ({name: mask.shape for name, mask in child.packed.items()} for child in (self, other))
         if a != b:
             differing = next(name for name in [*a, *b] if a.get(name) != b.get(name))
@@ -244,6 +247,7 @@ class ChildNetwork:
             ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
             OSError: it cannot be read.
         """
+        check_model(model)
         params = dict(model.named_parameters())
         return cls(child_file.load(path, params), params)
 
@@ -262,6 +266,8 @@ class ChildNetwork:
             ValueError: a weight outside the child network is not the base's, bit for bit; or names, shapes or dtypes of
                 masked parameters differ.
         """
+        check_model(model)
+        check_type("base", base, (nn.Module, Mapping), "a torch.nn.Module or its state dict")
         delta_file.save(path, self.packed, model, base)
 
     @classmethod
@@ -276,4 +282,5 @@ class ChildNetwork:
             ValueError: the file is damaged or of another kind, or the model is not the base. Nothing is written then.
             OSError: the file cannot be read.
         """
+        check_model(base_model, "base_model")
         return cls(delta_file.apply(path, base_model), dict(base_model.named_parameters()))

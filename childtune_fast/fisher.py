@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .as_it_was import leaving_as_it_was
 from .batches import examples_in, map_tensors, tensors_of, with_tensors
+from .checks import check_model, check_type
 from .fisher_accumulator import FisherAccumulator
 from .per_example import PerExampleGrads
 from .selector import Selector
@@ -66,6 +67,9 @@ def estimate_fisher(
         raise ValueError(
             f"estimate_fisher: max_batches must be a whole number above 0, or None for all (got {max_batches!r})"
         )
+    check_model(model)
+    check_type("loss_fn", loss_fn, (Callable, type(None)), "a function of model and batch, or None")
+    check_type("dataloader", dataloader, Iterable, "an iterable of batches")
     _check_no_hooks(model)
     estimate = _Estimate(
         model, loss_fn or loss_of_output, FisherAccumulator(model, grad_clip=grad_clip, parameters=parameters)

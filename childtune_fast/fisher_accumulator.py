@@ -1,6 +1,7 @@
 """FisherAccumulator: running sums of squared gradients, one float32 tensor for each parameter."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import fallback
+from .checks import check_model, check_type
 from .collect import is_sharded
 from .selector import Selector, predicate
 
@@ -106,6 +108,7 @@ class FisherAccumulator:
             ValueError: `other` scores other parameters, clips otherwise, or either holds a gradient that was not
                 finite. Nothing has been added then.
         """
+        check_type("FisherAccumulator.merge: other", other, FisherAccumulator, "a FisherAccumulator")
         self._check_usable("merge")
         other._check_usable("merge")
         self._check_matches(other._sums, other.grad_clip, "merge")
@@ -125,6 +128,7 @@ class FisherAccumulator:
             ValueError: it is no such thing, of other parameters, was clipped otherwise, or is damaged. Nothing has been
                 loaded then.
         """
+        check_type("FisherAccumulator.load_state_dict: state_dict", state_dict, Mapping, "a mapping")
         missing = {"sums", "weight", "grad_clip"} - state_dict.keys()
         if missing:
             raise ValueError(
@@ -132,6 +136,7 @@ class FisherAccumulator:
                 f"without {', '.join(sorted(missing))}); load a whole checkpoint"
             )
         sums, weight = state_dict["sums"], state_dict["weight"]
+        check_type("FisherAccumulator.load_state_dict: sums", sums, Mapping, "a mapping")
         whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in sums.values())
         if not (whole and isinstance(weight, (int, float)) and 0 <= weight < math.inf):
             raise ValueError(
@@ -202,6 +207,7 @@ class FisherAccumulator:
 
 def _selected(model: nn.Module, parameters: Selector) -> dict[str, nn.Parameter]:
     """The parameters to score, by name: those that require a gradient and are selected."""
+    check_model(model)
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     chosen = None if parameters is None else predicate(parameters, "parameters")
     found = {name: param for name, param in trained.items() if chosen is None or chosen(name)}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -90,6 +91,8 @@ def bernoulli_mask(
     threshold = keep_threshold(reserve_p)
     seed = check_seed(seed)
     for name, value, bits in (("step", step, 32), ("param_index", param_index, 32), ("offset", offset, 62)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"bernoulli_mask: {name} must be an integer (got {type(value).__name__})")
         if not 0 <= value < 1 << bits:
             raise ValueError(f"bernoulli_mask: {name} must lie in [0, 2**{bits}) (got {value})")
     if threshold == KEEP_ALL:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn import Parameter
 
+from .checks import check_model
 from .selector import Selector, predicate
 
 _LEAST_SHARE = 0.1  # of the trainable weights, that the blocks found must hold
@@ -30,6 +31,7 @@ def maskable_parameters(model: nn.Module, maskable: Selector = None) -> dict[str
         ValueError: nothing is left, or the repeated blocks hold under a tenth of the trainable weights.
         TypeError: `maskable` is of another kind.
     """
+    check_model(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if maskable is None:
         blocks = tuple(name + "." for name in block_lists(model))
@@ -99,6 +101,7 @@ def head_parameters(model: nn.Module, head: Selector = None) -> dict[str, Parame
         ValueError: nothing is found, or nothing else is left.
         TypeError: `head` is of another kind.
     """
+    check_model(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)  # as transformers names it
     if head is None and isinstance(base, nn.Module):

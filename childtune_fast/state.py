@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
+from .checks import check_type, compute_dtype
 from .packed_mask import PackedMask
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -41,26 +41,31 @@ def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, am
         state["max_exp_avg_sq"] = zeros()
 
 
+def check_saved_state(saved: Any) -> None:
+    """Raises TypeError unless this is the state of a parameter, and its step count a number."""
+    check_type("load_state_dict: the state of a parameter", saved, dict, "a dict")
+    step = saved.get("step", 0.0)
+    if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
+        raise TypeError(f"load_state_dict: state 'step' must be one number (got {step!r})")
+
+
 def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:
     """A copy of one parameter's saved state, on the parameter's device, in the dtype that the step computes in.
 
     With a mask it is the child network's; of a state that was saved without one, its values are gathered.
 
     Raises:
-        TypeError: a state is no tensor, or the step count no number.
+        TypeError: a state is no tensor.
         ValueError: a state has not the shape that the parameter, or its mask, requires.
     """
-    if not isinstance(saved, dict):
-        raise TypeError(f"load_state_dict: the state of a parameter must be a dict (got {type(saved).__name__})")
     state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*_AVERAGES, "step", "child_mask")}
     if mask is not None:
         mark_child(state, mask)
     if not has_begun(saved):
         return state
-    step = saved.get("step", 0.0)
-    if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
-        raise TypeError(f"load_state_dict: state 'step' must be one number (got {step!r})")
-    state["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu").detach().clone().reshape(())
+    state["step"] = (
+        torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32, device="cpu").detach().clone().reshape(())
+    )
     for key in (key for key in _AVERAGES if key in saved):
         value = saved[key]
         if not isinstance(value, Tensor):
