@@ -19,7 +19,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP := $(NATIVE) $(wildcard tests/cpp/* benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core core-cuda lint format bench clean
+.PHONY: demo test test-core cuda lint format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -42,28 +42,36 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# The core and the CPU driver without Python, where the sanitizers see everything.
+# The core, the CPU driver and what of the CUDA driver a CPU can run, without Python, where the sanitizers see everything.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
-CORE := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/cpp/*.cpp csrc/cpu/*.cpp))
+CORE := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/cpp/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp))
 test-core: $(OUT)/test_core
 	$(OUT)/test_core
 $(OUT)/test_core: $(CORE)
 	$(CXX) $(SANITIZE) $^ -ldl -lpthread -o $@
-$(CORE): $(OUT)/%.o: %.cpp $(NATIVE) tests/cpp/test_helpers.h
+$(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 
-# The core headers as device code; they must stay free of whatever a GPU lacks.
+# The device code without a GPU: the core headers, which must stay free of whatever a GPU lacks, and the kernels, whose
+# machine code tests/check_device_code.py judges.
 NVCC ?= nvcc
-core-cuda:
+NVCC_FLAGS := -std=c++17 --fmad=false -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
+ARCHITECTURES ?= 75 80 90 120
+CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
+cuda: $(CUBINS) $(OUT)/core_compiles.o
+$(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/check_device_code.py
 	mkdir -p $(OUT)
-	for arch in 75 90; do \
-	  $(NVCC) -std=c++17 -arch=sm_$$arch --fmad=false -Werror all-warnings -Xcompiler -Wall,-Werror \
-	    -Icsrc -c tests/cpp/core_compiles.cu -o $(OUT)/core_compiles.o || exit 1; \
-	done
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -ptx $< -o $(@:cubin=ptx)
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $< -o $@.new 2>$@.log || { cat $@.log; exit 1; }
+	@echo sm_$*; $(PYTHON) tests/check_device_code.py $(@:cubin=ptx) <$@.log
+	mv $@.new $@
+$(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)
+	mkdir -p $(OUT)
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_75 -c $< -o $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info childtune_fast/_native*
+	rm -rf $(VENV) build *.egg-info childtune_fast/_native* childtune_fast/_kernels*
 
 # ---- What is installed in .venv; an empty file stands for each step that is done ----
 

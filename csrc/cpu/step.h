@@ -1,39 +1,9 @@
-// What a CPU step works on: one plain struct per parameter, and the functions that each instruction set provides.
+// What the CPU offers for a step: the functions that each instruction set provides.
 #pragma once
 
-#include <cstdint>
-
-#include "core/constants.h"
-#include "core/mask.h"
-#include "core/packed_mask.h"
+#include "core/step_item.h"
 
 namespace childtune {
-
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-constexpr int kStreams = 5;  // arrays of a step, in this order
-enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
-
-// Where a sharded parameter's elements lie in the whole parameter: equal runs at equal distances.
-struct MaskSlice {
-  uint64_t offset = 0;  // flat index of the first element
-  int64_t run = 0;      // consecutive elements in a run; 0: all of them
-  uint64_t stride = 0;  // distance between the beginnings of neighbouring runs
-};
-
-struct StepItem {
-  void* data[kStreams];   // kMaxExpAvgSq: nullptr without amsgrad
-  int64_t numel;          // elements here; all arrays have the same shape, but for the state of a child network
-  const int64_t* layout;  // nullptr: every array is contiguous. Else ndim, shape[ndim], strides[ndim] per stream
-  DType dtype;            // of param and grad; the state is float, or double for double
-  bool masked;
-  uint32_t keep_threshold;
-  MaskKey key;
-  MaskSlice slice;
-  PackedMask child;    // with it, the state is contiguous, of child.count values, and `masked` is false
-  bool decay_outside;  // weights outside the child network decay too
-  AdamWConstants<double> constants;
-};
 
 struct CpuKernels {
   const char* name;

@@ -1,4 +1,4 @@
-// Uses every core header in device code: compiling it (`make core-cuda`) is the test, it is never run.
+// Uses every core header in device code: compiling it (`make cuda`) is the test, it is never run.
 #include "core/adamw.h"
 #include "core/constants.h"
 #include "core/dtypes.h"

@@ -177,12 +177,16 @@ static void test_integer_power() {
 
 void test_child_steps();
 void test_selection();
+void test_cuda_plan();
+void test_cuda_steps();
 
 int main() {
   test_philox();
   test_half_precision();
   test_integer_power();
   test_large_index();
+  test_cuda_plan();
+  test_cuda_steps();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();

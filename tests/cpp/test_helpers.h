@@ -23,6 +23,11 @@ inline float noise(uint32_t i, uint32_t stream) {
   return static_cast<float>(static_cast<int32_t>(philox4x32_10(i, stream, 0, 0, 7, 7).word[0])) * 0x1p-31f;
 }
 
+inline DType dtype_of(float) { return DType::kFloat32; }
+inline DType dtype_of(double) { return DType::kFloat64; }
+inline DType dtype_of(BFloat16) { return DType::kBFloat16; }
+inline DType dtype_of(Float16) { return DType::kFloat16; }
+
 // Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
 template <class P>
 struct Arrays {
@@ -52,13 +57,15 @@ struct Arrays {
     if (!amsgrad) it.data[kMaxExpAvgSq] = nullptr;
     it.numel = numel;
     it.layout = stride == 1 ? nullptr : layout.data();
-    it.dtype = sizeof(P) == 8 ? DType::kFloat64 : sizeof(P) == 4 ? DType::kFloat32 : DType::kBFloat16;
+    it.dtype = dtype_of(P{});
     it.masked = masked;
     it.keep_threshold = masked ? 19661 : kKeepAll;
     it.key = {0x123456789ABCDEFull, 3, 5};
     it.slice = slice;
     const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, masked ? 19661.0 / kKeepAll : 1.0, false};
     it.constants = step_constants(h, 3);
+    it.grad_factor = h.grad_factor;
+    it.keep_share = h.keep_share;
     return it;
   }
 };

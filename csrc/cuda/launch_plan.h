@@ -1,0 +1,60 @@
+// Which kernels a step on a GPU launches, with which arguments. Plain C++: it knows nothing of CUDA.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "cuda/step_table.h"
+
+namespace childtune {
+
+// Why the kernels cannot take a parameter, which then needs another backend.
+enum class Refusal { kNone, kStrided, kChildNetwork, kTooLarge };
+
+Refusal refusal(const StepItem& item);
+
+// What a kernel is compiled for.
+struct Kind {
+  DType dtype;
+  bool masked, amsgrad, large;  // large: its table is of kLargeArguments
+};
+constexpr int kKinds = 32;
+
+int kind_number(const Kind& kind);          // below kKinds
+const char* kernel_name(const Kind& kind);  // in kernels.cu
+
+struct Launch {
+  Kind kind;
+  uint32_t blocks;  // of kThreads threads
+};
+
+// The launches of a step on one device, in any order; no two touch the same element. Made anew for each step, in memory
+// that is kept.
+class LaunchPlan {
+ public:
+  // Large arguments: CUDA 12.1, and a driver for it.
+  explicit LaunchPlan(bool large_arguments) : large_arguments_(large_arguments) {}
+
+  // Returns whether it could: if an item is refused, there are no launches. The pointers are those of TableHeader.
+  bool build(const std::vector<StepItem>& items, const float* grad_scale, const float* found_inf);
+
+  const std::vector<Launch>& launches() const { return launches_; }
+  // The kernel's only argument, a StepTable.
+  const void* argument(size_t launch) const { return arguments_[launch].bytes; }
+
+ private:
+  struct alignas(16) Argument {
+    unsigned char bytes[kLargeArguments];
+  };
+
+  template <class T, int kBytes>
+  void add_items(const Kind& kind, const std::vector<StepItem>& items, const TableHeader& header);
+  template <class T, int kBytes>
+  StepTable<T, kBytes>* start_launch(const Kind& kind, const TableHeader& header);
+
+  bool large_arguments_;
+  std::vector<Launch> launches_;
+  std::vector<Argument> arguments_;  // at least as many
+};
+
+}  // namespace childtune

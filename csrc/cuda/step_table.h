@@ -1,0 +1,95 @@
+// The argument of a step's kernel: a table of parameters, passed by value, and which piece of which parameter each
+// block of threads takes.
+//
+// Work goes in tiles of 256 elements, one to a warp at a time: two of the mask's blocks, so 32 Philox counters, one per
+// lane. Tiles begin where mask blocks begin, so the first and last of a run may be partly empty. A parameter has
+// `tiles_per_run` of them for each run of a shard (one run, if it is whole), and 32 consecutive ones are the chunk of a
+// block of threads. The parameters' blocks are numbered through the table.
+#pragma once
+
+#include "core/step_item.h"
+
+namespace childtune {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block
+constexpr int kTile = 2 * kMaskBlock;
+constexpr int kChunkTiles = 32;
+
+// What a kernel's arguments may hold: before CUDA 12.1, and since, on sm_70 and later.
+constexpr int kSmallArguments = 4096, kLargeArguments = 32764;
+
+// What parameters of one group with the same step count share.
+template <class T>
+struct StepClass {
+  AdamWConstants<T> constants;
+  double grad_factor, keep_share;  // constants.grad_factor is their quotient; see grad_scale
+  uint64_t seed;
+  uint32_t step, keep_threshold;
+};
+
+struct TableItem {
+  void* data[kStreams];
+  int64_t numel;
+  int64_t run;  // MaskSlice, but run is numel if there is only one
+  uint64_t offset, stride;
+  int64_t tiles_per_run;
+  uint32_t first_block;  // in the table
+  uint32_t param_index;  // MaskKey
+  uint32_t step_class;
+  bool vectors;  // every group of four elements that a lane takes is aligned
+};
+
+struct TableHeader {
+  const float* grad_scale;  // on the device: gradients are divided by it; nullptr: by nothing
+  const float* found_inf;   // on the device: unless zero, nothing is written; nullptr: zero
+  int64_t items;
+};
+
+template <class T, int kBytes>
+struct StepTable {
+  static constexpr int kClasses = kBytes / 512;
+  static constexpr int kItems =
+      static_cast<int>((kBytes - sizeof(TableHeader) - kClasses * sizeof(StepClass<T>)) / sizeof(TableItem));
+  TableHeader header;
+  StepClass<T> classes[kClasses];
+  TableItem items[kItems];
+};
+static_assert(sizeof(StepTable<float, kSmallArguments>) <= kSmallArguments, "an argument's limit");
+static_assert(sizeof(StepTable<double, kSmallArguments>) <= kSmallArguments, "an argument's limit");
+static_assert(sizeof(StepTable<float, kLargeArguments>) <= kLargeArguments, "an argument's limit");
+static_assert(sizeof(StepTable<double, kLargeArguments>) <= kLargeArguments, "an argument's limit");
+
+// The number of the item that a block of threads works on.
+template <class Table>
+CHILDTUNE_INLINE int item_of_block(const Table& table, uint32_t block) {
+  int low = 0, high = static_cast<int>(table.header.items);  // it is in [low, high)
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.items[middle].first_block <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Where a tile lies: its elements are those of [begin, begin + 256) that are in [low, high), by index in the item's
+// arrays, and its mask blocks are `mask_block` and the next.
+struct TileSpan {
+  int64_t begin, low, high;
+  uint64_t mask_block;
+};
+
+// A tile beyond the last one has low >= high.
+CHILDTUNE_INLINE TileSpan tile_span(const TableItem& item, int64_t tile) {
+  const int64_t run = tile < item.tiles_per_run ? 0 : tile / item.tiles_per_run;  // spares most tiles the division
+  const int64_t in_run = tile - run * item.tiles_per_run;
+  const uint64_t element = item.offset + static_cast<uint64_t>(run) * item.stride;
+  const int64_t low = run * item.run, end = low + item.run;
+  return {low + in_run * kTile - static_cast<int64_t>(element % kMaskBlock), low, end < item.numel ? end : item.numel,
+          element / kMaskBlock + 2 * static_cast<uint64_t>(in_run)};
+}
+
+}  // namespace childtune

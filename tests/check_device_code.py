@@ -1,0 +1,74 @@
+"""Checks what a compiler made of the CUDA kernels: python check_device_code.py PTX <what `ptxas -v` says
+
+Prints each kernel's registers, and fails if a kernel
+
+- keeps anything in local memory: registers that are spilled, or arrays that are indexed by what is not known;
+- lacks the vectors that move four elements at a time: the compiler makes them of single accesses, or does not;
+- has an operation that is not rounded as IEEE 754 says, or that could become one (docs/numerics.md).
+"""
+
+import re
+import sys
+from pathlib import Path
+
+KERNEL = re.compile(r"Function properties for (\w+)")
+LOCAL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+ENTRY = re.compile(r"\.entry (\w+)\((.*?)^\}", re.DOTALL | re.MULTILINE)
+INEXACT = re.compile(r"\b(?:fma|mad)\S*\.f(?:32|64)|\S*\.(?:approx|full|ftz)\S*|\b(?:add|sub|mul)\.f(?:32|64)")
+
+
+def read_log(lines):
+    """Returns {kernel: registers}, {function: the three kinds of local memory} and what is neither, such as errors."""
+    kernel, registers, local, other = "", {}, {}, []
+    for line in lines:
+        if found := KERNEL.search(line):
+            kernel = found[1]
+        elif found := LOCAL.search(line):
+            local[kernel] = [int(number) for number in found.groups()]
+        elif found := REGISTERS.search(line):
+            registers[kernel] = int(found[1])
+        elif not line.startswith("ptxas info"):
+            other.append(line)
+    return registers, local, other
+
+
+def faults_of_text(name, text):
+    """Yields what is wrong with the PTX of one kernel."""
+    inexact = sorted(set(INEXACT.findall(text)))
+    if inexact:
+        yield f"{name} has {', '.join(inexact)}"
+    amsgrad = "amsgrad" in name
+    state = r"v2\.[bf]64" if "float64" in name else r"v4\.[bf]32"
+    param = r"v4\.[bu]16" if "float16" in name else state
+    per_array = 4 if "float64" in name else 2  # a lane has two quads; four doubles are two vectors
+    for access, params, states in (("ld", 2, 2 + amsgrad), ("st", 1, 2 + amsgrad)):
+        wanted = {param: params * per_array}
+        wanted[state] = wanted.get(state, 0) + states * per_array
+        for vector, least in wanted.items():
+            count = len(re.findall(rf"\b{access}\.global\.{vector}", text))
+            if count < least:
+                yield f"{name} has {count} of {least} {access}.global.{vector}".replace("\\", "")
+
+
+def main() -> int:
+    registers, local, other = read_log(sys.stdin)
+    texts = dict(ENTRY.findall(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    sys.stderr.writelines(other)
+    for name in sorted(registers):
+        print(f"  {name}: {registers[name]} registers")
+    faults = [
+        f"{name} uses local memory: stack, spill stores and loads: {local.get(name, 'not known')}"
+        for name in sorted(local.keys() | registers.keys())
+        if any(local.get(name, [1]))
+    ]
+    faults += [fault for name, text in sorted(texts.items()) for fault in faults_of_text(name, text)]
+    if not registers or registers.keys() != texts.keys():
+        faults.append("the kernels of the PTX are not those that ptxas saw")
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+// Unit tests of cuda/launch_plan.h and cuda/step_table.h: who works on what. Called by test_core.cpp.
+#include <string>
+
+#include "emulated_gpu.h"
+#include "test_helpers.h"
+
+// An item with addresses that nobody reads.
+static StepItem imagined(int64_t numel, MaskSlice slice = {}) {
+  StepItem item = Arrays<float>(1, 1).item(true, false, slice);
+  for (int s = 0; s < kMaxExpAvgSq; ++s) item.data[s] = reinterpret_cast<void*>(uintptr_t{4096});
+  item.numel = numel;
+  return item;
+}
+
+// A chunk's number within its item, of each block that is asked for, is the search's; blocks follow without a gap.
+static void test_blocks(const LaunchPlan& plan) {
+  for (size_t i = 0; i < plan.launches().size(); ++i) {
+    const Launch& launch = plan.launches()[i];
+    expect(launch.blocks >= 1 && launch.blocks <= 0x7FFFFFFF, "blocks of a launch", launch.blocks);
+    visit_table(launch.kind, plan.argument(i), [&](const auto& table, auto) {
+      expect(table.items[0].first_block == 0, "the first item has the first block");
+      for (int k = 0; k < table.header.items; ++k) {
+        const TableItem& item = table.items[k];
+        const uint32_t end = k + 1 < table.header.items ? table.items[k + 1].first_block : launch.blocks;
+        expect(item.first_block < end, "every item has a block", k);
+        for (uint32_t block : {item.first_block, (item.first_block + end) / 2, end - 1}) {
+          expect(item_of_block(table, block) == k, "a block finds its item", block);
+        }
+        const auto tiles_of = [&](uint32_t block) { return int64_t{kChunkTiles} * (block - item.first_block); };
+        const TileSpan last = tile_span(item, tiles_of(end - 1)), beyond = tile_span(item, tiles_of(end));
+        expect(last.low < last.high, "the last block has work", k);
+        expect(beyond.low >= beyond.high || beyond.begin >= beyond.high, "a block more would have none", k);
+      }
+    });
+  }
+}
+
+// Every element is in exactly one tile, at the place of the mask that core/mask.h gives it.
+static void test_coverage(int64_t numel, MaskSlice slice) {
+  LaunchPlan plan(false);
+  const StepItem item = imagined(numel, slice);
+  expect(plan.build({item}, nullptr, nullptr) && plan.launches().size() == 1, "a plan of one item");
+  test_blocks(plan);
+  std::vector<int> seen(static_cast<size_t>(numel));
+  visit_table(plan.launches()[0].kind, plan.argument(0), [&](const auto& table, auto) {
+    for (int64_t tile = 0; tile < int64_t{kChunkTiles} * plan.launches()[0].blocks; ++tile) {
+      const TileSpan span = tile_span(table.items[0], tile);
+      for (int64_t i = std::max(span.begin, span.low); i < std::min(span.begin + kTile, span.high); ++i) {
+        ++seen[static_cast<size_t>(i)];
+        const int64_t run = slice.run == 0 ? numel : slice.run;
+        const uint64_t element = slice.offset + static_cast<uint64_t>(i / run) * slice.stride + i % run;
+        const uint64_t tiles_say = span.mask_block * kMaskBlock + static_cast<uint64_t>(i - span.begin);
+        expect(element == tiles_say, "an element's place in the mask", i);
+      }
+    }
+  });
+  for (int64_t i = 0; i < numel; ++i) expect(seen[static_cast<size_t>(i)] == 1, "an element is in one tile", i);
+}
+
+// The tensors of BERT-large with its pooler and a classifier.
+static std::vector<StepItem> bert_large() {
+  const int64_t width = 1024, inner = 4096;
+  std::vector<StepItem> items;
+  const auto add = [&](int64_t numel, bool decays) {
+    items.push_back(imagined(numel));
+    items.back().key.param_index = static_cast<uint32_t>(items.size());
+    items.back().constants.decay_before = decays ? 0.99 : 1.0;
+  };
+  for (int64_t rows : {int64_t{30522}, int64_t{512}, int64_t{2}}) add(rows * width, true);
+  for (int i = 0; i < 2; ++i) add(width, false);
+  for (int layer = 0; layer < 24; ++layer) {
+    for (int i = 0; i < 4; ++i) add(width * width, true), add(width, false);
+    add(width * inner, true), add(inner, false), add(inner * width, true), add(width, false);
+    for (int i = 0; i < 4; ++i) add(width, false);
+  }
+  add(width * width, true), add(width, false), add(2 * width, true), add(2, false);
+  return items;
+}
+
+static void test_launches() {
+  const std::vector<StepItem> items = bert_large();
+  expect(items.size() == 393, "BERT-large has so many tensors", static_cast<long long>(items.size()));
+  for (bool large : {false, true}) {
+    LaunchPlan plan(large);
+    for (int repetition = 0; repetition < 2; ++repetition) expect(plan.build(items, nullptr, nullptr), "BERT-large");
+    test_blocks(plan);
+    std::printf("BERT-large: %zu launches with %s arguments\n", plan.launches().size(), large ? "large" : "small");
+    expect(!large || plan.launches().size() <= 4, "launches for BERT-large");
+  }
+  // Each of these has more than a third of the blocks that a launch may have.
+  LaunchPlan plan(true);
+  const StepItem huge = imagined(3ll << 41);
+  expect(plan.build({huge, huge, huge}, nullptr, nullptr) && plan.launches().size() == 2, "a launch's blocks");
+  test_blocks(plan);
+}
+
+static void test_refusals() {
+  StepItem strided = Arrays<float>(8, 3).item(false, false, {}), child = imagined(8);
+  const uint8_t bits[128] = {};
+  child.child.bits = bits;
+  const int64_t most = int64_t{0x7FFFFFFF} * kChunkTiles * kTile;
+  const StepItem most_tiny_runs = imagined(int64_t{0x7FFFFFFF} * kChunkTiles, {0, 1, 128});
+  expect(refusal(strided) == Refusal::kStrided, "a strided array is refused");
+  expect(refusal(child) == Refusal::kChildNetwork, "a child network is refused");
+  expect(refusal(imagined(most)) == Refusal::kNone, "the most elements");
+  expect(refusal(imagined(most + 1)) == Refusal::kTooLarge, "more than the most elements");
+  expect(refusal(imagined(INT64_MAX)) == Refusal::kTooLarge, "far too many elements");
+  expect(refusal(most_tiny_runs) == Refusal::kNone, "the most runs");
+  expect(refusal(imagined(INT64_MAX, {0, 1, 128})) == Refusal::kTooLarge, "far too many runs");
+  LaunchPlan plan(true);
+  expect(!plan.build({imagined(8), strided}, nullptr, nullptr) && plan.launches().empty(), "no plan with a refusal");
+  expect(plan.build({}, nullptr, nullptr) && plan.launches().empty(), "nothing to do");
+}
+
+static void test_kernel_names() {
+  const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  for (int n = 0; n < kKinds; ++n) {
+    const Kind kind{static_cast<DType>(n / 8), (n & 4) != 0, (n & 2) != 0, (n & 1) != 0};
+    const std::string name = std::string("step_") + dtypes[n / 8] + (kind.masked ? "_masked" : "") +
+                             (kind.amsgrad ? "_amsgrad" : "") + (kind.large ? "_large" : "_small");
+    expect(kernel_name(kind) == name && kind_number(kind) == n, "a kernel's name", n);
+  }
+}
+
+void test_cuda_plan() {
+  for (int64_t n : {1, 3, 127, 128, 129, 256, 4097, 8192, 8193, 70001}) {
+    for (uint64_t offset : {0ull, 1ull, 127ull, 128ull, (1ull << 33) + 77}) test_coverage(n, {offset, 0, 0});
+  }
+  for (const MaskSlice& slice :
+       {MaskSlice{77, 43, 1000}, {0, 200, 1000}, {384, 128, 1024}, {(1ull << 33) + 1, 257, 1000}, {0, 1, 3}}) {
+    for (int64_t runs : {1, 2, 31, 32, 33, 500}) test_coverage(runs * slice.run, slice);
+  }
+  test_launches();
+  test_refusals();
+  test_kernel_names();
+}
