@@ -5,7 +5,9 @@ A machine without a working compiler still gets the package: it then builds just
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,6 +31,38 @@ build = load_build_description()
 
 class BuildNative(build_ext):
     """Compiles the extension, leaves a record of its sources beside it, and carries on if that fails."""
+
+    def run(self):
+        """Compiles the extension, then the kernels for GPUs where there is nvcc."""
+        super().run()
+        wanted = os.environ.get("CHILDTUNE_CUDA") or ("0" if self.editable_mode else "")
+        if wanted not in ("", "0", "1"):
+            raise ValueError(f"the environment variable CHILDTUNE_CUDA must be 0 or 1 (got {wanted!r})")
+        target = Path(self.build_lib, PACKAGE, build.FATBIN)
+        record = target.with_suffix(".json")
+        for stale in (target, record):
+            stale.unlink(missing_ok=True)
+        if wanted != "0":
+            self.build_kernels(target, record, required=wanted == "1")
+
+    def build_kernels(self, target, record, *, required):
+        """Compiles device code into a fatbin, with a record of its sources; GPUs without it compile it on first use."""
+        try:
+            nvcc = build.find_nvcc()
+            if nvcc is None:
+                raise FileNotFoundError("there is no nvcc")
+            known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+            codes = [code for code in build.DEVICE_CODES if f"sm_{code}" in known]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(build.nvcc_command(nvcc, codes, target), check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if required:
+                raise RuntimeError(
+                    f"CHILDTUNE_CUDA=1 asks for GPU kernels, which could not be built ({error})"
+                ) from None
+            print(f"{PACKAGE}: installed without GPU kernels, which are compiled on first use ({error})", flush=True)
+            return
+        record.write_text(json.dumps({"fingerprint": build.device_fingerprint(), "codes": codes}) + "\n")
 
     def build_extension(self, ext):
         """Builds `ext`, or says in one line why it was not built."""
@@ -70,8 +104,9 @@ class BuildNative(build_ext):
             shutil.copy2(built, ROOT / PACKAGE / build.RECORD)
 
     def get_outputs(self):
-        """Lists only what was built, and the record."""
-        outputs = [*super().get_outputs(), str(Path(self.build_lib, PACKAGE, build.RECORD))]
+        """Lists only what was built, and the records."""
+        names = (build.RECORD, build.FATBIN, Path(build.FATBIN).with_suffix(".json"))
+        outputs = [*super().get_outputs(), *(str(Path(self.build_lib, PACKAGE, name)) for name in names)]
         return [path for path in outputs if Path(path).exists()]
 
 
@@ -89,7 +124,8 @@ class BuildPackage(build_py):
 
     def native_files(self):
         """Returns what a build from the installed package needs."""
-        return [*build.sources(), *build.headers()]
+        device = [build.device_source()] if build.device_source().exists() else []
+        return [*build.sources(), *build.headers(), *device]
 
     def get_outputs(self, include_bytecode=True):
         """Lists the C++ files among what was written."""

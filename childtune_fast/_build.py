@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 MODULE = "_native"
 RECORD = "_native.json"  # lies beside a prebuilt binary and says which sources it was made from
+FATBIN = "_kernels.fatbin"  # device code that `pip install` compiled, with such a record of its own
 
 # No fast-math, no contraction, no -march=native: the same bits on every machine (docs/numerics.md). Instruction sets
 # are chosen inside the files. The last two flags only drop errno and floating-point traps, which nobody reads.
@@ -28,6 +31,9 @@ UNIX_FLAGS = [
     "-fno-trapping-math",
 ]
 MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
+# Of nvcc and NVRTC: no contraction, IEEE division and square root, denormals, as on the CPU.
+DEVICE_CODES = (75, 80, 90, 100, 120)  # compute capabilities; each serves the later ones of its major version too
+DEVICE_FLAGS = ["-std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"]
 
 
 def csrc() -> Path:
@@ -42,8 +48,36 @@ def sources() -> list[Path]:
 
 
 def headers() -> list[Path]:
-    """Returns every header that those files may include."""
-    return sorted(csrc().rglob("*.h"))
+    """Returns what else is in the folder: every header that those files may include, and the kernels for GPUs."""
+    return sorted([*csrc().rglob("*.h"), *csrc().rglob("*.cu")])
+
+
+def find_nvcc() -> str | None:
+    """Returns the path of CUDA's compiler: of the toolkit that CUDA_HOME or CUDA_PATH names, else the first found."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = [os.path.join(home, "bin")] if home else []
+    places = [*folders, None, "/usr/local/cuda/bin"]  # None: the PATH
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+
+
+def nvcc_command(nvcc: str, codes: list[int], target: Path) -> list[str]:
+    """Returns the command that compiles the kernels: to a cubin for one GPU, to a fatbin with PTX for several."""
+    if len(codes) == 1:
+        what = ["-cubin", f"-arch=sm_{codes[0]}"]
+    else:
+        ptx = f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}"
+        what = ["-fatbin", *(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes), ptx, "--threads=0"]
+    return [nvcc, *what, *DEVICE_FLAGS, f"-I{csrc()}", "-o", str(target), str(device_source())]
+
+
+def device_source() -> Path:
+    """Returns the file of all kernels for a GPU."""
+    return csrc() / "cuda" / "kernels.cu"
+
+
+def device_headers() -> list[Path]:
+    """Returns every header that it may include."""
+    return sorted((csrc() / "core").glob("*.h")) + sorted((csrc() / "cuda").glob("*.h"))
 
 
 def compile_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
@@ -68,9 +102,18 @@ def version() -> str:
 
 def fingerprint() -> str:
     """Returns a digest of version, flags, sources and headers: a binary that has another one is not ours."""
-    digest = hashlib.sha256(json.dumps([version(), compile_flags(), link_flags()]).encode())
+    return _digest([compile_flags(), link_flags()], sources() + headers())
+
+
+def device_fingerprint() -> str:
+    """Returns such a digest for device code."""
+    return _digest([DEVICE_FLAGS], [device_source(), *device_headers()])
+
+
+def _digest(flags: list[list[str]], paths: list[Path]) -> str:
+    digest = hashlib.sha256(json.dumps([version(), *flags]).encode())
     root = csrc()
-    for path in sources() + headers():
+    for path in paths:
         # Length-prefixed, so that no text can move from one file to its neighbour unnoticed.
         name, text = path.relative_to(root).as_posix().encode(), path.read_bytes()
         digest.update(b"%d %d " % (len(name), len(text)) + name + text)

@@ -14,13 +14,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from processes import STAND_IN, python, result_of
+from processes import STAND_IN, python, result_of, script
 
 from childtune_fast import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = f"childtune_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-SHIPPED_SOURCES = {"childtune_fast/csrc/bindings.cpp", "childtune_fast/csrc/core/empty.h"}
+SHIPPED_SOURCES = {f"childtune_fast/csrc/{name}" for name in ("bindings.cpp", "core/empty.h", "cuda/kernels.cu")}
 # pip does the same in a process of its own. Without torch: setup.py must not need it.
 BUILD = "import sys; sys.modules['torch'] = None; from setuptools import build_meta as b; print(b.build_{}({!r}))"
 
@@ -40,6 +40,8 @@ def tree(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     (folder / "csrc" / "core").mkdir(parents=True)
     (folder / "csrc" / "core" / "empty.h").write_text("#pragma once\n")
+    (folder / "csrc" / "cuda").mkdir()
+    (folder / "csrc" / "cuda" / "kernels.cu").write_text("not read by any compiler\n")
     (folder / "csrc" / "bindings.cpp").write_text('#include "core/empty.h"\n' + STAND_IN)
     return folder
 
@@ -55,7 +57,8 @@ def sdist(tree, tmp_path_factory):
 
 
 def make(kind, tree, out, **env):
-    """Builds a wheel or an sdist and returns its path."""
+    """Builds a wheel or an sdist and returns its path; without kernels for GPUs, unless they are asked for."""
+    env = {"CHILDTUNE_CUDA": "0", **env}
     command = ["env", *(f"{name}={value}" for name, value in env.items()), sys.executable, "-c"]
     ran = subprocess.run(
         [*command, BUILD.format(kind, str(out))], cwd=tree, capture_output=True, text=True, check=False
@@ -119,6 +122,42 @@ def test_install_without_a_compiler_gives_the_package_and_one_line(tree, tmp_pat
     told = [line for line in lines if line.startswith("childtune_fast: installed without the native backend")]
     assert len(told) == 1
     assert "it will be built on first use" in told[0]
+
+
+FALSE_NVCC = """
+case "$*" in --list-gpu-code) echo sm_75 sm_90; exit;; esac
+while [ "$1" != -o ]; do shift; done
+echo device code > "$2"
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """The home of a CUDA toolkit whose nvcc writes what it is not asked for."""
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    script(home / "bin" / "nvcc", FALSE_NVCC)
+    return home
+
+
+@pytest.mark.parametrize(("wanted", "built"), [("", True), ("1", True), ("0", False)])
+def test_kernels_for_gpus_are_built_where_there_is_nvcc(tree, toolkit, tmp_path, wanted, built):
+    archive = make("wheel", tree, tmp_path, CUDA_HOME=toolkit, CHILDTUNE_CUDA=wanted, CXX="false")
+    kernels = {"childtune_fast/_kernels.fatbin", "childtune_fast/_kernels.json"}
+    assert kernels & names(archive) == (kernels if built else set())
+    if built:
+        record = json.loads(zipfile.ZipFile(archive).read("childtune_fast/_kernels.json"))
+        assert record["codes"] == [75, 90]
+        assert zipfile.ZipFile(archive).read("childtune_fast/_kernels.fatbin") == b"device code\n"
+
+
+def test_kernels_that_are_asked_for_and_cannot_be_built_are_an_error(tree, toolkit, tmp_path):
+    script(toolkit / "bin" / "nvcc", "exit 1")
+    with pytest.raises(AssertionError, match="CHILDTUNE_CUDA=1 asks for GPU kernels, which could not be built"):
+        make("wheel", tree, tmp_path, CUDA_HOME=toolkit, CHILDTUNE_CUDA="1", CXX="false")
+    archive = make("wheel", tree, tmp_path, CUDA_HOME=toolkit, CHILDTUNE_CUDA="", CXX="false")
+    assert "childtune_fast/_kernels.fatbin" not in names(archive)
+    assert "installed without GPU kernels, which are compiled on first use" in (tmp_path / "log").read_text()
 
 
 def test_editable_install_leaves_binary_and_record_in_the_tree(tree, tmp_path):

@@ -1,0 +1,43 @@
+"""The CUDA kernels through NVRTC, as far as a machine without a GPU goes: to the cubin."""
+
+import itertools
+
+import pytest
+
+from childtune_fast import _nvrtc
+from childtune_fast.backend import BackendError
+
+LIBRARIES = _nvrtc.libraries()
+KERNELS = [
+    "step_" + "_".join(filter(None, parts))
+    for parts in itertools.product(
+        ("float32", "float64", "bfloat16", "float16"), ("", "masked"), ("", "amsgrad"), ("small", "large")
+    )
+]
+
+pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.fixture(params=LIBRARIES, ids=lambda path: path.name)
+def nvrtc(request):
+    return _nvrtc.Nvrtc(request.param)
+
+
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_compiles_every_kernel(nvrtc, architecture):
+    source, headers = _nvrtc.kernel_source()
+    cubin = nvrtc.compile(source, headers, architecture)
+    assert cubin.startswith(b"\x7fELF")
+    expected = KERNELS if nvrtc.version() >= (12, 1) else [name for name in KERNELS if name.endswith("small")]
+    for name in expected:
+        assert b"\0.text." + name.encode() + b"\0" in cubin, name
+
+
+def test_says_what_does_not_compile(nvrtc):
+    with pytest.raises(BackendError, match=r'(?s)NVRTC .* for sm_90:.*identifier "nonsense" is undefined'):
+        nvrtc.compile("int x = nonsense;", {}, 90)
+
+
+def test_says_which_library_does_not_load(tmp_path):
+    with pytest.raises(BackendError, match="NVRTC could not be loaded from"):
+        _nvrtc.Nvrtc(tmp_path / "libnvrtc.so")
