@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _build, backend
+from . import _build, _gpu, backend
 
 SIZES = (1, 127, 128, 129, 4097)  # of the parameters in the self-check: a mask block is 128 elements
 STEPS = 3
@@ -117,8 +117,20 @@ def _devices(native: backend.Native) -> Iterator[tuple[str, str]]:
     else:
         why = f"native ({native.origin})"
     yield "serves cpu", why
-    if torch.cuda.is_available():
-        yield "serves cuda", "torch (the native backend has no GPU kernels yet)"
+    for device in range(torch.cuda.device_count()):
+        yield from _gpu_lines(device, asked)
+
+
+def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
+    """Says which backend serves a GPU, and how its kernels are had, whoever serves."""
+    gpu = _gpu.find(device)
+    kernels = f"kernels {gpu.origin}" if gpu.kernels else "no kernels"
+    if asked == "native":
+        yield f"serves cuda:{device}", f"native ({kernels})" if gpu.kernels else "none: it has no kernels"
+    else:
+        yield f"serves cuda:{device}", f"torch ({kernels}; CHILDTUNE_BACKEND=native would ask for them)"
+    for note in gpu.notes:
+        yield "  because", note
 
 
 def _cpu_name() -> str:

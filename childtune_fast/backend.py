@@ -50,9 +50,7 @@ def resolve(requested: str) -> ModuleType | None:
         ValueError: another word was given, here or in CHILDTUNE_BACKEND.
         BackendError: "native" was asked for and cannot be had.
     """
-    choice = check(requested, "backend")
-    if choice == "auto":
-        choice = check(os.environ.get("CHILDTUNE_BACKEND") or "auto", "the environment variable CHILDTUNE_BACKEND")
+    choice = chosen(requested)
     if choice == "torch":
         return None
     if choice == "native":
@@ -61,6 +59,14 @@ def resolve(requested: str) -> ModuleType | None:
     if native.module is None:
         _warn_once(_sentence(native.notes))
     return native.module
+
+
+def chosen(requested: str) -> str:
+    """Returns what a request comes to: itself, or for "auto" what CHILDTUNE_BACKEND says; raises as `resolve` does."""
+    choice = check(requested, "backend")
+    if choice == "auto":
+        choice = check(os.environ.get("CHILDTUNE_BACKEND") or "auto", "the environment variable CHILDTUNE_BACKEND")
+    return choice
 
 
 def load_native() -> ModuleType:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections import defaultdict
 from types import ModuleType
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import fallback
+from . import _gpu, fallback
 from .checks import check_mask, check_options
 from .mask import KEEP_ALL, check_seed, keep_threshold
 from .state import has_begun, init_state
 from .step_group import StepGroup
 
+Server = str | int | None  # "cpu": the compiled kernels; a GPU's number: the kernels there; None: the fallback
 PLAIN_TENSORS = (Parameter, Tensor)  # any other class may be a DTensor
 
 
@@ -25,26 +27,30 @@ def is_sharded(param: Tensor) -> bool:
 
 
 def collect(
-    optimizer: torch.optim.Optimizer, use_native: bool, states_before: dict[Tensor, dict[str, Any]]
-) -> tuple[list[StepGroup], list[StepGroup]]:
-    """Sorts the parameters that have a gradient by who steps them: the compiled kernels, or the fallback.
+    optimizer: torch.optim.Optimizer, use_native: bool, use_gpus: bool, states_before: dict[Tensor, dict[str, Any]]
+) -> tuple[list[StepGroup], dict[int, list[StepGroup]], list[StepGroup]]:
+    """Sorts the parameters that have a gradient by who steps them.
 
     Args:
         optimizer: a ChildAdamW.
         use_native: whether there are compiled kernels; they take what lies on the CPU.
+        use_gpus: whether kernels on GPUs are asked for.
         states_before: receives, for each parameter whose state this call begins or extends, what it was.
+
+    Returns:
+        What the CPU's kernels take, what the kernels of each GPU take, by its number, and what is left to the fallback.
 
     Raises:
         KeyError: a group or the state of a parameter lacks an entry.
+        BackendError: there are no kernels for a GPU.
     """
-    on_native: list[StepGroup] = []
-    on_torch: list[StepGroup] = []
+    by_server: defaultdict[Server, list[StepGroup]] = defaultdict(list)
     states, masks = optimizer.state, optimizer.child_masks
     index = itertools.count()
     for group in optimizer.param_groups:
         amsgrad = group["amsgrad"]
-        rows = defaultdict(list)  # (native, sharded, masked): what a StepGroup's lists hold of each parameter
-        plain_rows: list[tuple[Any, ...]] = rows[True, False, False]
+        rows = defaultdict(list)  # (server, sharded, masked): what a StepGroup's lists hold of each parameter
+        plain_rows: list[tuple[Any, ...]] = rows["cpu", False, False]
         for param, i in zip(group["params"], index):  # noqa: B905 - `index` is endless
             grad = param.grad
             if grad is None:
@@ -61,15 +67,31 @@ def collect(
                 row = (*row, state["max_exp_avg_sq"])
             if mask is not None:
                 check_mask(mask, param)
-                rows[use_native and param.is_cpu, False, True].append((*row, mask.bits, mask.ranks))
+                rows[_server(row, use_native, False), False, True].append((*row, mask.bits, mask.ranks))
             elif type(param) is Parameter and use_native and param.is_cpu:  # mostly; a step has 2 us per parameter
                 plain_rows.append(row)
             else:
-                rows[use_native and param.is_cpu, is_sharded(param), False].append(row)
-        kinds = {kind: _step_group(group, optimizer, of_kind, *kind[1:]) for kind, of_kind in rows.items() if of_kind}
-        on_native += [target for kind, target in kinds.items() if kind[0]]
-        on_torch += [target for kind, target in kinds.items() if not kind[0]]
-    return on_native, on_torch
+                rows[_server(row, use_native, use_gpus), is_sharded(param), False].append(row)
+        for (server, *kind), of_kind in filter(operator.itemgetter(1), rows.items()):
+            by_server[server].append(_step_group(group, optimizer, of_kind, *kind))
+    on_native, on_torch = by_server.pop("cpu", []), by_server.pop(None, [])
+    return on_native, by_server, on_torch
+
+
+def _server(row: tuple[Any, ...], use_native: bool, use_gpus: bool) -> Server:
+    """Who steps a parameter."""
+    param = row[0]
+    if param.is_cpu:
+        return "cpu" if use_native else None
+    if not (use_gpus and param.is_cuda):
+        return None
+    _gpu.kernels_of(param.device.index)  # before anything is written
+    arrays = [entry for i, entry in enumerate(row) if i not in (4, 5)]  # without step count and index
+    if is_sharded(param):
+        from .sharding import local_tensor
+
+        arrays = [local_tensor(entry) for entry in arrays]
+    return param.device.index if all(array.is_contiguous() for array in arrays) else None
 
 
 def _step_group(
@@ -114,9 +136,9 @@ def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -
     )
 
 
-def clip(native: ModuleType | None, on_native: list[StepGroup], on_torch: list[StepGroup]) -> None:
+def clip(native: ModuleType | None, on_native: list[StepGroup], elsewhere: list[StepGroup]) -> None:
     """Multiplies the groups' clip factors into their `grad_factor`; reads the gradients once, writes none."""
-    groups = on_native + on_torch
+    groups = on_native + elsewhere
     if all(group.max_grad_norm is None for group in groups):
         return
     if any(group.slices is not None for group in groups):
@@ -127,7 +149,7 @@ def clip(native: ModuleType | None, on_native: list[StepGroup], on_torch: list[S
     squares = 0.0
     if on_native:
         squares += native.sum_of_squares(*_normed(on_native), torch.get_num_threads())
-    squares += fallback.sum_of_squares(*_normed(on_torch))
+    squares += fallback.sum_of_squares(*_normed(elsewhere))
     norm = math.sqrt(squares) * abs(groups[0].grad_factor)
     for group in groups:
         if group.max_grad_norm is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from . import _gpu, fallback
 from . import backend as backends
-from . import fallback
 from .checkpoint import CheckpointedAdamW
 from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
 from .child_network import ChildNetwork
@@ -65,8 +65,9 @@ class ChildAdamW(CheckpointedAdamW):
             2-norm of all gradients of all groups, before masking; None does not clip (default: None).
         norm_of: "child" lets only the gradient of the weights in `child` count in that norm; "all" does not
             (default: "all").
-        backend: "native" (the compiled kernels, on the CPU), "torch" (the fallback), or "auto": native, else torch with
-            one warning. CHILDTUNE_BACKEND in the environment replaces "auto" (default: "auto").
+        backend: "native" (the compiled kernels; on a GPU too, though none has run them yet), "torch" (the fallback), or
+            "auto": native on the CPU, else torch with one warning, and torch on a GPU. CHILDTUNE_BACKEND in the
+            environment replaces "auto" (default: "auto").
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.AdamW does; for `reserve_p` outside (0, 1] or beside
@@ -210,24 +211,29 @@ class ChildAdamW(CheckpointedAdamW):
     def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> None:
         native = backends.resolve(self.backend)
         try:
-            on_native, on_torch = collect(self, native is not None, states_before)
+            use_gpus = backends.chosen(self.backend) == "native"  # until a GPU has run them, "auto" does not take them
+            on_native, on_gpu, on_torch = collect(self, native is not None, use_gpus, states_before)
         except KeyError as error:
             raise ValueError(
                 f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, "
                 "or delete that parameter's state to begin anew"
             ) from None
-        for group in on_torch:
+        of_gpus = list(itertools.chain.from_iterable(on_gpu.values()))
+        alone = bool(on_native) + len(on_gpu) + bool(on_torch) == 1  # kernels check before they write, but only theirs
+        for group in on_torch if alone else on_torch + of_gpus:
             check_group(group)
         try:
-            clip(native, on_native, on_torch)
+            clip(native, on_native, of_gpus + on_torch)
             if on_native:
                 native.step(on_native, torch.get_num_threads())
+            for device, groups in on_gpu.items():
+                _gpu.step(device, groups)
         except (TypeError, ValueError, RuntimeError, BufferError):
-            for group in on_native:
+            for group in on_native + of_gpus:
                 check_group(group)  # says in a sentence what the kernels refuse in a word
             raise
         fallback.step(on_torch)
-        for group in on_native:
+        for group in on_native + of_gpus:
             increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/selection.h"
+#include "python/gpu_step.h"
 #include "python/step_items.h"
 
 #ifndef TORCH_EXTENSION_NAME
@@ -20,20 +21,9 @@
 namespace childtune {
 namespace {
 
-void write_steps(const Workspace& w) {
-  for (size_t i = 0; i < w.items.size(); ++i) {
-    const double step = w.items[i].key.step;
-    if (w.step_is_double[i]) {
-      *static_cast<double*>(w.step_counters[i]) = step;
-    } else {
-      *static_cast<float*>(w.step_counters[i]) = static_cast<float>(step);
-    }
-  }
-}
-
 void step(const py::list& groups, int threads) {
   Workspace& w = workspace();
-  for (const py::handle& group : groups) add_group(group, &w);
+  for (const py::handle& group : groups) add_group(group, kCpu, &w);
   w.place_layouts();
   const py::gil_scoped_release no_gil;
   step_cpu(w.items, threads);
@@ -50,7 +40,7 @@ double sum_of_squares(const py::list& tensors, const py::list& bits, int threads
     StepItem item{};
     const py::handle mask = bits[i];
     if (!mask.is_none()) item.child.bits = child_bits(view_tensor(mask.ptr()), view.numel());
-    set_arrays(views, 2, &w, &item);
+    set_arrays(views, 2, kCpu, &w, &item);
     w.items.push_back(item);
   }
   w.place_layouts();
@@ -66,7 +56,7 @@ int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool
   int64_t total = 0;
   for (size_t i = 0; i < scores.size(); ++i) {
     const TensorView from = view_tensor(scores[i].ptr()), to = view_tensor(bits[i].ptr());
-    if (!from.on_cpu || !to.on_cpu) refuse("select_top: every tensor must be on the CPU");
+    if (!from.on_cpu() || !to.on_cpu()) refuse("select_top: every tensor must be on the CPU");
     if (!from.is(kCodeFloat, 32) || !from.contiguous()) refuse("select_top: scores must be float32 and contiguous");
     if (!to.is(kCodeUInt, 8) || !to.contiguous()) refuse("select_top: bits must be uint8 and contiguous");
     if (to.numel() != mask_bytes(from.numel()))
@@ -85,7 +75,7 @@ bool accumulate_squares(const py::object& score, const py::object& grad, double 
                         int threads) {
   Workspace& w = workspace();
   const TensorView scores = view_tensor(score.ptr()), grads = view_tensor(grad.ptr());
-  if (!scores.on_cpu || !grads.on_cpu) refuse("every tensor must be on the CPU");
+  if (!scores.on_cpu() || !grads.on_cpu()) refuse("every tensor must be on the CPU");
   if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
   if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
   StepItem item{};
@@ -138,6 +128,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.attr("MASK_VERSION") = kMaskVersion;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
+  py::class_<GpuKernels>(m, "GpuKernels")
+      .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
+      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
         py::arg("threads"));

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import every_dtype, same_bits, set_grads
+from helpers import both_backends, every_dtype, same_bits, set_grads
 from models import Tiny, random_scores
 from test_child_step import Model
 from test_child_step import every_option as every_child_option
@@ -14,6 +14,7 @@ from childtune_fast import ChildAdamW, ChildNetwork, bernoulli_mask, fallback
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
 SHAPES = ((40, 70), (129,), (), (0,), (3, 1030), (4097,))
+MANY = (*SHAPES, *[(33,)] * 400, (1 << 22,))  # more than a small table holds, and many blocks
 OPTIONS = {
     "F": {},
     "plain": {"reserve_p": 1.0, "maximize": True},
@@ -57,14 +58,43 @@ def assert_same_bits(one, other):
             assert same_bits(value.cpu(), b.state[q][key].cpu()), key
 
 
+@both_backends
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @every_dtype
-def test_a_step_has_the_same_bits(dtype, options):
+def test_a_step_has_the_same_bits(dtype, options, backend):
     runs = []
     for device in (DEVICE, "cpu"):
         model = model_on(device, dtype, shapes=SHAPES)
-        runs.append((model, optimizer_of(model, **options)))
+        runs.append((model, optimizer_of(model, backend=backend, **options)))
         train(*runs[-1], range(100))
+    assert_same_bits(*runs)
+
+
+@every_dtype
+def test_many_tensors_and_large_ones_have_the_same_bits(dtype):
+    runs = []
+    for device in (DEVICE, "cpu"):
+        model = model_on(device, dtype, shapes=MANY)
+        runs.append((model, optimizer_of(model, backend="native")))
+        train(*runs[-1], range(2))
+    assert_same_bits(*runs)
+
+
+def test_the_kernels_run_on_the_current_stream():
+    """A step on a side stream, after work there that takes long, sees its result."""
+    runs, stream = [], torch.cuda.Stream()
+    for device in (DEVICE, "cpu"):
+        model = model_on(device, shapes=((1 << 22,),))
+        runs.append((model, optimizer_of(model, backend="native")))
+        model.p0.grad = torch.zeros_like(model.p0)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        runs[0][0].p0.grad.fill_(0.5)
+        runs[0][1].step()
+    stream.synchronize()
+    runs[1][0].p0.grad.fill_(0.5)
+    runs[1][1].step()
     assert_same_bits(*runs)
 
 
@@ -81,23 +111,25 @@ def test_a_child_networks_step_has_the_same_bits(dtype, options):
     assert_same_bits(*runs)
 
 
-def test_one_optimizer_over_both_devices():
+@both_backends
+def test_one_optimizer_over_both_devices(backend):
     runs = []
     for device in (DEVICE, "cpu"):
         model = Model(shapes=SHAPES)
         for name in ("p0", "p4"):
             setattr(model, name, torch.nn.Parameter(getattr(model, name).detach().to(device)))
-        runs.append((model, optimizer_of(model, max_grad_norm=1e-2)))
+        runs.append((model, optimizer_of(model, max_grad_norm=1e-2, backend=backend)))
         train(*runs[-1], range(5))
     assert_same_bits(*runs)
 
 
-def test_strides_do_not_matter():
+@both_backends
+def test_strides_do_not_matter(backend):
     runs = []
     for device in (DEVICE, "cpu"):
         model = model_on(device, shapes=((40, 70, 9), (3, 4)))
         model.p0 = torch.nn.Parameter(model.p0.detach().permute(2, 0, 1))
-        runs.append((model, optimizer_of(model)))
+        runs.append((model, optimizer_of(model, backend=backend)))
         train(*runs[-1], range(3))
     assert_same_bits(*runs)
 
@@ -119,11 +151,15 @@ def test_a_checkpoint_continues_on_the_other_device(saved_on, masked):
     assert_same_bits(resumed, whole)
 
 
-def test_a_grad_scaler_unscales_and_skips():
+@both_backends
+def test_a_grad_scaler_unscales_and_skips(backend):
     runs = []
     for device in (DEVICE, "cpu"):
         model = model_on(device)
-        optimizer, scaler = optimizer_of(model), torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=1000)
+        optimizer, scaler = (
+            optimizer_of(model, backend=backend),
+            torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=1000),
+        )
         for step in range(3):
             optimizer.zero_grad()
             loss = sum((p.double() ** 2).sum() for p in model.parameters()) * (float("inf") if step == 1 else 1.0)

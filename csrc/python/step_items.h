@@ -79,7 +79,7 @@ DType param_dtype(const TensorView& t) {
 }
 
 bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel) {
-  return t.is(code, bits) && t.on_cpu && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
+  return t.is(code, bits) && t.on_cpu() && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
          (numel == 0 || t.data != nullptr);
 }
 
@@ -105,9 +105,9 @@ PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t 
   return {child_bits(bits, numel), rank, rank[blocks]};
 }
 
-// Sets the item's arrays, after checking that all lie on the CPU with the shape and the dtypes that the kernel assumes.
-// item->child is set already: with it, the state must be compact.
-void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* item) {
+// Sets the item's arrays, after checking that all lie on the device with the shape and the dtypes that the kernel
+// assumes. item->child is set already: with it, the state must be compact.
+void set_arrays(const TensorView* views, int streams, int device, Workspace* w, StepItem* item) {
   const TensorView& param = views[kParam];
   item->dtype = param_dtype(param);
   item->numel = param.numel();
@@ -115,7 +115,7 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
   bool contiguous = true;
   for (int s = 0; s < streams; ++s) {
     const TensorView& t = views[s];
-    if (!t.on_cpu) refuse("every tensor must be on the CPU");
+    if (t.device != device) refuse("every tensor must be on the device of the step");
     const bool compact = s > kGrad && item->child.bits != nullptr;
     if (compact && (t.ndim != 1 || t.numel() != item->child.count || !t.contiguous()))
       refuse("the state of a child network must be contiguous, with a value for each of its weights");
@@ -140,7 +140,7 @@ void set_arrays(const TensorView* views, int streams, Workspace* w, StepItem* it
 // Notes where the step count is stored, and returns the number of the step now taken.
 uint64_t next_step(const TensorView& t, Workspace* w) {
   const bool is_double = t.is(kCodeFloat, 64);
-  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu || t.data == nullptr) {
+  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu() || t.data == nullptr) {
     refuse("step must be one float32 or float64 on the CPU");
   }
   const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
@@ -149,6 +149,18 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
   w->step_counters.push_back(t.data);
   w->step_is_double.push_back(is_double);
   return static_cast<uint64_t>(value) + 1;
+}
+
+// Counts the steps that have been taken.
+void write_steps(const Workspace& w) {
+  for (size_t i = 0; i < w.items.size(); ++i) {
+    const double step = w.items[i].key.step;
+    if (w.step_is_double[i]) {
+      *static_cast<double*>(w.step_counters[i]) = step;
+    } else {
+      *static_cast<float*>(w.step_counters[i]) = static_cast<float>(step);
+    }
+  }
 }
 
 HyperParams hyper_params(const py::handle& group) {
@@ -171,7 +183,7 @@ MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
   return slice;
 }
 
-void add_group(const py::handle& group, Workspace* w) {
+void add_group(const py::handle& group, int device, Workspace* w) {
   const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
       exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
       bits(group, "child_bits"), ranks(group, "child_ranks");
@@ -189,13 +201,15 @@ void add_group(const py::handle& group, Workspace* w) {
     if (amsgrad) views[kMaxExpAvgSq] = max_exp_avg_sqs.at(i);
     StepItem item{};
     if (bits.list.size() > 0) item.child = packed_mask(bits.at(i), ranks.at(i), views[kParam].numel());
-    set_arrays(views, amsgrad ? 5 : 4, w, &item);
+    set_arrays(views, amsgrad ? 5 : 4, device, w, &item);
     const uint64_t step = next_step(steps.at(i), w);
     if (step != constants_step) {
       constants = step_constants(h, step);
       constants_step = step;
     }
     item.constants = constants;
+    item.grad_factor = h.grad_factor;
+    item.keep_share = h.keep_share;
     item.masked = keep_threshold < kKeepAll;
     item.keep_threshold = keep_threshold;
     item.key = {seed, static_cast<uint32_t>(step), indices[i].cast<uint32_t>()};

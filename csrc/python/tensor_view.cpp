@@ -63,7 +63,7 @@ struct DlExchangeApi {
   void* current_work_stream;
 };
 
-constexpr int32_t kDlCpu = 1;
+constexpr int32_t kDlCpu = 1, kDlCuda = 2;
 
 struct Torch {
   PyTypeObject* tensor_type;
@@ -97,7 +97,9 @@ TensorView view_by_exchange(PyObject* tensor) {
           t.ndim,
           t.type_code,
           t.bits,
-          t.device_type == kDlCpu};
+          t.device_type == kDlCpu    ? kCpu
+          : t.device_type == kDlCuda ? t.device_id
+                                     : kOtherDevice};
 }
 
 thread_local std::deque<std::vector<int64_t>> kept_shapes;  // a deque: growing moves no vector
@@ -119,7 +121,9 @@ TensorView view_by_attributes(PyObject* borrowed) {
                   static_cast<int32_t>(ndim),
                   kCodeOther,
                   static_cast<uint8_t>(8 * tensor.call("element_size").integer()),
-                  tensor.attribute("is_cpu").integer() != 0};
+                  kOtherDevice};
+  if (tensor.attribute("is_cpu").integer() != 0) view.device = kCpu;
+  if (tensor.attribute("is_cuda").integer() != 0) view.device = static_cast<int>(tensor.call("get_device").integer());
   if (dtype == "torch.float32" || dtype == "torch.float64" || dtype == "torch.float16") view.type_code = kCodeFloat;
   if (dtype == "torch.int64") view.type_code = kCodeInt;
   if (dtype == "torch.bfloat16") view.type_code = kCodeBFloat;

@@ -12,6 +12,8 @@ namespace childtune {
 // Thrown where Python's error indicator is set.
 struct PythonError {};
 
+constexpr int kCpu = -1, kOtherDevice = -2;
+
 // Valid while the tensor lives and keeps its shape. `shape` and `strides` count elements.
 struct TensorView {
   void* data;
@@ -20,13 +22,14 @@ struct TensorView {
   int32_t ndim;
   uint8_t type_code;  // DLPack's: 0 int, 1 unsigned, 2 float, 4 bfloat, 255 anything else
   uint8_t bits;
-  bool on_cpu;
+  int device;  // kCpu, a CUDA device's number, or kOtherDevice
 
   int64_t numel() const {
     int64_t n = 1;
     for (int32_t d = 0; d < ndim; ++d) n *= shape[d];
     return n;
   }
+  bool on_cpu() const { return device == kCpu; }
   bool is(uint8_t code, uint8_t width) const { return type_code == code && bits == width; }
   bool same_shape(const TensorView& other) const;
   bool contiguous() const;  // elements lie in memory in logical order, without gaps

@@ -1,0 +1,38 @@
+// The few functions of the CUDA driver that a launch needs, found by name at run time: nothing is linked and no CUDA
+// header is needed, so that one build of the module serves machines with and without a GPU.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace childtune {
+
+// The driver is missing or refused something; the message holds its own words.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Kernels loaded onto one device: device code in its primary context, which is the one that torch uses.
+class CudaKernels {
+ public:
+  // `image` is a cubin, a fatbin or PTX; loads those of `names` that it has. Throws CudaError.
+  CudaKernels(int device, const std::string& image, const std::vector<std::string>& names);
+  CudaKernels(const CudaKernels&) = delete;
+  CudaKernels& operator=(const CudaKernels&) = delete;
+
+  bool has(size_t function) const { return functions_.at(function) != nullptr; }
+
+  // Launches the function of this number in `names` with one argument, by value. `stream` is the driver's handle; 0 is
+  // the default stream. Whatever context was current is so afterwards. Throws CudaError.
+  void launch(size_t function, const void* argument, unsigned blocks, unsigned threads, void* stream) const;
+
+ private:
+  void* context_ = nullptr;
+  std::vector<void*> functions_;
+};
+
+// The highest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.
+int cuda_driver_version();
+
+}  // namespace childtune

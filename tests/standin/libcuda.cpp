@@ -1,0 +1,73 @@
+// A stand-in for the CUDA driver: its one device, number -1, is the CPU, where it runs the kernels in loops. It checks
+// how it is called, and refuses device code that is not its own, as a driver refuses that of another architecture.
+#include <cstring>
+#include <string>
+
+#include "../cpp/emulated_gpu.h"
+
+using namespace childtune;
+
+namespace {
+
+constexpr int kDevice = -1, kNotFound = 500, kInvalid = 1, kInvalidImage = 200;
+constexpr char kImage[] = "device code of the stand-in";
+int device_handle = 17, context = 0, module_of_it = 0;
+int pushed = 0;  // contexts
+Kind kinds[kKinds];
+
+}  // namespace
+
+extern "C" {
+
+int cuInit(unsigned flags) { return flags == 0 ? 0 : kInvalid; }
+int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+int cuGetErrorString(int result, const char** text) {
+  *text = result == kInvalidImage ? "device kernel image is invalid" : "invalid argument";
+  return 0;
+}
+int cuDeviceGet(int* device, int ordinal) {
+  *device = device_handle;
+  return ordinal == kDevice ? 0 : 101;
+}
+int cuDevicePrimaryCtxRetain(void** made_context, int device) {
+  *made_context = &context;
+  return device == device_handle ? 0 : kInvalid;
+}
+int cuCtxPushCurrent_v2(void* made_context) {
+  ++pushed;
+  return made_context == &context ? 0 : kInvalid;
+}
+int cuCtxPopCurrent_v2(void** made_context) {
+  --pushed;
+  *made_context = &context;
+  return 0;
+}
+int cuModuleLoadData(void** module, const void* image) {
+  *module = &module_of_it;
+  if (pushed != 1) return 201;
+  return std::strcmp(static_cast<const char*>(image), kImage) == 0 ? 0 : kInvalidImage;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  if (module != &module_of_it || pushed != 1) return kInvalid;
+  for (int number = 0; number < kKinds; ++number) {
+    const Kind kind{static_cast<DType>(number / 8), (number & 4) != 0, (number & 2) != 0, (number & 1) != 0};
+    if (std::strcmp(kernel_name(kind), name) != 0) continue;
+    kinds[number] = kind;
+    *function = &kinds[number];
+    return 0;
+  }
+  return kNotFound;
+}
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** arguments,
+                   void** extra) {
+  if (pushed != 1 || grid_y * grid_z * block_y * block_z != 1 || grid_x == 0 || block_x != kThreads ||
+      shared_bytes != 0 || stream != reinterpret_cast<void*>(0x5) || extra != nullptr)
+    return kInvalid;
+  emulate({*static_cast<Kind*>(function), grid_x}, arguments[0]);
+  return 0;
+}
+}

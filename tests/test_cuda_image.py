@@ -1,0 +1,189 @@
+"""Device code for a GPU: prebuilt, by NVRTC, by nvcc; what is told when a way leads nowhere, and the next one taken."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import script
+
+from childtune_fast import __main__ as report
+from childtune_fast import _build, _cuda_image, _gpu, _nvrtc, backend
+from childtune_fast.backend import BackendError
+
+FALSE_NVCC = """
+case "$1" in --version) echo "nvcc of a test"; exit;; esac
+while [ "$1" != -o ]; do shift; done
+echo cubin > "$2"
+"""
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CHILDTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def nvcc(monkeypatch, tmp_path):
+    """The path of an nvcc that the test is to write."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path / "bin" / "nvcc"
+
+
+def way(name):
+    return dict(_cuda_image.images((9, 0)))[name]
+
+
+def test_the_ways_in_their_order():
+    assert [name for name, _ in _cuda_image.images((9, 0))] == ["prebuilt", "compiled by NVRTC", "compiled by nvcc"]
+
+
+# ---- Prebuilt ------------------------------------------------------------------------------------------------------
+
+
+def test_prebuilt_device_code_is_taken_if_it_is_of_these_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "FATBIN", str(tmp_path / "_kernels.fatbin"))
+    with pytest.raises(BackendError, match="none is prebuilt"):
+        way("prebuilt")()
+    (tmp_path / "_kernels.fatbin").write_bytes(b"fatbin")
+    record = tmp_path / "_kernels.json"
+    record.write_text("damaged")
+    with pytest.raises(BackendError, match="none is prebuilt"):
+        way("prebuilt")()
+    record.write_text(json.dumps({"fingerprint": "of others"}))
+    with pytest.raises(BackendError, match="made from other sources"):
+        way("prebuilt")()
+    record.write_text(json.dumps({"fingerprint": _build.device_fingerprint()}))
+    assert way("prebuilt")() == b"fatbin"
+
+
+# ---- nvcc ----------------------------------------------------------------------------------------------------------
+
+
+def test_nvcc_compiles_once(nvcc, cache):
+    script(nvcc, FALSE_NVCC)
+    assert way("compiled by nvcc")() == b"cubin\n"
+    (cubin,) = cache.iterdir()
+    script(nvcc, 'case "$1" in --version) echo "nvcc of a test";; *) exit 1;; esac')
+    assert way("compiled by nvcc")() == b"cubin\n"
+    cubin.write_bytes(b"half a cu")
+    with pytest.raises(BackendError, match=r"nvcc failed \(status 1\)"):
+        way("compiled by nvcc")()
+
+
+def test_another_nvcc_compiles_anew(nvcc, cache):
+    script(nvcc, FALSE_NVCC)
+    way("compiled by nvcc")()
+    script(nvcc, FALSE_NVCC.replace("of a test", "of another toolkit").replace("echo cubin", "echo another"))
+    assert way("compiled by nvcc")() == b"another\n"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(nvcc, cache):
+    script(nvcc, FALSE_NVCC)
+    cache.write_text("a file where the folder should be")
+    assert way("compiled by nvcc")() == b"cubin\n"
+
+
+def test_what_nvcc_says_is_told(nvcc, cache):
+    script(nvcc, 'case "$1" in --version) exit 0;; esac; echo "unsupported GNU version! gcc 99"; exit 2')
+    with pytest.raises(BackendError, match=r"(?s)nvcc failed \(status 2\); its last lines:.*unsupported GNU version"):
+        way("compiled by nvcc")()
+    assert not list(cache.glob("*"))
+
+
+def test_without_nvcc(monkeypatch):
+    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
+    with pytest.raises(BackendError, match="there is no nvcc: install a CUDA toolkit, and set CUDA_HOME"):
+        way("compiled by nvcc")()
+
+
+@pytest.mark.skipif(_build.find_nvcc() is None, reason="needs nvcc")
+def test_a_real_nvcc_gives_a_cubin(cache):
+    assert way("compiled by nvcc")().startswith(b"\x7fELF")
+
+
+# ---- NVRTC ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not _nvrtc.libraries(), reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+def test_a_real_nvrtc_gives_a_cubin_once(cache, monkeypatch):
+    cubin = way("compiled by NVRTC")()
+    assert cubin.startswith(b"\x7fELF")
+    monkeypatch.setattr(_nvrtc.Nvrtc, "compile", None)
+    assert way("compiled by NVRTC")() == cubin
+
+
+def test_without_nvrtc(monkeypatch):
+    monkeypatch.setattr(_nvrtc, "libraries", list)
+    with pytest.raises(BackendError, match="there is no NVRTC; run `pip install nvidia-cuda-nvrtc`"):
+        way("compiled by NVRTC")()
+
+
+# ---- Which way is taken --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Sets what each way gives, bytes or an error, for a driver that refuses b"old"."""
+
+    def kernels(device, image):
+        if image == b"old":
+            raise RuntimeError("cuModuleLoadData failed: no kernel image is available")
+        return device, image
+
+    def of(*results):
+        def make(result):
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        made = [(f"way {i}", lambda result=result: make(result)) for i, result in enumerate(results)]
+        monkeypatch.setattr(_cuda_image, "images", lambda capability: made)
+        _gpu._found.clear()
+        return _gpu.find(1)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "load_native", lambda: SimpleNamespace(GpuKernels=kernels))
+    yield of
+    _gpu._found.clear()
+
+
+def test_the_first_way_that_leads_there_is_taken(ways):
+    assert ways(b"new", b"newer") == _gpu.Gpu((1, b"new"), "way 0", [])
+    found = ways(BackendError("none is prebuilt"), b"old", b"new")
+    assert found.kernels == (1, b"new")
+    assert found.origin == "way 2"
+    assert found.notes == [
+        "way 0: none is prebuilt",
+        "way 1: cuModuleLoadData failed: no kernel image is available",
+    ]
+
+
+def test_if_none_does_all_causes_are_told(ways):
+    ways(BackendError("none is prebuilt"), b"old")
+    with pytest.raises(BackendError, match=r"no kernels for GPU 1: way 0: none is prebuilt; way 1: cuModuleLoadData"):
+        _gpu.kernels_of(1)
+
+
+def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert ways(b"new").notes == ["this torch was built without CUDA"]
+
+
+def test_the_report_says_how_kernels_are_had_and_who_serves(ways, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ways(BackendError("none is prebuilt"), b"new")
+    native = backend.Native(SimpleNamespace(), "prebuilt", [])
+    monkeypatch.delenv("CHILDTUNE_BACKEND", raising=False)
+    lines = list(report._devices(native))
+    how = "torch (kernels way 1; CHILDTUNE_BACKEND=native would ask for them)"
+    why = ("  because", "way 0: none is prebuilt")
+    assert lines == [("serves cpu", "native (prebuilt)"), ("serves cuda:0", how), why, ("serves cuda:1", how), why]
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
+    assert ("serves cuda:1", "native (kernels way 1)") in list(report._devices(native))
+    ways(b"old")
+    assert ("serves cuda:1", "none: it has no kernels") in list(report._devices(native))
