@@ -61,6 +61,18 @@ def make_contestants(work: Workload) -> dict[str, Contestant]:
     }
 
 
+def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:
+    """Returns {name: contestant}, all on the tensors of `work`, which are on a GPU; see TITLES."""
+    params = make_parameters(work, work.grads)
+    return {
+        "ours": _ours(work, params, 0.3),
+        "ours_p1": _ours(work, params, 1.0),
+        "fused": _torch(work, params, 1, fused=True),
+        "foreach": _torch(work, params, 1, foreach=True),
+        "naive": _naive(work),
+    }
+
+
 def make_child_contestants(work: Workload) -> dict[str, Contestant]:
     """Returns {name: contestant} for random child networks in the float32 tensors of `work`; see CHILD_TITLES.
 
@@ -126,7 +138,8 @@ def make_parameters(work: Workload, grads: list[torch.Tensor]) -> list[Parameter
 def _with_state(optimizer, exp_avgs, exp_avg_sqs, step=None):
     """Gives the optimizer its state: torch's names, on the memory that all share; a step count of its own."""
     params = optimizer.param_groups[0]["params"]
+    counter = params[0].device if optimizer.defaults.get("fused") else "cpu"  # as torch has it
     for param, exp_avg, exp_avg_sq in zip(params, exp_avgs, exp_avg_sqs, strict=True):
-        count = torch.tensor(0.0) if step is None else step
+        count = torch.tensor(0.0, device=counter) if step is None else step
         optimizer.state[param].update(step=count, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     return optimizer

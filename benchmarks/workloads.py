@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 
 
-def bert_base_shapes() -> list[tuple[int, ...]]:
-    """Shapes of the 199 parameters, 109.5 M weights, of transformers' `BertModel(BertConfig())`, in its order."""
-    hidden, inner, vocabulary, positions = 768, 3072, 30522, 512
+def bert_shapes(hidden: int, layers: int) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of transformers' `BertModel`, in its order."""
+    inner, vocabulary, positions = 4 * hidden, 30522, 512
     dense, norm = [(hidden, hidden), (hidden,)], [(hidden,), (hidden,)]
     embeddings = [(vocabulary, hidden), (positions, hidden), (2, hidden), *norm]
     layer = [*dense * 4, *norm, (inner, hidden), (inner,), (hidden, inner), (hidden,), *norm]  # query, key, value, out
-    return [*embeddings, *layer * 12, *dense]  # the last is the pooler
+    return [*embeddings, *layer * layers, *dense]  # the last is the pooler
 
 
 WORKLOADS = {
-    "bert-base": bert_base_shapes(),
+    "bert-base": bert_shapes(768, 12),  # 109 M weights in 199 tensors: BertConfig()
     "1000x33": [(33,)] * 1000,
+}
+GPU_WORKLOADS = {
+    "bert-large": bert_shapes(1024, 24),  # 335 M weights in 391 tensors
+    "1.3B": bert_shapes(2048, 24),  # 1.3 G weights
 }
 LARGE = [(1024, 4096)] * 20  # 84 M weights, and more memory than any cache holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,15 +53,15 @@ class Workload:
         return self.weights < 2**20
 
 
-def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Workload:
+def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> Workload:
     """Returns tensors of pretrained magnitude: weights of 0.02, gradients of 0.001, empty states."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: tuple[int, ...], scale: float) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
 
     def states(dtype: torch.dtype) -> list[Tensor]:
-        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
     params = [normal(shape, 2e-2) for shape in shapes]
     grads = [normal(shape, 1e-3) for shape in shapes]
