@@ -64,7 +64,9 @@ def _look(device: int) -> Gpu:
 
     if torch.version.cuda is None:
         return Gpu(None, "", ["this torch was built without CUDA"])
-    native = backends.load_native()
+    native = backends.find_native().module
+    if native is None:
+        return Gpu(None, "", ["there is no native backend to launch them"])
     notes: list[str] = []
     for origin, make in images(torch.cuda.get_device_capability(device)):
         with _noting(origin, notes):

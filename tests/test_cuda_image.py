@@ -147,7 +147,8 @@ def ways(monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backend, "load_native", lambda: SimpleNamespace(GpuKernels=kernels))
+    module = SimpleNamespace(GpuKernels=kernels)
+    monkeypatch.setattr(backend, "find_native", lambda: backend.Native(module, "prebuilt", []))
     yield of
     _gpu._found.clear()
 
@@ -172,6 +173,11 @@ def test_if_none_does_all_causes_are_told(ways):
 def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert ways(b"new").notes == ["this torch was built without CUDA"]
+
+
+def test_without_a_native_backend_nothing_launches_them(ways, monkeypatch):
+    monkeypatch.setattr(backend, "find_native", lambda: backend.Native(None, "", ["no compiler"]))
+    assert ways(b"new").notes == ["there is no native backend to launch them"]
 
 
 def test_the_report_says_how_kernels_are_had_and_who_serves(ways, monkeypatch):
