@@ -9,8 +9,9 @@ template <bool kAmsgrad, class T>
 CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Block<T>& block, int64_t count) {
   const AdamWConstants<T> c = constants;  // its own copy, which no store can change
   const Block<T> b = block;
-  fetch_ahead(b.exp_avg, count);
-  fetch_ahead(b.exp_avg_sq, count);
+  const int64_t next_block = count * static_cast<int64_t>(sizeof(T));  // about as many values
+  fetch_ahead(b.exp_avg, count, next_block);
+  fetch_ahead(b.exp_avg_sq, count, next_block);
   update_lanes<T, false, kAmsgrad>(c, b, 0, count, nullptr, 0, 0);
 }
 

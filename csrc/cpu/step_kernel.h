@@ -1,8 +1,8 @@
 // The CPU step over a range of one parameter. Each instruction set includes this file in a namespace of its own
 // (CHILDTUNE_ISA), behind its target pragma; the loops are plain C++ that compilers turn into vectors of that set.
 //
-// Work goes in blocks of 128 elements, as the mask does. A whole block of contiguous arrays is updated in place; any
-// other (the ends of a range, strided arrays) is copied into buffers, updated by the same function, and copied back.
+// Work goes in blocks of 128 elements, as the mask does. Arrays that are not contiguous are copied into buffers,
+// updated by the same function, and copied back.
 
 #include <utility>
 
@@ -36,11 +36,11 @@ struct Block {
   T* max_exp_avg_sq;
 };
 
-// Fetches what lies CHILDTUNE_FETCH_AHEAD bytes after the `count` elements at `at`.
+// Fetches what lies `distance` bytes after the `count` elements at `at`.
 template <class V>
-CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count) {
+CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance = CHILDTUNE_FETCH_AHEAD) {
   if (CHILDTUNE_FETCH_AHEAD == 0) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + CHILDTUNE_FETCH_AHEAD;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(distance);
   for (uintptr_t line = begin; line < begin + count * sizeof(V); line += 64) {
     CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(line));
   }
@@ -127,18 +127,6 @@ CHILDTUNE_OUT_OF_LINE void update_blocks(const AdamWConstants<T>& constants, Blo
   }
 }
 
-// Zeros where a partial block has no elements of its own; computing on them is harmless.
-template <bool kAmsgrad, class P>
-void clear(const Block<P>& b, int begin, int end) {
-  using T = typename ComputeType<P>::type;
-  const size_t count = static_cast<size_t>(end - begin);
-  memset(static_cast<void*>(b.param + begin), 0, count * sizeof(P));
-  memset(static_cast<void*>(const_cast<P*>(b.grad) + begin), 0, count * sizeof(P));
-  memset(b.exp_avg + begin, 0, count * sizeof(T));
-  memset(b.exp_avg_sq + begin, 0, count * sizeof(T));
-  if (kAmsgrad) memset(b.max_exp_avg_sq + begin, 0, count * sizeof(T));
-}
-
 template <class P, bool kAmsgrad>
 Block<P> in_place(const StepItem& item, int64_t begin) {
   using T = typename ComputeType<P>::type;
@@ -147,31 +135,42 @@ Block<P> in_place(const StepItem& item, int64_t begin) {
           kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + begin : nullptr};
 }
 
-// `count` elements from `begin` on, which stand at `first` .. `first + count` of mask block `block`.
+// `count` elements, which stand at `first` .. `first + count` of mask block `block`.
 template <class P, bool kMasked, bool kAmsgrad, class T>
-CHILDTUNE_OUT_OF_LINE void update_part(const AdamWConstants<T>& c, const StepItem& item, int64_t begin, int64_t count,
-                                       const MaskKeys& keys, uint64_t block, int first) {
-  P param[kMaskBlock], grad[kMaskBlock];
-  T exp_avg[kMaskBlock], exp_avg_sq[kMaskBlock], max_exp_avg_sq[kMaskBlock];
-  const int begin_lanes = first / kLanes * kLanes,
-            end_lanes = (first + static_cast<int>(count) + kLanes - 1) / kLanes * kLanes;
-  const Block<P> b{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
-  clear<kAmsgrad>(b, begin_lanes, end_lanes);
-  gather(item, kParam, begin, count, param + first);
-  gather(item, kGrad, begin, count, grad + first);
-  gather(item, kExpAvg, begin, count, exp_avg + first);
-  gather(item, kExpAvgSq, begin, count, exp_avg_sq + first);
-  if (kAmsgrad) gather(item, kMaxExpAvgSq, begin, count, max_exp_avg_sq + first);
+CHILDTUNE_INLINE void update_part(const AdamWConstants<T>& c, const Block<P>& b, int64_t count, uint32_t keep_threshold,
+                                  const MaskKeys& keys, uint64_t block, int first) {
   MaskBits bits;
   if (kMasked) draw_block(keys, block, &bits);
-  for (int at = begin_lanes; at < end_lanes; at += kLanes) {
-    const int part = at / kLanes;
-    update_lanes<P, kMasked, kAmsgrad>(c, b, at, kLanes, bits.word[part / 2], part % 2, item.keep_threshold);
+  for (int64_t at = 0; at < count;) {
+    const int64_t part = (first + at) / kLanes, lane = (first + at) % kLanes;
+    const int64_t lanes = kLanes - lane < count - at ? kLanes - lane : count - at;
+    update_lanes<P, kMasked, kAmsgrad>(c, b, at, lanes, bits.word[part / 2] + lane, part % 2, keep_threshold);
+    at += lanes;
   }
-  scatter(item, kParam, begin, count, param + first);
-  scatter(item, kExpAvg, begin, count, exp_avg + first);
-  scatter(item, kExpAvgSq, begin, count, exp_avg_sq + first);
-  if (kAmsgrad) scatter(item, kMaxExpAvgSq, begin, count, max_exp_avg_sq + first);
+}
+
+// The same from the item's element `begin` on; arrays that are not contiguous are copied, and copied back.
+template <class P, bool kMasked, bool kAmsgrad, class T>
+CHILDTUNE_OUT_OF_LINE void update_item_part(const AdamWConstants<T>& c, const StepItem& item, int64_t begin,
+                                            int64_t count, const MaskKeys& keys, uint64_t block, int first) {
+  P param[kMaskBlock], grad[kMaskBlock];
+  T exp_avg[kMaskBlock], exp_avg_sq[kMaskBlock], max_exp_avg_sq[kMaskBlock];
+  const bool copied = item.layout != nullptr;
+  if (copied) {
+    gather(item, kParam, begin, count, param);
+    gather(item, kGrad, begin, count, grad);
+    gather(item, kExpAvg, begin, count, exp_avg);
+    gather(item, kExpAvgSq, begin, count, exp_avg_sq);
+    if (kAmsgrad) gather(item, kMaxExpAvgSq, begin, count, max_exp_avg_sq);
+  }
+  const Block<P> b =
+      copied ? Block<P>{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq} : in_place<P, kAmsgrad>(item, begin);
+  update_part<P, kMasked, kAmsgrad>(c, b, count, item.keep_threshold, keys, block, first);
+  if (!copied) return;
+  scatter(item, kParam, begin, count, param);
+  scatter(item, kExpAvg, begin, count, exp_avg);
+  scatter(item, kExpAvgSq, begin, count, exp_avg_sq);
+  if (kAmsgrad) scatter(item, kMaxExpAvgSq, begin, count, max_exp_avg_sq);
 }
 
 template <class P, bool kMasked, bool kAmsgrad>
@@ -193,7 +192,7 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
         block += whole;
       } else {
         const int64_t count = kMaskBlock - first < run_end - at ? kMaskBlock - first : run_end - at;
-        update_part<P, kMasked, kAmsgrad>(c, item, at, count, keys, block++, first);
+        update_item_part<P, kMasked, kAmsgrad>(c, item, at, count, keys, block++, first);
         at += count;
         first = 0;
       }
