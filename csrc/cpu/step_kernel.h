@@ -116,8 +116,11 @@ CHILDTUNE_OUT_OF_LINE void update_blocks(const AdamWConstants<T>& constants, Blo
     if (kMasked) {
       update_block<P, kAmsgrad>(c, b, keep_threshold, bits[i % 2], keys, block + i + 1, &bits[(i + 1) % 2]);
     } else {
-      fetch_ahead<kAmsgrad>(b, 0, kMaskBlock);
-      update_lanes<P, false, kAmsgrad>(c, b, 0, kMaskBlock, nullptr, 0, 0);
+      constexpr int64_t kPiece = CHILDTUNE_FETCH_AHEAD != 0 ? kLanes : kMaskBlock;  // a block's lines not all at once
+      for (int64_t at = 0; at < kMaskBlock; at += kPiece) {
+        fetch_ahead<kAmsgrad>(b, at, kPiece);
+        update_lanes<P, false, kAmsgrad>(c, b, at, kPiece, nullptr, 0, 0);
+      }
     }
     b.param += kMaskBlock;
     b.grad += kMaskBlock;
