@@ -19,7 +19,7 @@ import torch
 
 from . import _build, _nvrtc
 from ._jit import cache_folder
-from ._toolchain import LAST_LINES, PROBE_TIMEOUT, run
+from ._toolchain import PROBE_TIMEOUT, quoted, run
 from .backend import BackendError
 
 NVCC_TIMEOUT = 300.0  # seconds
@@ -80,8 +80,7 @@ def _compile_with_nvcc(path: str, architecture: int) -> bytes:
         cubin = Path(folder, "kernels.cubin")
         status, output = _run(_build.nvcc_command(path, [architecture], cubin), NVCC_TIMEOUT)
         if status:
-            lines = "".join(f"\n    {line[:300]}" for line in output.strip().splitlines()[-LAST_LINES:])
-            raise BackendError(f"{path} failed (status {status}); its last lines:{lines}")
+            raise BackendError(f"{path} failed (status {status}); its last lines:{quoted(output)}")
         return cubin.read_bytes()
 
 
@@ -107,9 +106,10 @@ def _cached(architecture: int, compiler: str, compile_for: Compile) -> bytes:
     image = compile_for(architecture)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-            file.write(image)
-        os.replace(file.name, cache / f"{key}-{_digest(image)}.cubin")  # whole, or not there
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as private:
+            written = Path(private, "cubin")
+            written.write_bytes(image)
+            os.replace(written, cache / f"{key}-{_digest(image)}.cubin")  # whole, or not there
     return image
 
 
