@@ -56,7 +56,8 @@ $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 # The device code without a GPU: the core headers, which must stay free of whatever a GPU lacks, and the kernels, whose
 # machine code tests/check_device_code.py judges.
 NVCC ?= nvcc
-NVCC_FLAGS := -std=c++17 --fmad=false -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
+NVCC_FLAGS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/_build.py')['DEVICE_FLAGS'])") \
+  -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
 ARCHITECTURES ?= 75 80 90 120
 CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
 cuda: $(CUBINS) $(OUT)/core_compiles.o

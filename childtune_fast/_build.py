@@ -31,8 +31,8 @@ UNIX_FLAGS = [
     "-fno-trapping-math",
 ]
 MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
-# Of nvcc and NVRTC: no contraction, IEEE division and square root, denormals, as on the CPU.
 DEVICE_CODES = (75, 80, 90, 100, 120)  # compute capabilities; each serves the later ones of its major version too
+# Of nvcc and NVRTC: no contraction, IEEE division and square root, denormals, as on the CPU.
 DEVICE_FLAGS = ["-std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"]
 
 

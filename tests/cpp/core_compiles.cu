@@ -6,6 +6,8 @@
 #include "core/mask.h"
 #include "core/packed_mask.h"
 #include "core/philox.h"
+#include "core/score_key.h"
+#include "core/step_item.h"
 
 namespace childtune {
 
@@ -49,6 +51,13 @@ template __global__ void add_squares<Float16>(float, float, const Float16*, floa
 __global__ void clear_outside(PackedMask child, float* values, int64_t numel) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < numel && !in_child(child.bits, i)) values[i] = 0;
+}
+
+__global__ void score_keys(const float* scores, uint32_t* keys, uint32_t* nan, int64_t count) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  keys[i] = score_key(scores[i], 0);
+  nan[i] = nan_bit(scores[i]) >> 31;
 }
 
 }  // namespace childtune
