@@ -5,6 +5,7 @@
 
 #include "cpu/child_lanes.h"
 
+// Updates `count` weights, all of them.
 template <bool kAmsgrad, class T>
 CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Block<T>& block, int64_t count) {
   const AdamWConstants<T> c = constants;  // its own copy, which no store can change

@@ -2,7 +2,6 @@
 // only, as step_items.h is.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
