@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-CPP := $(NATIVE) $(wildcard tests/cpp/* benchmarks/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/* benchmarks/*.cpp)
 OUT := build/tests
 
 .PHONY: demo test test-core cuda lint format bench clean

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import Parameter, ParameterList
+from torch.nn.utils import clip_grad_norm_
 
 from childtune_fast import ChildAdamW, ChildNetwork
 
@@ -20,6 +21,8 @@ TITLES = {
     "foreach": "torch AdamW, foreach",
     "forloop": "torch AdamW, for-loop",
     "naive": "published code, naive",
+    "ours_clipped": "ChildAdamW (F, max_grad_norm=1)",
+    "fused_clipped": "clip_grad_norm_, then torch AdamW, fused",
     "roof": "the roof: the same bytes, no arithmetic",
 }
 CHILD_TITLES = {
@@ -64,12 +67,15 @@ def make_contestants(work: Workload) -> dict[str, Contestant]:
 def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:
     """Returns {name: contestant}, all on the tensors of `work`, which are on a GPU; see TITLES."""
     params = make_parameters(work, work.grads)
+    fused = _torch(work, params, 1, fused=True)
     return {
         "ours": _ours(work, params, 0.3),
         "ours_p1": _ours(work, params, 1.0),
-        "fused": _torch(work, params, 1, fused=True),
+        "fused": fused,
         "foreach": _torch(work, params, 1, foreach=True),
         "naive": _naive(work),
+        "ours_clipped": _ours(work, params, 0.3, max_grad_norm=1.0),
+        "fused_clipped": Contestant(lambda: (clip_grad_norm_(params, 1.0), fused.step())),
     }
 
 
@@ -105,8 +111,8 @@ def random_child(params: list[Parameter], reserve_p: float) -> ChildNetwork:
     return ChildNetwork.random(ParameterList(params), reserve_p=reserve_p, seed=0, maskable=lambda name: True)
 
 
-def _ours(work: Workload, params: list[Parameter], reserve_p: float) -> Contestant:
-    optimizer = ChildAdamW(params, **HYPER, reserve_p=reserve_p, seed=0, backend="native")
+def _ours(work: Workload, params: list[Parameter], reserve_p: float, **options: float) -> Contestant:
+    optimizer = ChildAdamW(params, **HYPER, reserve_p=reserve_p, seed=0, backend="native", **options)
     return Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs).step)
 
 

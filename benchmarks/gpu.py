@@ -85,8 +85,8 @@ def table(noted: dict, rate: float) -> str:
         device, host = ([sample[i] for sample in samples if sample] for i in (0, 1))
         ratios = [a[0] / b[0] for a, b in zip(ours, samples, strict=True) if a and b]
         ratio = spread(ratios)
-        own = name.startswith("ours")
-        of_copy = f"{noted['bytes'] / (1e-3 * spread(device)['median']) / rate:.2f}" if own else ""
+        whole_pass = name in ("ours", "ours_p1")
+        of_copy = f"{noted['bytes'] / (1e-3 * spread(device)['median']) / rate:.2f}" if whole_pass else ""
         rows.append(
             [
                 TITLES[name],

@@ -7,11 +7,15 @@ No GPU has run them yet: so they serve where they are asked for, by backend="nat
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import backend as backends
 from .step_group import StepGroup
@@ -83,6 +87,68 @@ def _noting(origin: str, notes: list[str]) -> Iterator[None]:
         notes.append(f"{origin}: {error}")
 
 
-def step(device: int, groups: list[StepGroup]) -> None:
-    """Steps groups on a GPU, on torch's current stream there; returns before the GPU has done it."""
-    kernels_of(device).step(groups, torch.cuda.current_stream(device).cuda_stream)
+def step(
+    device: int,
+    groups: list[StepGroup],
+    kept: dict[int, Tensor],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Steps groups on a GPU, on torch's current stream there; returns before the GPU has done it.
+
+    Step counts are on the CPU, so that the host computes a step's constants, until a step needs a number that only the
+    GPU knows: then it counts by itself, there and from then on, and the host waits for nothing.
+
+    Args:
+        device: the GPU's number.
+        groups: StepGroups of contiguous tensors there. Those with `max_grad_norm` are clipped.
+        kept: the optimizer's memory on each GPU, which a step uses while it runs.
+        grad_scale: by what a GradScaler has multiplied all gradients, one number; None for 1.
+        found_inf: unless it is 0, one number, the step is not taken; None for 0.
+    """
+    kernels, stream = kernels_of(device), torch.cuda.current_stream(device).cuda_stream
+    on_host = grad_scale is None and found_inf is None and not any(map(_is_counted_there, groups))
+    if on_host:
+        kernels.step(groups, stream)
+        return
+    place = _place(device)
+    for step in itertools.chain.from_iterable(group.steps for group in groups):
+        if step.is_cpu:
+            step.data = step.to(place, torch.float32)  # remains the tensor that is in the state
+    scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
+    kernels.counted_step(groups, stream, functools.partial(_memory_of, kept, device), *scaler)
+
+
+def check_capture(groups: list[StepGroup]) -> None:
+    """Raises RuntimeError if a CUDA graph is capturing a step that it could not replay.
+
+    It would repeat this step's constants, if the host computes them; and it cannot capture that counts are moved.
+    """
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return
+    for group in groups:
+        if not group.capturable or any(map(_is_on_cpu, group.steps)):
+            raise RuntimeError(
+                "ChildAdamW: a step that a CUDA graph captures needs capturable=True and one step taken before (got "
+                f"capturable={group.capturable}); pass it to the constructor, and take a step outside the graph"
+            )
+
+
+_is_on_cpu = operator.attrgetter("is_cpu")
+
+
+def _is_counted_there(group: StepGroup) -> bool:
+    """Whether a group's step needs what only the GPU knows, or did so before."""
+    reads = group.capturable or group.lr_on_device is not None or group.max_grad_norm is not None
+    return reads or not all(map(_is_on_cpu, group.steps))
+
+
+def _memory_of(kept: dict[int, Tensor], device: int, size: int) -> Tensor:
+    """Memory of at least so many bytes: allocated at the first step, and when a later one needs more."""
+    if device not in kept or kept[device].numel() < size:
+        kept[device] = torch.empty(size, dtype=torch.uint8, device=_place(device))
+    return kept[device]
+
+
+def _place(device: int) -> torch.device:
+    return torch.device("cuda", device)

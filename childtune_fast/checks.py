@@ -50,8 +50,6 @@ def check_options(group: dict[str, Any], seed: int) -> None:
         raise ValueError(f"max_grad_norm must be a number above 0, or None for no clipping (got {max_grad_norm!r})")
     if group["differentiable"]:
         raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
-    if group["capturable"]:
-        raise ValueError("ChildAdamW cannot be captured in a CUDA graph yet; use capturable=False")
 
 
 def check_mask(mask: PackedMask, param: Tensor) -> None:

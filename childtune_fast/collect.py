@@ -19,6 +19,7 @@ from .step_group import StepGroup
 
 Server = str | int | None  # "cpu": the compiled kernels; a GPU's number: the kernels there; None: the fallback
 PLAIN_TENSORS = (Parameter, Tensor)  # any other class may be a DTensor
+_LR_DTYPES = (torch.float32, torch.float64)  # that kernels read
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -42,6 +43,7 @@ def collect(
 
     Raises:
         KeyError: a group or the state of a parameter lacks an entry.
+        ValueError: an option that cannot be honoured.
         BackendError: there are no kernels for a GPU.
     """
     by_server: defaultdict[Server, list[StepGroup]] = defaultdict(list)
@@ -73,7 +75,7 @@ def collect(
             else:
                 rows[_server(row, use_native, use_gpus), is_sharded(param), False].append(row)
         for (server, *kind), of_kind in filter(operator.itemgetter(1), rows.items()):
-            by_server[server].append(_step_group(group, optimizer, of_kind, *kind))
+            by_server[server].append(_step_group(group, optimizer, of_kind, server, *kind))
     on_native, on_torch = by_server.pop("cpu", []), by_server.pop(None, [])
     return on_native, by_server, on_torch
 
@@ -95,10 +97,21 @@ def _server(row: tuple[Any, ...], use_native: bool, use_gpus: bool) -> Server:
 
 
 def _step_group(
-    group: dict[str, Any], optimizer: torch.optim.Optimizer, rows: list[tuple[Any, ...]], sharded: bool, masked: bool
+    group: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    rows: list[tuple[Any, ...]],
+    server: Server,
+    sharded: bool,
+    masked: bool,
 ) -> StepGroup:
     """Turns the rows of `collect` into columns, DTensors into what this rank holds of them."""
-    target = _empty_step_group(group, optimizer)
+    if group["capturable"] and not isinstance(server, int):
+        raise ValueError(
+            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, in no "
+            f"child network, with backend='native' (got one of shape {tuple(rows[0][0].shape)} on {rows[0][0].device}, "
+            f"backend={optimizer.backend!r}); use capturable=False"
+        )
+    target = _empty_step_group(group, optimizer, server)
     if sharded:
         from .sharding import local_tensor, mask_slice
 
@@ -114,18 +127,20 @@ def _step_group(
     return target
 
 
-def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> StepGroup:
+def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer, server: Server) -> StepGroup:
     check_options(group, optimizer.seed)  # options may have been changed since they were given
-    grad_scale = getattr(optimizer, "grad_scale", None)
-    grad_factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    lr = group["lr"]
+    on_its_gpu = isinstance(lr, Tensor) and lr.is_cuda and lr.get_device() == server and lr.dtype in _LR_DTYPES
     return StepGroup(
-        lr=float(group["lr"]),
+        lr=math.nan if on_its_gpu else float(lr),  # which would wait for a GPU
+        lr_on_device=lr if on_its_gpu else None,
+        capturable=bool(group["capturable"]),
         beta1=float(group["betas"][0]),
         beta2=float(group["betas"][1]),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         amsgrad=bool(group["amsgrad"]),
-        grad_factor=-grad_factor if group["maximize"] else grad_factor,
+        grad_factor=-1.0 if group["maximize"] else 1.0,
         # With a child network there are no random masks, whatever a checkpoint or an editor put into the group.
         keep_threshold=KEEP_ALL if optimizer.child_masks else keep_threshold(group["reserve_p"]),
         published_code=group["variant"] == "hf",
@@ -136,16 +151,28 @@ def _empty_step_group(group: dict[str, Any], optimizer: torch.optim.Optimizer) -
     )
 
 
+def check_norm(groups: list[StepGroup]) -> None:
+    """Raises ValueError if a norm is asked for that no rank knows."""
+    if any(group.slices is not None for group in groups) and any(group.max_grad_norm is not None for group in groups):
+        raise ValueError(
+            "ChildAdamW: max_grad_norm does not know the norm of gradients sharded over ranks; leave it None and "
+            "call torch.nn.utils.clip_grad_norm_ before the step"
+        )
+
+
+def unscale(groups: list[StepGroup], grad_scale: Tensor | float | None) -> None:
+    """Divides the groups' `grad_factor` by a GradScaler's scale."""
+    if grad_scale is not None:
+        scale = float(grad_scale)
+        for group in groups:
+            group.grad_factor /= scale
+
+
 def clip(native: ModuleType | None, on_native: list[StepGroup], elsewhere: list[StepGroup]) -> None:
     """Multiplies the groups' clip factors into their `grad_factor`; reads the gradients once, writes none."""
     groups = on_native + elsewhere
     if all(group.max_grad_norm is None for group in groups):
         return
-    if any(group.slices is not None for group in groups):
-        raise ValueError(
-            "ChildAdamW: max_grad_norm does not know the norm of gradients sharded over ranks; leave it None and "
-            "call torch.nn.utils.clip_grad_norm_ before the step"
-        )
     squares = 0.0
     if on_native:
         squares += native.sum_of_squares(*_normed(on_native), torch.get_num_threads())
@@ -155,6 +182,7 @@ def clip(native: ModuleType | None, on_native: list[StepGroup], elsewhere: list[
         if group.max_grad_norm is not None:
             factor = group.max_grad_norm / (norm + 1e-6)
             group.grad_factor *= 1.0 if factor >= 1.0 else factor  # a NaN gets through, as in clip_grad_norm_
+            group.max_grad_norm = None  # done, whoever steps the group
 
 
 def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]:

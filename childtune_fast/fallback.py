@@ -123,7 +123,7 @@ def sum_of_squares(tensors: list[Tensor], child_bits: list[Tensor | None]) -> fl
     Per tensor: chunks of 1024 elements in logical order, summed by halving; the chunks' sums likewise, as if padded
     with zeros to a power of two; then one tensor after the other.
     """
-    total = 0.0
+    totals: list[Tensor] = []
     for tensor, bits in zip(tensors, child_bits, strict=True):
         if tensor.numel() == 0:
             continue
@@ -135,8 +135,17 @@ def sum_of_squares(tensors: list[Tensor], child_bits: list[Tensor | None]) -> fl
         padded = torch.nn.functional.pad(squares, (0, chunks * _NORM_CHUNK - squares.numel()))
         sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))
         sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
-        total += _sum_by_halving(sums).item()
-    return total
+        totals.append(_sum_by_halving(sums))
+    return sum(_numbers(totals), 0.0)
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """The values of 0-dim tensors; of all that are on one device at once, since each time the host waits for it."""
+    values: dict[int, float] = {}
+    for device in {scalar.device for scalar in scalars}:
+        of_device = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        values.update(zip(of_device, torch.stack([scalars[i] for i in of_device]).tolist(), strict=True))
+    return [values[i] for i in range(len(scalars))]
 
 
 def _sum_by_halving(x: Tensor) -> Tensor:

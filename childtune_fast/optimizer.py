@@ -1,7 +1,8 @@
 """ChildAdamW: torch.optim.AdamW that updates a child network, in one pass over memory."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,9 +16,10 @@ from .checkpoint import CheckpointedAdamW
 from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
 from .child_network import ChildNetwork
 from .child_state import Masks, check_ranks_agree
-from .collect import PLAIN_TENSORS, clip, collect, is_sharded
+from .collect import PLAIN_TENSORS, check_norm, clip, collect, is_sharded, unscale
 from .mask import MASK_VERSION, check_seed
 from .state import mark_child
+from .step_group import StepGroup
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
@@ -56,7 +58,9 @@ class ChildAdamW(CheckpointedAdamW):
             all ranks take rank 0's, so every rank must construct the optimizer (default: None).
         maximize: ascend instead of descend (default: False).
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
-        capturable, differentiable: must be False.
+        capturable: a CUDA graph may capture the step, after one outside of it: step counts are on the GPU, and a replay
+            reads an `lr` that is a tensor there. Needs backend="native", GPUs, and no `child` (default: False).
+        differentiable: must be False.
         decay: "all" decays every weight, "child" only those in `child`; "auto" is "child" with `child`, else "all"
             (default: "auto").
         variant: "torch" is torch.optim.AdamW's arithmetic; "hf" that of the published code, which adds eps before
@@ -103,6 +107,7 @@ class ChildAdamW(CheckpointedAdamW):
     ) -> None:
         self.backend = backends.check(backend, "backend")
         self.child_masks: Masks = {}
+        self._gpu_memory: dict[int, Tensor] = {}
         self._child = _checked_child(child, reserve_p, decay)
         self._child_defaults = {
             "reserve_p": reserve_p if child is None else 1.0,
@@ -192,23 +197,22 @@ class ChildAdamW(CheckpointedAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)  # this and grad_scale are set by torch.amp.GradScaler
-        if found_inf is not None and found_inf.item():
-            return loss
         states_before: dict[Tensor, dict[str, Any]] = {}
+        taken = False
         try:
-            self._step(states_before)
-        except Exception:
-            for param, state in states_before.items():
-                self.state[param].clear()
-                self.state[param].update(state)
-                if not state:
-                    del self.state[param]
-            raise
+            taken = self._step(states_before)
+        finally:
+            if not taken:
+                for param, state in states_before.items():
+                    self.state[param].clear()
+                    self.state[param].update(state)
+                    if not state:
+                        del self.state[param]
         return loss
 
     @torch._disable_dynamo  # compiled, the fallback would round otherwise; the kernels cannot be traced
-    def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> None:
+    def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
+        """Takes the step; returns whether it was taken, as far as the host knows."""
         native = backends.resolve(self.backend)
         try:
             use_gpus = backends.chosen(self.backend) == "native"  # until a GPU has run them, "auto" does not take them
@@ -219,22 +223,31 @@ class ChildAdamW(CheckpointedAdamW):
                 "or delete that parameter's state to begin anew"
             ) from None
         of_gpus = list(itertools.chain.from_iterable(on_gpu.values()))
-        alone = bool(on_native) + len(on_gpu) + bool(on_torch) == 1  # kernels check before they write, but only theirs
-        for group in on_torch if alone else on_torch + of_gpus:
+        groups = on_native + of_gpus + on_torch
+        check_norm(groups)
+        alone = bool(on_native) + len(on_gpu) + bool(on_torch) == 1
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # by a GradScaler
+        by_host = not (on_gpu and alone)  # a GPU that steps everything scales, skips and clips without the host
+        if by_host:
+            if found_inf is not None and found_inf.item():
+                return False
+            unscale(groups, grad_scale)
+            grad_scale = found_inf = None
+        if on_gpu or on_torch:
+            _gpu.check_capture(groups)
+        for group in on_torch if alone else on_torch + of_gpus:  # kernels check before they write, but only theirs
             check_group(group)
-        try:
-            clip(native, on_native, of_gpus + on_torch)
+        with _explaining(on_native + of_gpus):
+            if by_host:
+                clip(native, on_native, of_gpus + on_torch)
             if on_native:
                 native.step(on_native, torch.get_num_threads())
-            for device, groups in on_gpu.items():
-                _gpu.step(device, groups)
-        except (TypeError, ValueError, RuntimeError, BufferError):
-            for group in on_native + of_gpus:
-                check_group(group)  # says in a sentence what the kernels refuse in a word
-            raise
+            for device, on_device in on_gpu.items():
+                _gpu.step(device, on_device, self._gpu_memory, grad_scale, found_inf)
         fallback.step(on_torch)
         for group in on_native + of_gpus:
             increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -246,9 +259,21 @@ class ChildAdamW(CheckpointedAdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_gpu_memory", {})
         for group in self.param_groups:
             for name in ("reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "seed", "mask_version"):
                 group.setdefault(name, self.defaults[name])
+
+
+@contextlib.contextmanager
+def _explaining(groups: list[StepGroup]) -> Iterator[None]:
+    """Says in a sentence what the kernels refuse in a word."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        for group in groups:
+            check_group(group)
+        raise
 
 
 def _checked_child(child: Any, reserve_p: float, decay: str) -> ChildNetwork | None:

@@ -25,7 +25,10 @@ def mark_child(state: dict[str, Any], mask: PackedMask) -> None:
 
 
 def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, amsgrad: bool) -> None:
-    """Begins a parameter's state, tensors named as torch.optim.AdamW names them, or adds what amsgrad needs to it."""
+    """Begins a parameter's state, tensors named as torch.optim.AdamW names them, or adds what amsgrad needs to it.
+
+    The step count begins on the CPU; a GPU that steps the parameter may move it there.
+    """
 
     def zeros() -> Tensor:
         dtype = compute_dtype(param)

@@ -23,6 +23,8 @@ class StepGroup:
     published_code: bool  # variant="hf"
     seed: int  # unsigned, 64 bits
     max_grad_norm: float | None
+    lr_on_device: Tensor | None = None  # on the GPU that steps the group: the learning rate, in place of `lr`
+    capturable: bool = False  # a CUDA graph may replay the step
     decay_outside: bool = False  # weights outside the child network decay too
     child_norm: bool = False  # norm_of="child": only the child network's gradient counts in the norm
     slices: list[tuple[int, int, int]] | None = None  # of sharded parameters: sharding.mask_slice; else None

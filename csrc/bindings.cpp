@@ -23,7 +23,7 @@ namespace {
 
 void step(const py::list& groups, int threads) {
   Workspace& w = workspace();
-  for (const py::handle& group : groups) add_group(group, kCpu, &w);
+  for (const py::handle& group : groups) add_group(group, kCpu, Counter::kHost, &w);
   w.place_layouts();
   const py::gil_scoped_release no_gil;
   step_cpu(w.items, threads);
@@ -130,7 +130,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
-      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"));
+      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"))
+      .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
+           py::arg("grad_scale"), py::arg("found_inf"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
         py::arg("threads"));

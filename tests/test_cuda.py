@@ -1,5 +1,6 @@
 """On a GPU: a step, clipping, checkpoints, scores and selection have the bits that they have on the CPU."""
 
+import contextlib
 import copy
 
 import pytest
@@ -169,6 +170,91 @@ def test_a_grad_scaler_unscales_and_skips(backend):
         assert optimizer.state[model.p0]["step"].item() == 2
         runs.append((model, optimizer))
     assert_same_bits(*runs)
+
+
+@pytest.fixture
+def no_waiting():
+    """Returns a context in which torch raises if the host waits for the GPU."""
+
+    @contextlib.contextmanager
+    def context():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
+
+
+@pytest.mark.parametrize("lr_on_gpu", [False, True])
+@every_dtype
+def test_a_captured_step_replays_as_steps(dtype, lr_on_gpu):
+    """A CUDA graph of one step, replayed with other gradients and learning rates, counts on as steps do."""
+    on_gpu, on_cpu = model_on(DEVICE, dtype, shapes=SHAPES), model_on("cpu", dtype, shapes=SHAPES)
+    lr = torch.tensor(2.0**-6, device=DEVICE) if lr_on_gpu else 2.0**-6
+    captured = optimizer_of(on_gpu, lr=lr, max_grad_norm=1e-2, capturable=True, backend="native")
+    plain = optimizer_of(on_cpu, lr=2.0**-6, max_grad_norm=1e-2)
+    train(on_gpu, captured, [0])
+    train(on_cpu, plain, [0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step in range(1, 5):
+        if lr_on_gpu:
+            lr.fill_(2.0 ** -(6 + step))
+            plain.param_groups[0]["lr"] = 2.0 ** -(6 + step)
+        train(on_cpu, plain, [step])
+        for p, q in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+            p.grad.copy_(q.grad)
+        graph.replay()
+    assert_same_bits((on_gpu, captured), (on_cpu, plain))
+
+
+def test_a_step_that_a_graph_could_not_replay_is_not_captured():
+    model = model_on(DEVICE)
+    optimizer = optimizer_of(model, backend="native")
+    train(model, optimizer, [0])
+    with pytest.raises(RuntimeError, match="needs capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-2])
+def test_scaling_skipping_and_clipping_do_not_wait_for_the_gpu(max_grad_norm, no_waiting):
+    runs = []
+    for device in (DEVICE, "cpu"):
+        model = model_on(device, shapes=SHAPES)
+        optimizer = optimizer_of(model, max_grad_norm=max_grad_norm, backend="native")
+        for step, found_inf in enumerate((0.0, 1.0, 0.0)):
+            optimizer.grad_scale = torch.tensor(3.0, device=device)
+            optimizer.found_inf = torch.tensor(found_inf, device=device)
+            if step == 0 or device == "cpu":  # the first one moves the counts
+                train(model, optimizer, [step])
+                continue
+            given = [torch.empty_like(p, device="cpu") for p in model.parameters()]
+            set_grads(given, step)
+            for p, q in zip(model.parameters(), given, strict=True):
+                p.grad = q.grad.to(device)
+            with no_waiting():
+                optimizer.step()
+        runs.append((model, optimizer))
+    assert_same_bits(*runs)
+
+
+def test_a_checkpoint_of_counts_on_the_gpu_continues():
+    """Saved with counts there, loaded where the host counts, and back."""
+    runs = [model_on(DEVICE) for _ in range(2)]
+    counting = optimizer_of(runs[0], max_grad_norm=1e-2, backend="native")
+    train(runs[0], counting, range(3))
+    resumed = optimizer_of(runs[1], backend="native")
+    runs[1].load_state_dict(runs[0].state_dict())
+    resumed.load_state_dict(copy.deepcopy(counting.state_dict()))
+    assert counting.state[runs[0].p0]["step"].is_cuda
+    assert resumed.state[runs[1].p0]["step"].is_cpu
+    for model, optimizer in zip(runs, (counting, resumed), strict=True):
+        train(model, optimizer, range(3, 5))
+    assert_same_bits((runs[0], counting), (runs[1], resumed))
 
 
 def test_the_mask_is_the_same():

@@ -23,7 +23,6 @@ OPTIONS = {
     "reserve_p bool": ({"reserve_p": True}, TypeError, "must be a float in (0, 1] (got bool)"),
     "reserve_p None": ({"reserve_p": None}, TypeError, "must be a float in (0, 1] (got NoneType)"),
     "differentiable": ({"differentiable": True}, ValueError, "use torch.optim.AdamW(differentiable=True)"),
-    "capturable": ({"capturable": True}, ValueError, "use capturable=False"),
     "variant": ({"variant": "adam"}, ValueError, "variant must be 'torch' or 'hf'"),
     "variant with amsgrad": ({"variant": "hf", "amsgrad": True}, ValueError, "use amsgrad=False or variant='torch'"),
     "decay": ({"decay": "some"}, ValueError, "decay must be 'auto', 'all' or 'child' (got 'some')"),

@@ -1,17 +1,15 @@
 """The step on a GPU without one: the compiled module drives a stand-in for the CUDA driver, which runs the kernels in
-loops on the CPU; and parameters go to whom they should.
+loops on the CPU.
 """
 
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_same_run, make_params, set_grads
 from processes import python, result_of
 
-from childtune_fast import ChildAdamW, _build, _gpu, fallback, optimizer
-from childtune_fast.backend import BackendError
+from childtune_fast import ChildAdamW, _build
 from childtune_fast.collect import collect
 
 ROOT = _build.csrc().parent
@@ -71,6 +69,90 @@ def check_steps():
             assert_same_run(*runs)
 
 
+SCALE, FOUND_INF, LR = torch.tensor(3.0), torch.tensor(0.0), torch.tensor(0.1)
+COUNTED = {  # options, a GradScaler's scale and what it found, the learning rate
+    "counting": ({}, None, None, None),
+    "amsgrad": ({"amsgrad": True, "maximize": True}, None, None, None),
+    "hf, lr": ({"variant": "hf"}, None, None, LR),
+    "float64 lr": ({}, None, None, LR.double()),
+    "scaler": ({}, SCALE, FOUND_INF, None),
+    "clipping": ({"max_grad_norm": 1e-2}, None, None, None),
+    "everything": ({"max_grad_norm": 1e-2, "reserve_p": 1.0}, SCALE, FOUND_INF, LR),
+}
+
+
+def check_counted_steps():
+    from childtune_fast import backend
+
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for options, grad_scale, found_inf, lr in COUNTED.values():
+            runs = []
+            for _ in range(2):
+                params = make_params(SHAPES, dtype)
+                runs.append(ChildAdamW(params, seed=7, backend="native", **{"lr": 1e-2, **options}))
+            for _ in range(3):
+                for run in runs:
+                    set_grads(run.param_groups[0]["params"], 1)
+                on_native, _, _ = collect(runs[0], True, False, {})
+                on_native[0].lr_on_device = lr
+                kernels.counted_step(on_native, STREAM, bytes_of_memory, grad_scale, found_inf)
+                if lr is not None:
+                    runs[1].param_groups[0]["lr"] = lr.item()
+                if grad_scale is not None:
+                    runs[1].grad_scale, runs[1].found_inf = grad_scale, found_inf
+                runs[1].step()
+            assert_same_run(*runs)
+
+
+def bytes_of_memory(count):
+    return torch.full((count,), 255, dtype=torch.uint8)
+
+
+def check_a_step_that_is_not_taken():
+    from childtune_fast import backend
+
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    runs = [ChildAdamW(make_params(), seed=7, backend="native") for _ in range(2)]
+    for run in runs:
+        set_grads(run.param_groups[0]["params"], 0)
+        run.step()
+    on_native, _, _ = collect(runs[0], True, False, {})
+    for found_inf in (1.0, float("inf"), float("nan")):
+        kernels.counted_step(on_native, STREAM, bytes_of_memory, None, torch.tensor(found_inf))
+    assert_same_run(*runs)
+
+
+def check_refusals_of_counted_steps():
+    from childtune_fast import backend
+
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    run = ChildAdamW([torch.nn.Parameter(torch.ones(4, 6))], backend="native")
+    param = run.param_groups[0]["params"][0]
+    good = {"memory_of": bytes_of_memory, "grad_scale": None, "found_inf": None}
+    broken = [
+        ({"memory_of": lambda count: bytes_of_memory(count - 1)}, "memory_of must return uint8 memory"),
+        ({"memory_of": lambda count: bytes_of_memory(count).float()}, "memory_of must return uint8 memory"),
+        ({"memory_of": lambda count: bytes_of_memory(count + 1)[1:]}, "memory_of must return uint8 memory"),
+        ({"memory_of": lambda count: bytes_of_memory(2 * count)[::2]}, "memory_of must return uint8 memory"),
+        ({"grad_scale": torch.ones(2)}, "grad_scale must be one number"),
+        ({"grad_scale": torch.tensor(1.0, dtype=torch.float64)}, "grad_scale must be one number"),
+        ({"found_inf": torch.tensor(1)}, "found_inf must be one number"),
+        ({"lr": torch.tensor(1.0, dtype=torch.bfloat16)}, "lr must be one number"),
+        ({"step": torch.tensor(0)}, "step must be one number"),
+        ({"step": torch.tensor(0.0, dtype=torch.float64)}, "step must be one number"),
+    ]
+    for wrong, message in broken:
+        param.grad = torch.ones(4, 6)
+        on_native, _, _ = collect(run, True, False, {})
+        on_native[0].lr_on_device = wrong.pop("lr", None)
+        if "step" in wrong:
+            on_native[0].steps[0] = wrong.pop("step")
+        with pytest.raises(ValueError, match=message):
+            kernels.counted_step(on_native, STREAM, **{**good, **wrong})
+        assert torch.equal(param, torch.ones(4, 6))
+
+
 def check_refusals():
     from childtune_fast import backend
 
@@ -97,80 +179,17 @@ def test_the_modules_launches_have_the_bits_of_the_cpus_step(driver):
     in_a_process_with(driver, check_steps)
 
 
+def test_steps_that_the_gpu_counts_have_the_same_bits(driver):
+    in_a_process_with(driver, check_counted_steps)
+
+
+def test_a_gpu_does_not_take_a_step_with_infinite_gradients(driver):
+    in_a_process_with(driver, check_a_step_that_is_not_taken)
+
+
 def test_the_drivers_refusals_are_told(driver):
     in_a_process_with(driver, check_refusals)
 
 
-# ---- Who steps what ------------------------------------------------------------------------------------------------
-
-
-class OnGpu(torch.nn.Parameter):
-    """A parameter that says it is on a GPU."""
-
-    is_cpu = False
-    is_cuda = True
-    device = torch.device("cuda", 1)
-
-
-def on_gpu(param):
-    return OnGpu(param.detach())
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Kernels for every GPU, which note what they are given and step it in torch."""
-    calls = []
-
-    def step(groups, stream):
-        calls.append((groups, stream))
-        fallback.step(groups)
-
-    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(SimpleNamespace(step=step), "", []))
-    monkeypatch.setattr(optimizer, "check_group", lambda group: None)  # it would find that state is on the CPU
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
-    return calls
-
-
-def test_each_parameter_goes_to_the_kernels_of_its_device(gpu):
-    cpu, gpus = make_params(), [on_gpu(p) for p in make_params(seed=1)]
-    expected = ChildAdamW(make_params() + make_params(seed=1), seed=7, backend="torch")
-    mixed = ChildAdamW(cpu + gpus, seed=7, backend="native")
-    for step in range(2):
-        for run in (expected, mixed):
-            set_grads(run.param_groups[0]["params"], step)
-            run.step()
-    assert_same_run(mixed, expected)
-    assert [(len(groups), stream) for groups, stream in gpu] == [(1, 1001)] * 2
-    assert [id(p) for p in gpu[0][0][0].params] == [id(p) for p in gpus]
-    assert gpus[0]._version == 2 * expected.param_groups[0]["params"][-1]._version  # the fallback counts, and the step
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_unless_asked_for_they_take_nothing(gpu, backend, monkeypatch):
-    params = [on_gpu(p) for p in make_params()]
-    run = ChildAdamW(params, backend=backend)
-    set_grads(params, 0)
-    run.step()
-    assert gpu == []
-    monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
-    run.step()
-    assert len(gpu) == (backend == "auto")
-
-
-def test_what_they_cannot_do_is_left_to_the_fallback(gpu):
-    strided, plain = on_gpu(torch.ones(4, 6).T), on_gpu(torch.ones(4, 6))
-    run = ChildAdamW([strided, plain], backend="native")
-    set_grads([strided, plain], 0)
-    run.step()
-    assert [p is plain for groups, _ in gpu for group in groups for p in group.params] == [True]
-    assert run.state[strided]["step"] == 1
-
-
-def test_native_says_why_there_are_no_kernels(monkeypatch):
-    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"]))
-    param = on_gpu(torch.ones(3))
-    param.grad = torch.ones(3)
-    run = ChildAdamW([param], backend="native")
-    with pytest.raises(BackendError, match=r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"):
-        run.step()
-    assert len(run.state) == 0
+def test_steps_that_the_gpu_counts_need_memory_and_numbers(driver):
+    in_a_process_with(driver, check_refusals_of_counted_steps)

@@ -9,6 +9,8 @@ namespace childtune {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+constexpr int kNormChunk = 1024;  // elements whose squares are summed by themselves: docs/numerics.md
+
 constexpr int kStreams = 5;  // arrays of a step, in this order
 enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
 
@@ -31,8 +33,8 @@ struct StepItem {
   PackedMask child;    // with it, the state is contiguous, of child.count values, and `masked` is false
   bool decay_outside;  // weights outside the child network decay too
   AdamWConstants<double> constants;
-  // As in HyperParams: what constants.grad_factor was made of, for backends that read a GradScaler's scale themselves.
-  double grad_factor, keep_share;
+  float* counter;  // on a GPU: where it counts the steps itself; then key.step and constants are not known here
+  uint32_t group;  // its number among those of the step
 };
 
 }  // namespace childtune

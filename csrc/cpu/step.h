@@ -22,8 +22,6 @@ struct CpuKernels {
   int64_t (*write_above)(const float* scores, int64_t count, uint32_t flip, uint32_t threshold, uint8_t* bits);
 };
 
-constexpr int kNormChunk = 1024;
-
 namespace baseline {
 CpuKernels kernels();
 }

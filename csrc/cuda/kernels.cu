@@ -1,5 +1,7 @@
-// The kernels: one for each dtype, with and without mask and amsgrad, for tables of either size. cuda/launch_plan.cpp
-// knows them by name. nvcc and NVRTC compile this file alike.
+// The kernels of the step: one for each dtype, with and without mask and amsgrad, for tables of either size, which
+// cuda/launch_plan.cpp knows by name; and those of constants and norm, which cuda/device_plan.cpp does. nvcc and NVRTC
+// compile this file alike.
+#include "cuda/norm_kernel.h"
 #include "cuda/step_kernel.h"
 #include "cuda/warp.h"
 
@@ -37,3 +39,23 @@ CHILDTUNE_KINDS(step_float32, float)
 CHILDTUNE_KINDS(step_float64, double)
 CHILDTUNE_KINDS(step_bfloat16, childtune::BFloat16)
 CHILDTUNE_KINDS(step_float16, childtune::Float16)
+
+extern "C" __global__ void __launch_bounds__(childtune::kThreads)
+    count_steps(__grid_constant__ const childtune::ConstantsTable table) {
+  childtune::count_step(table, int64_t{blockIdx.x} * childtune::kThreads + threadIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(childtune::kThreads)
+    norm_chunks(__grid_constant__ const childtune::NormTable table) {
+  const childtune::GpuWarp warp{static_cast<int>(threadIdx.x % childtune::kWarp)};
+  childtune::sum_chunks(table, blockIdx.x, static_cast<int>(threadIdx.x / childtune::kWarp), warp);
+}
+
+extern "C" __global__ void __launch_bounds__(childtune::kThreads)
+    norm_tensors(__grid_constant__ const childtune::NormTable table) {
+  childtune::sum_tensor(table, blockIdx.x, childtune::GpuBlock{});
+}
+
+extern "C" __global__ void norm_total(__grid_constant__ const childtune::NormTotal norm) {
+  if (threadIdx.x == 0) childtune::sum_total(norm);
+}

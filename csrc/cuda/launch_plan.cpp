@@ -52,13 +52,12 @@ bool has_vectors(const StepItem& item) {
 
 template <class T>
 StepClass<T> class_of(const StepItem& item) {
-  return {item.constants.cast<T>(), item.grad_factor, item.keep_share, item.key.seed, item.key.step,
-          item.keep_threshold};
+  return {item.constants.cast<T>(), item.key.seed, item.key.step, item.keep_threshold};
 }
 
 template <class T>
 bool same(const StepClass<T>& a, const StepClass<T>& b) {
-  static_assert(sizeof(a) == sizeof(AdamWConstants<T>) + 32, "no padding between the bytes compared");
+  static_assert(sizeof(a) == sizeof(AdamWConstants<T>) + 16, "no padding between the bytes compared");
   return memcmp(&a, &b, sizeof(a)) == 0;
 }
 
@@ -126,14 +125,14 @@ const char* kernel_name(const Kind& kind) {
   return names[kind_number(kind)];
 }
 
-bool LaunchPlan::build(const std::vector<StepItem>& items, const float* grad_scale, const float* found_inf) {
+bool LaunchPlan::build(const std::vector<StepItem>& items, const DeviceConstants* constants, const float* found_inf) {
   launches_.clear();
   int64_t counts[kKinds] = {};
   for (const StepItem& item : items) {
     if (refusal(item) != Refusal::kNone) return false;
     if (item.numel > 0) ++counts[kind_number(kind_of(item, false))];
   }
-  const TableHeader header{grad_scale, found_inf, 0};
+  const TableHeader header{constants, found_inf, 0};
   for (const StepItem& item : items) {
     int64_t& count = counts[kind_number(kind_of(item, false))];
     if (item.numel == 0 || count == 0) continue;

@@ -36,7 +36,7 @@ class LaunchPlan {
   explicit LaunchPlan(bool large_arguments) : large_arguments_(large_arguments) {}
 
   // Returns whether it could: if an item is refused, there are no launches. The pointers are those of TableHeader.
-  bool build(const std::vector<StepItem>& items, const float* grad_scale, const float* found_inf);
+  bool build(const std::vector<StepItem>& items, const DeviceConstants* constants, const float* found_inf);
 
   const std::vector<Launch>& launches() const { return launches_; }
   // The kernel's only argument, a StepTable.

@@ -152,24 +152,19 @@ struct TileStep {
   }
 };
 
-// The constants of a class. A scale on the device is divided out before everything is rounded once, as on the host.
-template <class T>
-CHILDTUNE_INLINE AdamWConstants<T> scaled_constants(const StepClass<T>& step_class, const float* grad_scale) {
-  AdamWConstants<T> c = step_class.constants;
-  if (grad_scale != nullptr) {
-    c.grad_factor = static_cast<T>(step_class.grad_factor / static_cast<double>(*grad_scale) / step_class.keep_share);
-  }
-  return c;
-}
-
 // What warp `warp_number` of block `block` does.
 template <class P, bool kMasked, bool kAmsgrad, class Table, class Warp>
 CHILDTUNE_INLINE void step_warp(const Table& table, uint32_t block, int warp_number, const Warp& warp) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0.0f) return;
   const TableItem item = table.items[item_of_block(table, block)];  // a copy, or no stores become vectors
   const auto& step_class = table.classes[item.step_class];
-  const auto constants = scaled_constants(step_class, table.header.grad_scale);
-  const MaskKey key{step_class.seed, step_class.step, item.param_index};
+  auto constants = step_class.constants;
+  MaskKey key{step_class.seed, step_class.step, item.param_index};
+  if (table.header.constants != nullptr) {
+    const DeviceConstants& counted = table.header.constants[item.param_index];
+    constants = counted.constants.cast<typename ComputeType<P>::type>();
+    key.step = counted.step;
+  }
   const int64_t first_tile = int64_t{kChunkTiles} * (block - item.first_block);
   for (int i = warp_number; i < kChunkTiles; i += kThreads / kWarp) {
     const TileSpan span = tile_span(item, first_tile + i);

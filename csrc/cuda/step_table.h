@@ -8,22 +8,17 @@
 #pragma once
 
 #include "core/step_item.h"
+#include "cuda/device_constants.h"
 
 namespace childtune {
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block
 constexpr int kTile = 2 * kMaskBlock;
 constexpr int kChunkTiles = 32;
-
-// What a kernel's arguments may hold: before CUDA 12.1, and since, on sm_70 and later.
-constexpr int kSmallArguments = 4096, kLargeArguments = 32764;
 
 // What parameters of one group with the same step count share.
 template <class T>
 struct StepClass {
-  AdamWConstants<T> constants;
-  double grad_factor, keep_share;  // constants.grad_factor is their quotient; see grad_scale
+  AdamWConstants<T> constants;  // this and `step` only if steps are counted on the host
   uint64_t seed;
   uint32_t step, keep_threshold;
 };
@@ -41,8 +36,8 @@ struct TableItem {
 };
 
 struct TableHeader {
-  const float* grad_scale;  // on the device: gradients are divided by it; nullptr: by nothing
-  const float* found_inf;   // on the device: unless zero, nothing is written; nullptr: zero
+  const DeviceConstants* constants;  // on the device, by param_index; nullptr: they are in the classes
+  const float* found_inf;            // on the device: unless zero, nothing is written; nullptr: zero
   int64_t items;
 };
 
@@ -63,16 +58,7 @@ static_assert(sizeof(StepTable<double, kLargeArguments>) <= kLargeArguments, "an
 // The number of the item that a block of threads works on.
 template <class Table>
 CHILDTUNE_INLINE int item_of_block(const Table& table, uint32_t block) {
-  int low = 0, high = static_cast<int>(table.header.items);  // it is in [low, high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.items[middle].first_block <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return last_that(static_cast<int>(table.header.items), [&](int i) { return table.items[i].first_block <= block; });
 }
 
 // Where a tile lies: its elements are those of [begin, begin + 256) that are in [low, high), by index in the item's

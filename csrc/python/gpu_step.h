@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device_plan.h"
 #include "cuda/driver_api.h"
 #include "cuda/launch_plan.h"
 #include "python/step_items.h"
@@ -14,6 +15,9 @@ namespace {
 
 constexpr int kLargeArgumentsSince = 12010;  // the driver's version, CUDA 12.1
 
+// The kernels' numbers: those of the step, by kind, and these.
+enum : size_t { kCountSteps = kKinds, kNormChunks, kNormTensors, kNormTotal };
+
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names(kKinds);
   for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
@@ -22,10 +26,12 @@ std::vector<std::string> kernel_names() {
       names[kind_number(kind)] = kernel_name(kind);
     }
   }
+  names.insert(names.end(), {"count_steps", "norm_chunks", "norm_tensors", "norm_total"});
   return names;
 }
 
-// The kernels of one GPU, loaded from device code for it.
+// The kernels of one GPU, loaded from device code for it. `stream` is torch's current one there, as a number: the one
+// address that a caller passes, and only the driver looks at it.
 class GpuKernels {
  public:
   GpuKernels(int device, const py::bytes& image)
@@ -36,25 +42,73 @@ class GpuKernels {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 
-  // Steps parameters on that GPU, whose step counts are on the CPU. `stream` is torch's current one there, as a number:
-  // the one address that a caller passes, and only the driver looks at it.
+  // Steps parameters on that GPU whose step counts are on the CPU.
   void step(const py::list& groups, uintptr_t stream) {
-    Workspace& w = workspace();
-    for (const py::handle& group : groups) add_group(group, device_, &w);
-    w.place_layouts();
-    thread_local LaunchPlan small_plan(false), large_plan(true);  // kept, as the workspace is
-    LaunchPlan& plan = large_arguments_ ? large_plan : small_plan;
-    if (!plan.build(w.items, nullptr, nullptr)) refuse("on a GPU every tensor must be contiguous and its own");
+    Workspace& w = collect(groups, Counter::kHost);
+    LaunchPlan& plan = plan_step(w, nullptr, nullptr);
     const py::gil_scoped_release no_gil;
-    for (size_t i = 0; i < plan.launches().size(); ++i) {
-      const Launch& launch = plan.launches()[i];
-      kernels_.launch(kind_number(launch.kind), plan.argument(i), launch.blocks, kThreads,
-                      reinterpret_cast<void*>(stream));
-    }
+    launch_step(plan, stream);
     write_steps(w);
   }
 
+  // Steps parameters whose step counts are there too, and clips; the host waits for nothing. `memory_of(bytes)` returns
+  // a uint8 tensor there of that size at least, which must live until the GPU has done the step. `grad_scale` and
+  // `found_inf` are float32 tensors there, or None.
+  void counted_step(const py::list& groups, uintptr_t stream, const py::object& memory_of, const py::object& grad_scale,
+                    const py::object& found_inf) {
+    thread_local DevicePlan prelude;
+    Workspace& w = collect(groups, Counter::kGpu);
+    const DeviceScaler scaler{scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
+    const int64_t bytes = prelude.build(w.items, w.groups, scaler);
+    const py::object memory = memory_of(bytes);
+    const TensorView view = view_tensor(memory.ptr());
+    if (!view.is(kCodeUInt, 8) || view.device != device_ || !view.contiguous() || view.numel() < bytes ||
+        reinterpret_cast<uintptr_t>(view.data) % alignof(DeviceConstants) != 0)
+      refuse("memory_of must return uint8 memory of the device");
+    prelude.place(view.data);
+    LaunchPlan& plan = plan_step(w, prelude.constants(), scaler.found_inf);
+    const py::gil_scoped_release no_gil;
+    for (const NormTable& table : prelude.norm_tables()) {
+      launch(kNormChunks, &table, norm_blocks(table), stream);
+      launch(kNormTensors, &table, static_cast<unsigned>(table.count), stream);
+    }
+    if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
+    for (const ConstantsTable& table : prelude.constants_tables())
+      launch(kCountSteps, &table, constants_blocks(table), stream);
+    launch_step(plan, stream);
+  }
+
  private:
+  Workspace& collect(const py::list& groups, Counter counter) const {
+    Workspace& w = workspace();
+    for (const py::handle& group : groups) add_group(group, device_, counter, &w);
+    w.place_layouts();
+    return w;
+  }
+
+  const float* scalar(const py::object& tensor, const char* name) const {
+    if (tensor.is_none()) return nullptr;
+    return static_cast<const float*>(number_on(device_, view_tensor(tensor.ptr()), name));
+  }
+
+  LaunchPlan& plan_step(const Workspace& w, const DeviceConstants* constants, const float* found_inf) const {
+    thread_local LaunchPlan small_plan(false), large_plan(true);  // kept, as the workspace is
+    LaunchPlan& plan = large_arguments_ ? large_plan : small_plan;
+    if (!plan.build(w.items, constants, found_inf)) refuse("on a GPU every tensor must be contiguous and its own");
+    return plan;
+  }
+
+  void launch(size_t function, const void* argument, unsigned blocks, uintptr_t stream) const {
+    kernels_.launch(function, argument, blocks, kThreads, reinterpret_cast<void*>(stream));
+  }
+
+  void launch_step(const LaunchPlan& plan, uintptr_t stream) const {
+    for (size_t i = 0; i < plan.launches().size(); ++i) {
+      const Launch& of_step = plan.launches()[i];
+      launch(kind_number(of_step.kind), plan.argument(i), of_step.blocks, stream);
+    }
+  }
+
   int device_;
   CudaKernels kernels_;
   bool large_arguments_;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/step.h"
+#include "cuda/device_constants.h"
 #include "python/tensor_view.h"
 
 namespace py = pybind11;
@@ -17,9 +18,13 @@ namespace py = pybind11;
 namespace childtune {
 namespace {
 
+// Who counts the steps: the host, or the GPU that takes them, which then computes the constants too.
+enum class Counter { kHost, kGpu };
+
 // Kept between steps, so that a step allocates nothing.
 struct Workspace {
   std::vector<StepItem> items;
+  std::vector<DeviceGroup> groups;   // with Counter::kGpu
   std::vector<void*> step_counters;  // where each item's step count is stored
   std::vector<bool> step_is_double;
   std::vector<int64_t> layouts;        // of arrays that are not contiguous
@@ -27,6 +32,7 @@ struct Workspace {
 
   void clear() {
     items.clear();
+    groups.clear();
     step_counters.clear();
     step_is_double.clear();
     layouts.clear();
@@ -151,6 +157,14 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
   return static_cast<uint64_t>(value) + 1;
 }
 
+// A float or, where that is allowed, a double on the device; `name` must be there.
+const void* number_on(int device, const TensorView& t, const char* name, bool may_be_double = false) {
+  const bool is_number = t.is(kCodeFloat, 32) || (may_be_double && t.is(kCodeFloat, 64));
+  if (!is_number || t.numel() != 1 || t.device != device || t.data == nullptr)
+    refuse(std::string(name) + " must be one number on the device of the step");
+  return t.data;
+}
+
 // Counts the steps that have been taken.
 void write_steps(const Workspace& w) {
   for (size_t i = 0; i < w.items.size(); ++i) {
@@ -175,6 +189,20 @@ HyperParams hyper_params(const py::handle& group) {
           group.attr("published_code").cast<bool>()};
 }
 
+DeviceGroup device_group(const py::handle& group, int device, const HyperParams& h) {
+  DeviceGroup result{};
+  result.hyper = h;
+  const py::object lr = group.attr("lr_on_device"), max_grad_norm = group.attr("max_grad_norm");
+  if (!lr.is_none()) {
+    const TensorView view = view_tensor(lr.ptr());
+    result.lr = number_on(device, view, "lr", true);
+    result.lr_is_double = view.bits == 64;
+  }
+  result.clips = !max_grad_norm.is_none();
+  if (result.clips) result.max_grad_norm = max_grad_norm.cast<double>();
+  return result;
+}
+
 MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
   if (slices.is_none()) return {};
   const auto entry = py::list(slices)[i].cast<py::tuple>();
@@ -183,7 +211,7 @@ MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
   return slice;
 }
 
-void add_group(const py::handle& group, int device, Workspace* w) {
+void add_group(const py::handle& group, int device, Counter counter, Workspace* w) {
   const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
       exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
       bits(group, "child_bits"), ranks(group, "child_ranks");
@@ -194,6 +222,7 @@ void add_group(const py::handle& group, int device, Workspace* w) {
   const uint32_t keep_threshold = group.attr("keep_threshold").cast<uint32_t>();
   const uint64_t seed = group.attr("seed").cast<uint64_t>();
   const HyperParams h = hyper_params(group);
+  if (counter == Counter::kGpu) w->groups.push_back(device_group(group, device, h));
   uint64_t constants_step = 0;  // parameters of a group mostly share their step count, so its constants too
   AdamWConstants<double> constants{};
   for (size_t i = 0; i < params.list.size(); ++i) {
@@ -202,17 +231,17 @@ void add_group(const py::handle& group, int device, Workspace* w) {
     StepItem item{};
     if (bits.list.size() > 0) item.child = packed_mask(bits.at(i), ranks.at(i), views[kParam].numel());
     set_arrays(views, amsgrad ? 5 : 4, device, w, &item);
-    const uint64_t step = next_step(steps.at(i), w);
-    if (step != constants_step) {
+    if (counter == Counter::kGpu) {
+      item.counter = const_cast<float*>(static_cast<const float*>(number_on(device, steps.at(i), "step")));
+      item.group = static_cast<uint32_t>(w->groups.size() - 1);
+    } else if (const uint64_t step = next_step(steps.at(i), w); step != constants_step) {
       constants = step_constants(h, step);
       constants_step = step;
     }
     item.constants = constants;
-    item.grad_factor = h.grad_factor;
-    item.keep_share = h.keep_share;
     item.masked = keep_threshold < kKeepAll;
     item.keep_threshold = keep_threshold;
-    item.key = {seed, static_cast<uint32_t>(step), indices[i].cast<uint32_t>()};
+    item.key = {seed, static_cast<uint32_t>(constants_step), indices[i].cast<uint32_t>()};
     item.slice = mask_slice(slices, i, item.numel);
     item.decay_outside = decay_outside;
     w->items.push_back(item);

@@ -1,8 +1,9 @@
-// A GPU in loops: the functions of cuda/step_kernel.h for every block, warp and lane of a plan's launches.
+// A GPU in loops: the functions of csrc/cuda for every block, warp and lane of a plan's launches.
 #pragma once
 
 #include <cstring>
 
+#include "cuda/device_plan.h"
 #include "cuda/launch_plan.h"
 #include "cuda/step_kernel.h"
 
@@ -21,7 +22,47 @@ struct EmulatedWarp {
     }
     for (int lane = 0; lane < kWarp; ++lane) tile.update(lane, votes[lane / 4], loaded[lane]);
   }
+
+  template <class OfLane>
+  void sum(const OfLane& of_lane, double* to) const {
+    double values[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) values[lane] = of_lane(lane);
+    for (int half = kWarp / 2; half >= 1; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) values[lane] += values[lane + half];
+    }
+    *to = values[0];
+  }
 };
+
+struct EmulatedBlock {
+  template <class Function>
+  void each(int64_t n, const Function& function) const {
+    for (int64_t i = n - 1; i >= 0; --i) function(i);  // the order must not matter
+  }
+};
+
+inline void emulate_norm_chunks(const NormTable& table, uint32_t blocks) {
+  for (uint32_t block = 0; block < blocks; ++block) {
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) sum_chunks(table, block, warp, EmulatedWarp{});
+  }
+}
+
+inline void emulate_norm_tensors(const NormTable& table, uint32_t blocks) {
+  for (uint32_t block = 0; block < blocks; ++block) sum_tensor(table, block, EmulatedBlock{});
+}
+
+inline void emulate_count_steps(const ConstantsTable& table, uint32_t blocks) {
+  for (int64_t i = 0; i < int64_t{kThreads} * blocks; ++i) count_step(table, i);
+}
+
+inline void emulate(const DevicePlan& plan) {
+  for (const NormTable& table : plan.norm_tables()) {
+    emulate_norm_chunks(table, norm_blocks(table));
+    emulate_norm_tensors(table, static_cast<uint32_t>(table.count));
+  }
+  if (!plan.norm_tables().empty()) sum_total(plan.total());
+  for (const ConstantsTable& table : plan.constants_tables()) emulate_count_steps(table, constants_blocks(table));
+}
 
 template <class P, bool kMasked, bool kAmsgrad, class Table>
 void emulate_kernel(const Table& table, uint32_t blocks) {

@@ -179,6 +179,7 @@ void test_child_steps();
 void test_selection();
 void test_cuda_plan();
 void test_cuda_steps();
+void test_cuda_counted_steps();
 
 int main() {
   test_philox();
@@ -187,6 +188,7 @@ int main() {
   test_large_index();
   test_cuda_plan();
   test_cuda_steps();
+  test_cuda_counted_steps();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();

@@ -87,6 +87,10 @@ static void test_launches() {
     std::printf("BERT-large: %zu launches with %s arguments\n", plan.launches().size(), large ? "large" : "small");
     expect(!large || plan.launches().size() <= 4, "launches for BERT-large");
   }
+  DevicePlan counted;
+  const int64_t bytes = counted.build(items, {DeviceGroup{}}, {nullptr, nullptr});
+  expect(counted.constants_tables().size() + 2 <= 4, "launches for BERT-large where the GPU counts");
+  expect(bytes < 100 * 394 + 8, "memory where the GPU counts", bytes);
   // Each of these has more than a third of the blocks that a launch may have.
   LaunchPlan plan(true);
   const StepItem huge = imagined(3ll << 41);

@@ -28,6 +28,8 @@ inline DType dtype_of(double) { return DType::kFloat64; }
 inline DType dtype_of(BFloat16) { return DType::kBFloat16; }
 inline DType dtype_of(Float16) { return DType::kFloat16; }
 
+inline double share_of(const StepItem& item) { return static_cast<double>(item.keep_threshold) / kKeepAll; }
+
 // Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
 template <class P>
 struct Arrays {
@@ -62,10 +64,8 @@ struct Arrays {
     it.keep_threshold = masked ? 19661 : kKeepAll;
     it.key = {0x123456789ABCDEFull, 3, 5};
     it.slice = slice;
-    const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, masked ? 19661.0 / kKeepAll : 1.0, false};
+    const HyperParams h{1e-2, 0.9, 0.999, 1e-8, 0.1, -0.5, share_of(it), false};
     it.constants = step_constants(h, 3);
-    it.grad_factor = h.grad_factor;
-    it.keep_share = h.keep_share;
     return it;
   }
 };

@@ -2,6 +2,7 @@
 // how it is called, and refuses device code that is not its own, as a driver refuses that of another architecture.
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "../cpp/emulated_gpu.h"
 
@@ -13,7 +14,33 @@ constexpr int kDevice = -1, kNotFound = 500, kInvalid = 1, kInvalidImage = 200;
 constexpr char kImage[] = "device code of the stand-in";
 int device_handle = 17, context = 0, module_of_it = 0;
 int pushed = 0;  // contexts
-Kind kinds[kKinds];
+
+struct Kernel {
+  std::string name;
+  void (*run)(const Kernel& self, unsigned blocks, const void* argument);
+  Kind kind;  // of a step's
+};
+
+void run_step(const Kernel& self, unsigned blocks, const void* argument) { emulate({self.kind, blocks}, argument); }
+template <class Table, void (*emulated)(const Table&, uint32_t)>
+void run(const Kernel&, unsigned blocks, const void* argument) {
+  emulated(*static_cast<const Table*>(argument), blocks);
+}
+void emulate_norm_total(const NormTotal& norm, uint32_t) { sum_total(norm); }
+
+std::vector<Kernel> make_kernels() {
+  std::vector<Kernel> all;
+  for (int n = 0; n < kKinds; ++n) {
+    const Kind kind{static_cast<DType>(n / 8), (n & 4) != 0, (n & 2) != 0, (n & 1) != 0};
+    all.push_back({kernel_name(kind), run_step, kind});
+  }
+  all.push_back({"count_steps", run<ConstantsTable, emulate_count_steps>, {}});
+  all.push_back({"norm_chunks", run<NormTable, emulate_norm_chunks>, {}});
+  all.push_back({"norm_tensors", run<NormTable, emulate_norm_tensors>, {}});
+  all.push_back({"norm_total", run<NormTotal, emulate_norm_total>, {}});
+  return all;
+}
+const std::vector<Kernel> kernels = make_kernels();
 
 }  // namespace
 
@@ -52,11 +79,9 @@ int cuModuleLoadData(void** module, const void* image) {
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (module != &module_of_it || pushed != 1) return kInvalid;
-  for (int number = 0; number < kKinds; ++number) {
-    const Kind kind{static_cast<DType>(number / 8), (number & 4) != 0, (number & 2) != 0, (number & 1) != 0};
-    if (std::strcmp(kernel_name(kind), name) != 0) continue;
-    kinds[number] = kind;
-    *function = &kinds[number];
+  for (const Kernel& kernel : kernels) {
+    if (kernel.name != name) continue;
+    *function = const_cast<Kernel*>(&kernel);
     return 0;
   }
   return kNotFound;
@@ -67,7 +92,8 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   if (pushed != 1 || grid_y * grid_z * block_y * block_z != 1 || grid_x == 0 || block_x != kThreads ||
       shared_bytes != 0 || stream != reinterpret_cast<void*>(0x5) || extra != nullptr)
     return kInvalid;
-  emulate({*static_cast<Kind*>(function), grid_x}, arguments[0]);
+  const Kernel& kernel = *static_cast<Kernel*>(function);
+  kernel.run(kernel, grid_x, arguments[0]);
   return 0;
 }
 }

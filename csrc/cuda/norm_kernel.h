@@ -1,0 +1,113 @@
+// The sum of the squares of all gradients on a GPU, in the order of the CPU's (docs/numerics.md), so with its bits:
+// three kernels, for the chunks of kNormChunk elements, for the tensors, and for the total. Functions for host and
+// device, as in cuda/step_kernel.h.
+#pragma once
+
+#include "core/dtypes.h"
+#include "cuda/device_constants.h"
+
+namespace childtune {
+
+constexpr int kBlockChunks = 32;  // of a block of threads
+
+struct NormItem {
+  const void* grad;  // contiguous
+  int64_t numel;     // not 0
+  int64_t first_chunk;
+  DType dtype;
+};
+
+// The argument of the kernels `norm_chunks` and `norm_tensors`, by value.
+struct NormTable {
+  static constexpr int kItems = (kSmallArguments - 32) / int{sizeof(NormItem)};
+
+  double* chunk_sums;   // on the device, of this table's chunks
+  double* tensor_sums;  // on the device, of this table's tensors
+  int64_t count, chunks;
+  NormItem items[kItems];
+};
+static_assert(sizeof(NormTable) <= kSmallArguments, "an argument's limit");
+
+// That of `norm_total`.
+struct NormTotal {
+  const double* tensor_sums;
+  int64_t count;
+  double* total;
+};
+
+CHILDTUNE_INLINE int64_t norm_chunks_of(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
+
+// What is in a lane's place number `k` once halving has left it `kPlaces`, of 32 at first: the squares of elements 32
+// apart, which is what halving brings together before neighbours meet.
+template <int kPlaces, class P>
+CHILDTUNE_INLINE double halved_squares(const P* grad, int64_t first, int64_t end, int k) {
+  if constexpr (kPlaces < kNormChunk / kWarp) {
+    return halved_squares<2 * kPlaces>(grad, first, end, k) +
+           halved_squares<2 * kPlaces>(grad, first, end, k + kPlaces);
+  } else {
+    const int64_t at = first + kWarp * k;
+    const double value = at < end ? static_cast<double>(load(grad[at])) : 0.0;
+    return value * value;
+  }
+}
+
+// What lane `lane` adds up of a chunk. The lanes' sums, halved again, are the chunk's.
+template <class P>
+CHILDTUNE_INLINE double lane_squares(const void* grad, int64_t begin, int64_t end, int lane) {
+  return halved_squares<1>(static_cast<const P*>(grad), begin + lane, end, 0);
+}
+
+CHILDTUNE_INLINE double lane_squares(const NormItem& item, int64_t chunk, int lane) {
+  const int64_t begin = chunk * kNormChunk;
+  switch (item.dtype) {
+    case DType::kFloat32:
+      return lane_squares<float>(item.grad, begin, item.numel, lane);
+    case DType::kFloat64:
+      return lane_squares<double>(item.grad, begin, item.numel, lane);
+    case DType::kBFloat16:
+      return lane_squares<BFloat16>(item.grad, begin, item.numel, lane);
+    case DType::kFloat16:
+      return lane_squares<Float16>(item.grad, begin, item.numel, lane);
+  }
+  return 0.0;
+}
+
+// The number of the item that a chunk belongs to.
+CHILDTUNE_INLINE int item_of_chunk(const NormTable& table, int64_t chunk) {
+  return last_that(static_cast<int>(table.count), [&](int i) { return table.items[i].first_chunk <= chunk; });
+}
+
+// What warp `warp_number` of block `block` does in `norm_chunks`. `Warp` adds up what its lanes have, by halving.
+template <class Warp>
+CHILDTUNE_INLINE void sum_chunks(const NormTable& table, uint32_t block, int warp_number, const Warp& warp) {
+  int64_t chunk = int64_t{kBlockChunks} * block + warp_number;
+  const int64_t end = int64_t{kBlockChunks} * (block + int64_t{1});
+  for (; chunk < end && chunk < table.chunks; chunk += kThreads / kWarp) {
+    const NormItem& item = table.items[item_of_chunk(table, chunk)];
+    const auto of_lane = [&](int lane) { return lane_squares(item, chunk - item.first_chunk, lane); };
+    warp.sum(of_lane, table.chunk_sums + chunk);
+  }
+}
+
+// What block `number` does in `norm_tensors`. `Block` calls a function with 0 .. n-1, in any order; then goes on.
+template <class Block>
+CHILDTUNE_INLINE void sum_tensor(const NormTable& table, uint32_t number, const Block& block) {
+  const NormItem& item = table.items[number];
+  double* sums = table.chunk_sums + item.first_chunk;
+  int64_t count = norm_chunks_of(item.numel), half = 1;
+  while (half < count) half *= 2;
+  for (half /= 2; half >= 1; half /= 2) {
+    block.each(count - half, [&](int64_t i) { sums[i] += sums[i + half]; });
+    count = count < half ? count : half;
+  }
+  block.each(1, [&](int64_t) { table.tensor_sums[number] = sums[0]; });
+}
+
+// What the only thread does in `norm_total`.
+CHILDTUNE_INLINE void sum_total(const NormTotal& norm) {
+  double total = 0.0;
+  for (int64_t i = 0; i < norm.count; ++i) total += norm.tensor_sums[i];
+  *norm.total = total;
+}
+
+}  // namespace childtune

@@ -1,0 +1,186 @@
+"""Who steps what, and who counts: parameters go to the kernels of their device, or to the fallback. Without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import assert_same_run, make_params, set_grads
+
+from childtune_fast import ChildAdamW, _gpu, fallback, optimizer
+from childtune_fast.backend import BackendError
+from childtune_fast.collect import clip, unscale
+
+
+class OnGpu(torch.nn.Parameter):
+    """A parameter that says it is on a GPU."""
+
+    is_cpu = False
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def on_gpu(param):
+    return OnGpu(param.detach())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Kernels for every GPU, which note how they are called and step in torch; what is "there" is on the CPU."""
+    calls = []
+
+    def step(groups, stream):
+        calls.append(("step", groups, stream))
+        fallback.step(groups)
+
+    def counted_step(groups, stream, memory_of, grad_scale, found_inf):
+        for group in groups:
+            if group.lr_on_device is not None:
+                group.lr = group.lr_on_device.item()
+        assert memory_of(100) is memory_of(50)
+        calls.append(("counted_step", groups, stream))
+        if found_inf is None or not found_inf.item():
+            unscale(groups, grad_scale)
+            clip(None, [], groups)
+            fallback.step(groups)
+
+    kernels = SimpleNamespace(step=step, counted_step=counted_step)
+    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(kernels, "", []))
+    monkeypatch.setattr(_gpu, "_place", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(optimizer, "check_group", lambda group: None)  # it would find that state is on the CPU
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
+    return calls
+
+
+def test_each_parameter_goes_to_the_kernels_of_its_device(gpu):
+    cpu, gpus = make_params(), [on_gpu(p) for p in make_params(seed=1)]
+    expected = ChildAdamW(make_params() + make_params(seed=1), seed=7, backend="torch")
+    mixed = ChildAdamW(cpu + gpus, seed=7, backend="native")
+    for step in range(2):
+        for run in (expected, mixed):
+            set_grads(run.param_groups[0]["params"], step)
+            run.step()
+    assert_same_run(mixed, expected)
+    assert [(name, len(groups), stream) for name, groups, stream in gpu] == [("step", 1, 1001)] * 2
+    assert [id(p) for p in gpu[0][1][0].params] == [id(p) for p in gpus]
+    assert gpus[0]._version == 2 * expected.param_groups[0]["params"][-1]._version  # the fallback counts, and the step
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_unless_asked_for_they_take_nothing(gpu, backend, monkeypatch):
+    params = [on_gpu(p) for p in make_params()]
+    run = ChildAdamW(params, backend=backend)
+    set_grads(params, 0)
+    run.step()
+    assert gpu == []
+    monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
+    run.step()
+    assert len(gpu) == (backend == "auto")
+
+
+def test_what_they_cannot_do_is_left_to_the_fallback(gpu):
+    strided, plain = on_gpu(torch.ones(4, 6).T), on_gpu(torch.ones(4, 6))
+    run = ChildAdamW([strided, plain], backend="native")
+    set_grads([strided, plain], 0)
+    run.step()
+    assert [p is plain for _, groups, _ in gpu for group in groups for p in group.params] == [True]
+    assert run.state[strided]["step"] == 1
+
+
+def test_native_says_why_there_are_no_kernels(monkeypatch):
+    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"]))
+    param = on_gpu(torch.ones(3))
+    param.grad = torch.ones(3)
+    run = ChildAdamW([param], backend="native")
+    with pytest.raises(BackendError, match=r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"):
+        run.step()
+    assert len(run.state) == 0
+
+
+# ---- Who counts the steps ------------------------------------------------------------------------------------------
+
+
+def scaled(run, scale, found_inf=0.0):
+    """What a GradScaler gives to an optimizer."""
+    run.grad_scale, run.found_inf = torch.tensor(scale), torch.tensor(found_inf)
+
+
+@pytest.mark.parametrize("reason", ["max_grad_norm", "scaler", "capturable", "lr"])
+def test_a_gpu_counts_where_a_step_needs_what_only_it_knows(gpu, reason, monkeypatch):
+    options = {"max_grad_norm": {"max_grad_norm": 1e-2}, "capturable": {"capturable": True}}.get(reason, {})
+    params, plain = [on_gpu(p) for p in make_params()], make_params()
+    run = ChildAdamW(params, seed=7, backend="native", **options)
+    expected = ChildAdamW(plain, seed=7, backend="torch", **{**options, "capturable": False})
+    if reason == "lr":
+        run.param_groups[0]["lr"], expected.param_groups[0]["lr"] = LrOnGpu(2.0**-9), 2.0**-9
+    for step in range(2):
+        set_grads(params, step)
+        set_grads(plain, step)
+        for each in (run, expected) if reason == "scaler" else ():
+            scaled(each, 3.0)
+        run.step()
+        expected.step()
+    assert [(name, stream) for name, _, stream in gpu] == [("counted_step", 1001)] * 2
+    assert_same_run(run, expected)
+
+
+class LrOnGpu(torch.Tensor):
+    """A learning rate that says it is on GPU 1, where the host would have to wait for it."""
+
+    is_cuda = True
+
+    def __new__(cls, value):
+        return torch.tensor(value).as_subclass(cls)
+
+    def get_device(self):
+        return 1
+
+
+def test_a_skipped_step_is_the_gpus_business_if_it_is_alone(gpu):
+    params = [on_gpu(p) for p in make_params()]
+    run = ChildAdamW(params, backend="native")
+    before = [p.clone() for p in params]
+    set_grads(params, 0)
+    scaled(run, 3.0, found_inf=1.0)
+    run.step()
+    assert [name for name, _, _ in gpu] == ["counted_step"]
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert all(run.state[p]["step"] == 0 for p in params)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_beside_others_the_host_scales_skips_and_clips(gpu, found_inf):
+    params, plain = [on_gpu(p) for p in make_params()], make_params(seed=1)
+    expected = ChildAdamW(make_params() + make_params(seed=1), seed=7, max_grad_norm=1e-2, backend="torch")
+    run = ChildAdamW(params + plain, seed=7, max_grad_norm=1e-2, backend="native")
+    for each in (run, expected):
+        set_grads(each.param_groups[0]["params"], 0)
+        scaled(each, 3.0, found_inf)
+        each.step()
+    assert [name for name, _, _ in gpu] == ([] if found_inf else ["step"])
+    assert len(run.state) == (0 if found_inf else len(params + plain))
+    assert_same_run(run, expected)
+
+
+def test_capturable_needs_the_kernels_of_a_gpu(gpu):
+    cpu, strided = torch.nn.Parameter(torch.ones(4, 6)), on_gpu(torch.ones(4, 6).T)
+    for param, backend in ((cpu, "native"), (cpu, "torch"), (strided, "native"), (on_gpu(torch.ones(3)), "torch")):
+        set_grads([param], 0)
+        run = ChildAdamW([param], capturable=True, backend=backend)
+        with pytest.raises(ValueError, match=r"capturable=True needs parameters that .*; use capturable=False$"):
+            run.step()
+        assert len(run.state) == 0
+
+
+def test_a_graph_captures_only_what_it_can_replay(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for capturable, backend in ((False, "native"), (False, "torch"), (True, "native")):
+        params = [on_gpu(p) for p in make_params()]
+        set_grads(params, 0)
+        run = ChildAdamW(params, capturable=capturable, backend=backend)
+        with pytest.raises(RuntimeError, match=r"captures needs capturable=True and one step taken before"):
+            run.step()
+        assert len(run.state) == 0
+    monkeypatch.setattr(_gpu, "_is_on_cpu", lambda step: False)  # as after a first step
+    run.step()
+    assert all(run.state[p]["step"] == 1 for p in params)
