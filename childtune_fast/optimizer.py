@@ -225,6 +225,8 @@ class ChildAdamW(CheckpointedAdamW):
         of_gpus = list(itertools.chain.from_iterable(on_gpu.values()))
         groups = on_native + of_gpus + on_torch
         check_norm(groups)
+        if on_gpu or on_torch:
+            _gpu.check_capture(groups)
         alone = bool(on_native) + len(on_gpu) + bool(on_torch) == 1
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # by a GradScaler
         by_host = not (on_gpu and alone)  # a GPU that steps everything scales, skips and clips without the host
@@ -233,8 +235,6 @@ class ChildAdamW(CheckpointedAdamW):
                 return False
             unscale(groups, grad_scale)
             grad_scale = found_inf = None
-        if on_gpu or on_torch:
-            _gpu.check_capture(groups)
         for group in on_torch if alone else on_torch + of_gpus:  # kernels check before they write, but only theirs
             check_group(group)
         with _explaining(on_native + of_gpus):
