@@ -35,6 +35,7 @@ def trained(folder, config, **options):
 
 def ranks_agree(folder):
     """With both modes, and with child networks that are chosen anew amid the training."""
+    import transformers
     from trainer_runs import BOTH, D
 
     from childtune_fast import ChildNetwork
@@ -45,6 +46,8 @@ def ranks_agree(folder):
         if config.mode == "D":
             saved = ChildNetwork.load(f"{folder}/checkpoint-6/{CHILD_FILE}", trainer.model)
             assert saved.fingerprint == trainer.child_network.fingerprint
+            if int(transformers.__version__.partition(".")[0]) < 5:
+                continue  # they cannot load an optimizer's state on the CPU where there are ranks
             before = [p.detach().clone() for p in trainer.model.parameters()]
             trainer.train(f"{folder}/checkpoint-3")
             assert config is not D or all(map(same_bits, trainer.model.parameters(), before))

@@ -79,9 +79,7 @@ class ChildTuningConfig:
     def _check_choice(self, name: str, *choices: str | None) -> None:
         value = getattr(self, name)
         if not any(value == choice for choice in choices):
-            raise ValueError(
-                f"ChildTuningConfig: {name} must be {' or '.join(map(repr, choices))} (got {value!r})"
-            )
+            raise ValueError(f"ChildTuningConfig: {name} must be {' or '.join(map(repr, choices))} (got {value!r})")
 
     def _check_options_of_mode(self) -> None:
         foreign = _ONLY_D if self.mode == "F" else _ONLY_F

@@ -49,9 +49,9 @@ class ChildTuningTrainer(Trainer):
     averaged over all of them.
 
     With `refresh_every="epoch"`, the child network is chosen anew at the start of each later epoch. The state of the
-    parameters that it masks then begins anew, step count included: weights that enter without moments beside an old step
-    count would move by several times the learning rate, since nothing corrects their bias. Weights that leave keep the
-    value that they have.
+    parameters that it masks then begins anew, step count included: weights that enter with empty moments beside an old
+    step count would move by several times the learning rate, since nothing corrects their bias. Weights that leave keep
+    the value that they have.
 
     Args:
         *args, **kwargs: Trainer's. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and the arguments'
@@ -99,7 +99,9 @@ class ChildTuningTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as Trainer does; see there."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # Trainer says it if there is none
+            resume_from_checkpoint = (
+                get_last_checkpoint(self.args.output_dir) or True
+            )  # if there is none, Trainer says so
         self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
         if self._checkpoint is not None:
             self.optimizer = None  # an earlier call's may have another child network than the checkpoint
@@ -148,7 +150,8 @@ class ChildTuningTrainer(Trainer):
         options: dict[str, Any] = {"decay": config.decay, "variant": config.variant}
         if config.mode == "D":
             return {**options, "child": self.child_network}
-        return {**options, "reserve_p": config.reserve_p, "seed": self.args.seed if config.seed is None else config.seed}
+        seed = self.args.seed if config.seed is None else config.seed
+        return {**options, "reserve_p": config.reserve_p, "seed": seed}
 
     def _first_child(self) -> ChildNetwork | None:
         """The child network to begin with: none for F, a checkpoint's, or one that is chosen now."""
