@@ -214,6 +214,25 @@ def test_options_of_the_estimation_reach_it(tmp_path, monkeypatch, options, expe
     assert state.active_dataloader is before  # also where the estimation ended early
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
+def test_scores_are_computed_in_the_precision_of_the_training(tmp_path, monkeypatch, bf16):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    seen = []
+
+    class Watching(torch.nn.Linear):
+        def forward(self, inputs):
+            outputs = super().forward(inputs)
+            seen.append(outputs.dtype)
+            return outputs
+
+    model = make_model()
+    model.classifier = Watching(16, 3)
+    make_trainer(tmp_path, REFRESHED, model=model, arguments_={"bf16": bf16}).train()
+    assert len(seen) == 12  # three batches in each of two estimations and of two epochs
+    assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+
+
 def test_options_of_the_choice_reach_it(tmp_path):
     config = ChildTuningConfig(mode="D", reserve_p=0.1, scope="tensor", maskable="query", decay="all", variant="hf")
     trainer = make_trainer(tmp_path, config)

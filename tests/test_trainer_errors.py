@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from processes import python, result_of
 from trainer_runs import BOTH, D, F, make_data, make_model, make_trainer
 
 from childtune_fast import ChildAdamW
@@ -166,3 +167,18 @@ def test_refreshing_without_epochs(tmp_path):
     with pytest.raises(ValueError, match=r"needs a training set with a length.*\(got Stream\); leave it None"):
         make_trainer(tmp_path, ChildTuningConfig(mode="D", refresh_every="epoch"), **options).train()
     make_trainer(tmp_path, D, **options).train()
+
+
+def test_the_core_needs_no_transformers_and_the_integration_says_that_it_does():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import childtune_fast
+try:
+    import childtune_fast.integrations.transformers
+except ImportError as error:
+    print(error)
+"""
+    printed, _ = result_of(python(code))
+    assert "needs transformers 4.47 or newer, and accelerate" in printed
+    assert "pip install 'childtune-fast[transformers]'" in printed

@@ -201,8 +201,8 @@ class ChildTuningTrainer(Trainer):
                     progress=self.is_local_process_zero() and not self.args.disable_tqdm,
                 )
             finally:
-                if hasattr(batches, "end"):
-                    batches.end()  # else accelerate believes it under way, where max_batches ended it early
+                if self.accelerator.gradient_state.active_dataloader is batches:
+                    batches.end()  # max_batches, or an error, ended it early: accelerate believes it under way
         if self.args.world_size > 1:
             scores = self.accelerator.reduce(scores, reduction="mean")
         child = ChildNetwork.from_scores(
