@@ -98,10 +98,8 @@ class ChildTuningTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, as Trainer does; see there."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = (
-                get_last_checkpoint(self.args.output_dir) or True
-            )  # if there is none, Trainer says so
+        if resume_from_checkpoint is True:  # which stays if there is no checkpoint: Trainer says so then
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
         if self._checkpoint is not None:
             self.optimizer = None  # an earlier call's may have another child network than the checkpoint
@@ -182,6 +180,16 @@ class ChildTuningTrainer(Trainer):
                 "ChildTuningTrainer: refresh_every='epoch' needs a training set with a length, whose epochs are known "
                 f"(got {type(self.train_dataset).__name__}); leave it None"
             )
+        scores = self._scores(epoch)
+        child = ChildNetwork.from_scores(
+            self.model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
+        )
+        logger.info(f"Child network of epoch {epoch}: {child!r}")
+        return child
+
+    def _scores(self, epoch: int) -> dict[str, Tensor]:
+        """The Fisher scores of the maskable weights, the mean over all processes."""
+        config = self.child_tuning
         maskable = maskable_parameters(self.model, config.maskable)
         with leaving_as_it_was(self.model):
             set_seed(self.args.seed + epoch)  # a resumed run is here with another random state than one that went on
@@ -203,13 +211,7 @@ class ChildTuningTrainer(Trainer):
             finally:
                 if self.accelerator.gradient_state.active_dataloader is batches:
                     batches.end()  # max_batches, or an error, ended it early: accelerate believes it under way
-        if self.args.world_size > 1:
-            scores = self.accelerator.reduce(scores, reduction="mean")
-        child = ChildNetwork.from_scores(
-            self.model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
-        )
-        logger.info(f"Child network of epoch {epoch}: {child!r}")
-        return child
+        return self.accelerator.reduce(scores, reduction="mean") if self.args.world_size > 1 else scores
 
     def _fisher_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss of one batch that Trainer would train with, in the precision of the forward pass there.
