@@ -1,12 +1,17 @@
 """The child network inside an optimizer: which of its parameters are masked, and what a checkpoint says of it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .packed_mask import PackedMask, fingerprint
+from .state import mark_child
+
+if TYPE_CHECKING:
+    from .child_network import ChildNetwork
+    from .optimizer import ChildAdamW
 
 Masks = dict[Tensor, PackedMask]
 FINGERPRINT = "child_fingerprint"  # in each param group of a checkpoint with a child network
@@ -69,3 +74,30 @@ def check_ranks_agree(masks: Masks) -> None:
             f"{len(set(found))} different ones, each perhaps chosen by the rank's own data); merge the ranks' "
             "FisherAccumulators before choosing, or load one file on all ranks"
         )
+
+
+def replace_child(optimizer: "ChildAdamW", child: "ChildNetwork") -> None:
+    """Gives an optimizer that has a child network another one, between two steps.
+
+    The state of every parameter that either masks begins anew, step count included; that of others stays.
+
+    Raises:
+        ValueError: the child network masks no parameter of the optimizer, or not the same ones on all ranks. Nothing
+            has been changed then.
+    """
+    masks: Masks = {}
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        found = {param: child.mask_of(param, name) for param, name in zip(group["params"], names, strict=True)}
+        masks.update({param: mask for param, mask in found.items() if mask is not None})
+    if not masks:
+        raise ValueError(
+            f"ChildAdamW: a child network must mask a parameter of the optimizer (got one of {len(child.packed)} "
+            "others); make it from the model whose parameters these are"
+        )
+    check_ranks_agree(masks)
+    for param in optimizer.child_masks.keys() | masks.keys():
+        optimizer.state.pop(param, None)
+    for param, mask in masks.items():
+        mark_child(optimizer.state[param], mask)
+    optimizer.child_masks, optimizer._child = masks, child

@@ -88,13 +88,15 @@ FAMILIES = {
 }
 
 
-def family(name):
-    """Returns the model, and where its repeated blocks are."""
+def family(name, head=None, **options):
+    """Returns the model, with its usual head or another, and where its repeated blocks are."""
     import transformers
 
-    kind, head, arguments, blocks = FAMILIES[name]
+    kind, usual_head, arguments, blocks = FAMILIES[name]
+    head = head or usual_head
     suffix = "LMHeadModel" if head == "LMHead" else f"For{head}"
-    return getattr(transformers, kind + suffix)(getattr(transformers, f"{kind}Config")(**arguments)), blocks
+    config = getattr(transformers, f"{kind}Config")(**{**arguments, **options})
+    return getattr(transformers, kind + suffix)(config), blocks
 
 
 class Block(nn.Module):

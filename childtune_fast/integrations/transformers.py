@@ -1,0 +1,245 @@
+"""ChildTuningTrainer: transformers.Trainer that trains a child network of the weights.
+
+    trainer = ChildTuningTrainer(model=model, args=args, train_dataset=data, child_tuning=ChildTuningConfig(mode="D"))
+
+Decay groups, clipping, schedule, data order and dropout are Trainer's own, whatever the mode.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint, has_length
+    from transformers.utils import logging
+except ImportError as error:
+    raise ImportError(
+        "childtune_fast.integrations.transformers needs transformers 4.47 or newer, and accelerate (got: "
+        f"{error}); pip install 'childtune-fast[transformers]'"
+    ) from error
+
+from ..as_it_was import leaving_as_it_was
+from ..checks import check_type
+from ..child_network import ChildNetwork
+from ..child_state import replace_child
+from ..fisher import estimate_fisher
+from ..maskable import maskable_parameters
+from ..optimizer import ChildAdamW
+from .config import ChildTuningConfig
+
+__all__ = ["CHILD_FILE", "ChildTuningConfig", "ChildTuningTrainer"]
+
+CHILD_FILE = "child.safetensors"  # in the folder of a checkpoint or of a saved model
+
+logger = logging.get_logger(__name__)
+
+
+class ChildTuningTrainer(Trainer):
+    """Trainer with ChildAdamW in the place of AdamW (Child-Tuning; Xu, Luo et al., EMNLP 2021).
+
+    With mode "D" it estimates the Fisher scores on the training set before the first step, with the loss that it trains
+    with, and chooses the child network. The random states are afterwards what they were, so that the training that
+    follows sees the data order and the dropout of mode "F" and of Trainer. Every checkpoint and saved model has the
+    child network in `child.safetensors`; a resumed run takes it from there. On several processes the scores are
+    averaged over all of them.
+
+    With `refresh_every="epoch"`, the child network is chosen anew at the start of each later epoch. The state of the
+    parameters that it masks then begins anew, step count included: weights that enter with empty moments beside an old
+    step count would move by several times the learning rate, since nothing corrects their bias. Weights that leave keep
+    the value that they have.
+
+    Args:
+        *args, **kwargs: Trainer's. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and the arguments'
+            `optim` must be one of torch's AdamW, whose learning rate, betas and epsilon are used.
+        child_tuning: a ChildTuningConfig.
+
+    Attributes:
+        child_network: the present ChildNetwork of mode "D", from the start of `train`; else None.
+
+    Raises:
+        ValueError: something is asked for that cannot be honoured.
+        TypeError: `child_tuning` is no ChildTuningConfig.
+    """
+
+    def __init__(self, *args: Any, child_tuning: ChildTuningConfig, **kwargs: Any) -> None:
+        check_type("ChildTuningTrainer: child_tuning", child_tuning, ChildTuningConfig, "a ChildTuningConfig")
+        super().__init__(*args, **kwargs)
+        self.child_tuning = child_tuning
+        self.child_network: ChildNetwork | None = None
+        self._checkpoint: str | os.PathLike | None = None  # that the present training resumes from
+        self._check_supported()
+        if child_tuning.refresh_every is not None:
+            self.add_callback(_Refresh(self))
+
+    def _check_supported(self) -> None:
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                "ChildTuningTrainer: optimizers and optimizer_cls_and_kwargs must be left out, for it makes its own "
+                "ChildAdamW (got one of them); use Trainer with optimizer_cls_and_kwargs=(ChildAdamW, {...}) instead"
+            )
+        if self.child_tuning.mode == "D" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "ChildTuningTrainer: mode='D' needs whole parameters on every process (got FSDP or DeepSpeed, which "
+                "shard or flatten them); use plain data parallelism, or mode='F'"
+            )
+        if self.child_tuning.refresh_every is not None and self.args.fp16:
+            raise ValueError(
+                "ChildTuningTrainer: refresh_every must be None with fp16=True (got "
+                f"{self.child_tuning.refresh_every!r}), for squares of unscaled float16 gradients underflow; use "
+                "bf16=True"
+            )
+
+    # ---- What Trainer calls ----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, as Trainer does; see there."""
+        if resume_from_checkpoint is True:  # which stays if there is no checkpoint: Trainer says so then
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+        if self._checkpoint is not None:
+            self.optimizer = None  # an earlier call's may have another child network than the checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Makes the ChildAdamW, over Trainer's parameter groups; before it, with mode "D", the child network."""
+        if self.optimizer is None:
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
+                raise ValueError(
+                    "ChildTuningTrainer: TrainingArguments(optim=) must be one of torch's AdamW, which ChildAdamW "
+                    f"takes the place of (got {self.args.optim!r}); leave it out"
+                )
+            self.child_network = self._first_child()
+            self.optimizer_cls_and_kwargs = ChildAdamW, {**options, **self._child_options()}
+        return super().create_optimizer(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss, as Trainer does; see there."""
+        keys = list(inputs)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        except ValueError as error:
+            if any(name in keys for name in self.label_names):
+                raise
+            raise ValueError(
+                f"ChildTuningTrainer: batches must have labels, under the name {self.label_names or ['labels']}, for "
+                f"the model to compute a loss (got {', '.join(keys)}); add them to the data set, or rename their "
+                "column"
+            ) from error
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Saves the model, as Trainer does, and the child network beside it."""
+        if self.child_network is not None and self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            os.makedirs(folder, exist_ok=True)
+            self.child_network.save(os.path.join(folder, CHILD_FILE))
+        super().save_model(output_dir, *args, **kwargs)
+
+    # ---- The child network -----------------------------------------------------------------------------------------
+
+    def _child_options(self) -> dict[str, Any]:
+        """What ChildAdamW is given beside AdamW's options."""
+        config = self.child_tuning
+        options: dict[str, Any] = {"decay": config.decay, "variant": config.variant}
+        if config.mode == "D":
+            return {**options, "child": self.child_network}
+        seed = self.args.seed if config.seed is None else config.seed
+        return {**options, "reserve_p": config.reserve_p, "seed": seed}
+
+    def _first_child(self) -> ChildNetwork | None:
+        """The child network to begin with: none for F, a checkpoint's, or one that is chosen now."""
+        path = None if self._checkpoint is None else os.path.join(self._checkpoint, CHILD_FILE)
+        found = path is not None and os.path.isfile(path)
+        if self.child_tuning.mode == "F":
+            if found:
+                raise ValueError(
+                    f"ChildTuningTrainer: mode='F' must resume from a checkpoint without a child network (got "
+                    f"'{path}'); resume with mode='D', or begin a new run from the checkpoint's model"
+                )
+            return None
+        if path is None:
+            return self._chosen_child(epoch=0)
+        if not found:
+            raise ValueError(
+                f"ChildTuningTrainer: mode='D' must resume from a checkpoint with its child network (got no '{path}'), "
+                "for one that is chosen now would be another; resume with the mode that saved it, or begin a new run "
+                "from the checkpoint's model"
+            )
+        return ChildNetwork.load(path, self.model)
+
+    def _chosen_child(self, epoch: int) -> ChildNetwork:
+        """Estimates scores with the present weights and chooses; the same for the same weights, seed and epoch."""
+        config = self.child_tuning
+        if config.refresh_every is not None and not has_length(self.train_dataset):
+            raise ValueError(
+                "ChildTuningTrainer: refresh_every='epoch' needs a training set with a length, whose epochs are known "
+                f"(got {type(self.train_dataset).__name__}); leave it None"
+            )
+        scores = self._scores(epoch)
+        child = ChildNetwork.from_scores(
+            self.model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
+        )
+        logger.info(f"Child network of epoch {epoch}: {child!r}")
+        return child
+
+    def _scores(self, epoch: int) -> dict[str, Tensor]:
+        """The Fisher scores of the maskable weights, the mean over all processes."""
+        config = self.child_tuning
+        maskable = maskable_parameters(self.model, config.maskable)
+        with leaving_as_it_was(self.model):
+            set_seed(self.args.seed + epoch)  # a resumed run is here with another random state than one that went on
+            batches = self.get_train_dataloader()
+            if hasattr(batches, "set_epoch"):
+                batches.set_epoch(epoch)
+            try:
+                scores = estimate_fisher(
+                    self.model,
+                    batches,
+                    loss_fn=self._fisher_loss,
+                    max_batches=config.fisher_batches,
+                    per_example=config.per_example,
+                    grad_clip=config.grad_clip,
+                    parameters=maskable.__contains__,
+                    train_mode=config.train_mode,
+                    progress=self.is_local_process_zero() and not self.args.disable_tqdm,
+                )
+            finally:
+                if self.accelerator.gradient_state.active_dataloader is batches:
+                    batches.end()  # max_batches, or an error, ended it early: accelerate believes it under way
+        return self.accelerator.reduce(scores, reduction="mean") if self.args.world_size > 1 else scores
+
+    def _fisher_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one batch that Trainer would train with, in the precision of the forward pass there.
+
+        With fp16 it is float32, for there is no GradScaler in the estimation.
+        """
+        counts = {}
+        if self.compute_loss_func is not None and "labels" in batch:
+            counts["num_items_in_batch"] = (batch["labels"] != -100).sum()
+        autocast = contextlib.nullcontext() if self.args.fp16 else self.accelerator.autocast()
+        with self.compute_loss_context_manager(), autocast:
+            return self.compute_loss(model, dict(batch), **counts)  # a copy: labels may be popped
+
+    def _refresh_child(self) -> None:
+        """Chooses the child network anew if a later epoch begins, rather than goes on after a resume."""
+        epoch = self.state.epoch or 0
+        if epoch and epoch == int(epoch):
+            self.child_network = self._chosen_child(int(epoch))
+            replace_child(getattr(self.optimizer, "optimizer", self.optimizer), self.child_network)
+
+
+class _Refresh(TrainerCallback):
+    """Tells the trainer that an epoch begins."""
+
+    def __init__(self, trainer: ChildTuningTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._refresh_child()

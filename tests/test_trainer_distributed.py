@@ -1,0 +1,95 @@
+"""Two processes over gloo: ChildTuningTrainer's replicas have one child network, of the scores of all data."""
+
+import os
+import socket
+import sys
+import tempfile
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import same_bits
+
+WORLD = 2
+
+
+def same_everywhere(tensor):
+    parts = [torch.empty_like(tensor) for _ in range(WORLD)]
+    dist.all_gather(parts, tensor.detach())
+    return all(same_bits(part, tensor) for part in parts)
+
+
+def trained(folder, config, **options):
+    from trainer_runs import make_model, make_trainer
+
+    model = make_model()
+    trainer = make_trainer(folder, config, model=model, arguments_={"per_device_train_batch_size": 2, **options})
+    trainer.train()
+    assert trainer.args.world_size == WORLD
+    assert trainer.state.global_step == 6
+    for param in model.parameters():
+        assert same_everywhere(param)
+    return trainer
+
+
+def ranks_agree(folder):
+    """With both modes, and with child networks that are chosen anew amid the training."""
+    import transformers
+    from trainer_runs import BOTH, D
+
+    from childtune_fast import ChildNetwork
+    from childtune_fast.integrations.transformers import CHILD_FILE, ChildTuningConfig
+
+    for config in (*BOTH.values(), ChildTuningConfig(mode="D", refresh_every="epoch")):
+        trainer = trained(folder, config, save_strategy="steps", save_steps=3)
+        if config.mode == "D":
+            saved = ChildNetwork.load(f"{folder}/checkpoint-6/{CHILD_FILE}", trainer.model)
+            assert saved.fingerprint == trainer.child_network.fingerprint
+            if int(transformers.__version__.partition(".")[0]) < 5:
+                continue  # they cannot load an optimizer's state on the CPU where there are ranks
+            before = [p.detach().clone() for p in trainer.model.parameters()]
+            trainer.train(f"{folder}/checkpoint-3")
+            assert config is not D or all(map(same_bits, trainer.model.parameters(), before))
+
+
+def scores_are_of_all_data(folder):
+    """Batches of one example: then the mean over both ranks is that over one process with all the data."""
+    from trainer_runs import D, make_data, make_model, make_trainer
+
+    from childtune_fast import ChildNetwork, estimate_fisher
+
+    options = {"per_device_train_batch_size": 1}
+    trainer = make_trainer(folder, D, model=make_model(), arguments_=options)
+    trainer.create_optimizer()
+    batches = [{key: torch.tensor([value]) for key, value in example.items()} for example in make_data()]
+    scores = estimate_fisher(make_model(), batches, progress=False)
+    expected = ChildNetwork.from_scores(trainer.model, scores, reserve_p=0.3)
+    assert trainer.child_network.overlap(expected) > 0.995  # rounding of sums in another order
+
+
+def run_checks(rank, port, folder):
+    warnings.simplefilter("ignore")  # torch.distributed's own
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        LOCAL_WORLD_SIZE=str(WORLD),
+    )
+    torch.set_num_threads(1)
+    for check in (ranks_agree, scores_are_of_all_data):
+        check(folder)
+    dist.barrier()
+    os._exit(0)  # as in test_distributed.py
+
+
+@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
+def test_two_processes():
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(run_checks, args=(port, folder), nprocs=WORLD)
