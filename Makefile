@@ -22,7 +22,7 @@ OUT := build/tests
 .PHONY: demo test test-core cuda lint format bench clean
 
 demo: $(VENV)/.examples
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

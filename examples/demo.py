@@ -1,7 +1,7 @@
 """Fine-tunes a real transformer with AdamW and with ChildAdamW (F and D), and reports what it saw.
 
-Run `python examples/demo.py` for the comparison of all methods over three seeds: minutes on two cores, no network.
-Run `python examples/demo.py --quick` to see whether everything works: under a minute, and its scores mean nothing.
+Run `python -m examples.demo` for the comparison of all methods over three seeds: minutes on two cores, no network.
+Run `python -m examples.demo --quick` to see whether everything works: under a minute, and its scores mean nothing.
 """
 
 import argparse
@@ -17,7 +17,7 @@ QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 
 def parse(arguments):
     """Reads the command line; `--quick` changes the defaults listed in `QUICK` and overrides nothing that is given."""
-    from finetune.methods import METHODS, Settings
+    from benchmarks.finetune.methods import DEMO, METHODS, Settings
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -25,9 +25,9 @@ def parse(arguments):
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed, one epoch, few examples")
     add("--model", help="name or folder of a transformers model (default: all-MiniLM-L6-v2, from its package)")
-    add("--task", default="docstrings", help="docstrings (default), a .tsv or .tsv.gz file, or Hub data NAME[:CONFIG]")
+    add("--task", default="docstrings:40", help="docstrings:40 (default), a .tsv[.gz] file, or Hub data NAME[:CONFIG]")
     add("--dev", help="dev file that goes with a TSV --task (default: a fifth of its inputs is held out)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--methods", nargs="+", choices=METHODS, default=DEMO, help=f"default: {' '.join(DEMO)}")
     add("--seeds", type=positive(int), default=3, help="how many seeds, counted from 0 (default: %(default)s)")
     add("--epochs", type=positive(int), default=Settings.epochs, help="default: %(default)s")
     add("--lr", type=positive(float), default=Settings.lr, help="where all weights are trained (default: %(default)s)")
@@ -59,14 +59,14 @@ def positive(kind, most=math.inf):
 
 def prepare(options):
     """Loads task and model, prints what they are, and returns the experiment and the model's name."""
-    from finetune import data, methods, model, report, train
+    from benchmarks.finetune import data, methods, model, report, train
 
     device = model.find_device(options.device)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise data.UserError(f"--out {options.out} cannot be made ({error.strerror}); name another folder") from error
-    task = data.load_task(options.task, options.dev, options.limit)
+    task = data.load_task(options.task, options.dev, options.limit, options.limit)
     print(report.describe_task(task), flush=True)
     tokenizer, backbone = model.load_pretrained(options.model or model.packaged_model())
     name = Path(options.model).name if options.model else model.PACKAGED_MODEL
@@ -74,8 +74,7 @@ def prepare(options):
     print(f"model: {name}, {millions:.1f} M weights, on {device}", flush=True)
     names = methods.Settings.__dataclass_fields__
     settings = methods.Settings(**{key: value for key, value in vars(options).items() if key in names})
-    metrics = report.regression_metrics if task.labels is None else report.classification_metrics
-    return train.Experiment(tokenizer, backbone, task, settings, metrics, device), name
+    return train.Experiment(tokenizer, backbone, task, settings, device), name
 
 
 def compare(experiment, methods, seeds):
@@ -104,8 +103,9 @@ def main(arguments):
         )
         return 2
     import torch
-    from finetune import report
-    from finetune.data import UserError
+
+    from benchmarks.finetune import report
+    from benchmarks.finetune.data import UserError
 
     options, started = parse(arguments), time.perf_counter()
     if options.threads:

@@ -1,11 +1,11 @@
-"""Child-Tuning in a plain PyTorch loop: `python examples/plain_loop.py`, or with `--mode D`. Needs no network."""
+"""Child-Tuning in a plain PyTorch loop: `python -m examples.plain_loop`, or with `--mode D`. Needs no network."""
 
 import argparse
 
 import torch
-from finetune import data, model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.finetune import data, model
 from childtune_fast import ChildAdamW, ChildNetwork, estimate_fisher
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -15,7 +15,7 @@ parser.add_argument("--limit", type=int, default=800, help="examples in train, a
 options = parser.parse_args()
 
 torch.manual_seed(0)
-task, folder = data.load_task(options.task, limit=options.limit), model.packaged_model()
+task, folder = data.load_task(options.task, limit=options.limit, dev_limit=options.limit), model.packaged_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 network = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(task.labels))
 

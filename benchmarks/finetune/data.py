@@ -1,21 +1,25 @@
-"""Tasks: the standard library's docstrings, a local TSV file, or a data set of the Hugging Face Hub.
+"""Tasks: the standard library's docstrings, local TSV files, or a data set of the Hugging Face Hub.
 
-Whatever the source, a `Task` is two lists of `Example` and the list of labels; a task with real-valued labels is a
-regression and has none. Nothing here imports torch or transformers.
+Whatever the source, a `Task` is lists of `Example` and the list of labels; a task with real-valued labels is a
+regression and has none.
 """
 
 import gzip
 import json
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import docstrings
+from .metrics import OF_GLUE
 
 MAX_CLASSES = 50  # numeric labels with more values than this are a regression
 HELD_OUT = 5  # without a dev file, every fifth input is held out
+MOST_ASIDE = 500  # examples that choose a learning rate, at most
+SEPARATOR = "|"  # of several labels of one example
 
 
 class UserError(Exception):
@@ -40,40 +44,54 @@ class Task:
         train: training examples, in a fixed order.
         dev: examples that only ever serve for scores.
         labels: the label names in the order of the model's outputs, or None for a regression.
+        metric: a key of `metrics.METRICS`. With "roc_auc", an example has several labels, separated by `SEPARATOR`.
+        aside: training examples that were set aside, by which learning rates are chosen; maybe none.
     """
 
     name: str
     train: list[Example]
     dev: list[Example]
     labels: list[str] | None
+    metric: str
+    aside: list[Example]
 
     def targets(self, examples):
-        """Returns what the model has to predict: class indices, or real numbers for a regression."""
+        """Returns what the model has to predict: class indices, real numbers, or a row of 0 and 1 for each example."""
         if self.labels is None:
             return [float(example.label) for example in examples]
+        if self.metric == "roc_auc":
+            return [[float(label in e.label.split(SEPARATOR)) for label in self.labels] for e in examples]
         index = {label: i for i, label in enumerate(self.labels)}
         return [index[example.label] for example in examples]
 
     def fingerprint(self):
         """Returns a short hash of every example, by which two results can be told to rest on the same data."""
-        rows = [[e.sentence1, e.sentence2, e.label] for e in [*self.train, *self.dev]]
+        rows = [[e.sentence1, e.sentence2, e.label] for e in [*self.train, *self.dev, *self.aside]]
         return docstrings.stable_hash(json.dumps([len(self.train), rows]))[:12]
 
     def counts(self):
         """Returns {label: (examples in train, examples in dev)}; one entry without a name for a regression."""
         if self.labels is None:
             return {"": (len(self.train), len(self.dev))}
-        train, dev = (Counter(e.label for e in examples) for examples in (self.train, self.dev))
+        train, dev = (
+            Counter(label for e in examples for label in e.label.split(SEPARATOR))
+            for examples in (self.train, self.dev)
+        )
         return {label: (train[label], dev[label]) for label in self.labels}
 
 
-def load_task(name, dev=None, limit=None):
+def load_task(name, dev=None, limit=None, dev_limit=None, folder=None, set_aside=False):
     """Loads a task by the name given on the command line.
 
     Args:
-        name: "docstrings", the path of a TSV file, or a Hub data set, "owner/name" or "owner/name:config".
+        name: "docstrings" or "docstrings-multi", each with ":" and how many paragraphs of a package at most; the path
+            of a TSV file; a folder in `folder` that holds train.tsv.gz and dev.tsv.gz; or a Hub data set, "owner/name"
+            or "owner/name:config".
         dev: path of the dev file that goes with a TSV file.
-        limit: at most this many examples in train and in dev, drawn by a fixed seed.
+        limit: at most this many examples in train, drawn by a fixed seed.
+        dev_limit: the same for dev.
+        folder: where tasks are.
+        set_aside: takes a fifth of the training examples, at most `MOST_ASIDE`, out of train first.
 
     Returns:
         A `Task`.
@@ -81,39 +99,60 @@ def load_task(name, dev=None, limit=None):
     Raises:
         UserError: the source is missing or malformed.
     """
-    title = name
-    if name == "docstrings":
-        title, (train, dev_examples) = "stdlib docstrings", _read_docstrings()
-    elif is_local(name):
-        title = "/".join(Path(name).parts[-2:])
-        train, dev_examples = _read_tsv_pair(name, dev)
-    else:
-        train, dev_examples = _read_hub(name)
-    labels = infer_labels(train)
-    strange = sorted({e.label for e in dev_examples if not (e.label in labels if labels else _is_number(e.label))})
+    train, dev_examples = _read(name, dev, folder)
+    title = "/".join(Path(name).parts[-2:]) if is_local(name) else name
+    several = any(SEPARATOR in e.label for e in train)
+    labels = sorted({x for e in train for x in e.label.split(SEPARATOR)}) if several else infer_labels(train)
+    _check_dev_labels(title, dev_examples, labels)
+    known = OF_GLUE.get(re.split("[/:]", name)[-1])
+    metric = "roc_auc" if several else known or ("correlation" if labels is None else "accuracy")
+    aside = _draw(train, min(MOST_ASIDE, len(train) // 5), seed=1) if set_aside else []
+    kept = set(map(id, train)) - set(map(id, aside))
+    train = _draw([example for example in train if id(example) in kept], limit)
+    return Task(title, train, _draw(dev_examples, dev_limit), labels, metric, aside)
+
+
+def _check_dev_labels(title, dev_examples, labels):
+    found = {x for e in dev_examples for x in (e.label.split(SEPARATOR) if labels else [e.label])}
+    strange = sorted(x for x in found if not (x in labels if labels else _is_number(x)))
     if strange:
         lacking = "train lacks" if labels else "are no finite numbers"
         raise UserError(f"{title}: dev holds labels that {lacking} ({', '.join(strange[:5])}); correct train or dev")
-    return Task(title, _draw(train, limit), _draw(dev_examples, limit), labels)
+
+
+def _read(name, dev, folder):
+    kind, _, cap = name.partition(":")
+    if kind in ("docstrings", "docstrings-multi"):
+        return _read_docstrings(kind, cap)
+    if folder is not None and (Path(folder) / name).is_dir():
+        return tuple(read_tsv(Path(folder) / name / f"{split}.tsv.gz") for split in ("train", "dev"))
+    return _read_tsv_pair(name, dev) if is_local(name) else _read_hub(name)
 
 
 def is_local(name):
-    """Tells whether a task needs no network: an existing path, or a TSV file that should exist."""
-    return name == "docstrings" or name.endswith((".tsv", ".tsv.gz")) or Path(name).exists()
+    """Tells whether a task is a TSV file: an existing path, or one that should exist."""
+    return name.endswith((".tsv", ".tsv.gz")) or Path(name).exists()
 
 
-def _draw(examples, limit):
+def _draw(examples, limit, seed=0):
     """Returns `limit` of the examples in their old order, always the same ones."""
     if limit is None or limit >= len(examples):
         return examples
-    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
-def _read_docstrings():
-    train, dev = docstrings.build()
-    if len({p.package for p in train}) < 2:
+def _read_docstrings(kind, cap):
+    if cap and not (cap.isdecimal() and int(cap)):
+        raise UserError(f"{kind}:{cap}: after the colon stands how many paragraphs of a package at most; give a number")
+    parts = docstrings.build(train_cap=int(cap) if cap else docstrings.TRAIN_CAP)
+    if len({p.package for p in parts[0]}) < 2:
         raise UserError("this Python ships no standard library sources; give a TSV file with --task")
-    return tuple([Example(p.text, None, p.package) for p in part] for part in (train, dev))
+    if kind == "docstrings":
+        return tuple([Example(p.text, None, p.package) for p in part] for part in parts)
+    return tuple(
+        [Example(p.text, q.text, SEPARATOR.join(sorted({p.package, q.package}))) for p, q in docstrings.in_pairs(part)]
+        for part in parts
+    )
 
 
 def _read_tsv_pair(path, dev):

@@ -40,7 +40,7 @@ HIDDEN = "X"
 ORDINARY = 3
 MIN_WORDS = 8
 MIN_PARAGRAPHS = 60  # a package with fewer is left out
-TRAIN_CAP, DEV_CAP = 40, 35  # per package, so that no label dominates
+TRAIN_CAP, DEV_CAP = 150, 35  # per package, so that no label dominates
 DEV_SHARE = 0.25
 
 WORD = re.compile(r"\w+(?:\.\w+)*(?:\()?")
@@ -180,11 +180,12 @@ def dev_modules(paragraphs):
     return chosen or {min(sizes, key=lambda module: (sizes[module], module))}
 
 
-def build(stdlib=None):
+def build(stdlib=None, train_cap=TRAIN_CAP):
     """Builds the task from a standard library.
 
     Args:
         stdlib: folder of the standard library; by default that of the running Python.
+        train_cap: at most this many training paragraphs of each package.
 
     Returns:
         Two lists of `Paragraph`, train and dev, in an order that is fixed but mixes the packages.
@@ -199,6 +200,11 @@ def build(stdlib=None):
         own = [p for p in masked if p.package == package]
         if len(own) >= MIN_PARAGRAPHS:
             held_out = dev_modules(own)
-            train += [p for p in own if p.module not in held_out][:TRAIN_CAP]
+            train += [p for p in own if p.module not in held_out][:train_cap]
             dev += [p for p in own if p.module in held_out][:DEV_CAP]
     return in_fixed_order(train), in_fixed_order(dev)
+
+
+def in_pairs(paragraphs):
+    """Returns each paragraph with the next one, the last with the first: inputs that concern one package or two."""
+    return list(zip(paragraphs, [*paragraphs[1:], *paragraphs[:1]], strict=True))

@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 
 import torch
 from torch import nn
 
 from . import model as models
 from .methods import METHODS
+from .metrics import METRICS
 
 EVALUATION_BATCH = 64
 BUCKET = 16  # batches that are sorted by length together
@@ -28,10 +30,11 @@ class Experiment:
         children: {method: the child network of its first run}, for methods that have one.
     """
 
-    def __init__(self, tokenizer, backbone, task, settings, metrics, device):
-        self.backbone, self.task, self.settings, self.metrics = backbone, task, settings, metrics
+    def __init__(self, tokenizer, backbone, task, settings, device):
+        self.backbone, self.task, self.settings = backbone, task, settings
         self.device = device
-        examples = {"train": task.train, "dev": task.dev}
+        examples = {"train": task.train, "dev": task.dev, "aside": task.aside}
+        examples = {name: part for name, part in examples.items() if part}
         self.targets = {name: torch.tensor(task.targets(part), device=device) for name, part in examples.items()}
         if task.labels is None:  # correlations do not care about mean and scale of the targets, training does
             mean, std = self.targets["train"].mean(), self.targets["train"].std()
@@ -48,35 +51,49 @@ class Experiment:
         """Training steps of one run."""
         return self.settings.epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
 
-    def run(self, name, seed, on_step=lambda: None):
+    def run(self, name, seed, on_step=lambda: None, lr=None, part="dev"):
         """Trains one model and scores it along the way.
 
         Args:
             name: a key of `METHODS`.
             seed: governs head, data order, dropout and, for F and `d-random`, the masks.
             on_step: called after every training step.
+            lr: the learning rate; None for the method's own in the settings.
+            part: what is scored, "dev" or "aside".
 
         Returns:
             A dict of plain numbers: scores at each evaluation, seconds of each step, of the Fisher pass and of the
             selection (None where there is none), bytes of optimizer state.
         """
-        method, lr = METHODS[name], METHODS[name].lr(self.settings)
+        method = METHODS[name]
+        lr = method.lr(self.settings) if lr is None else lr
         started = time.perf_counter()
+        if method.frozen and lr <= self.settings.lr:
+            warnings.warn(
+                f"method {name} trains its head at {lr:g}, no more than the backbone's {self.settings.lr:g}; a head "
+                "alone needs far more and looks worse than it is, so raise --head-lr",
+                stacklevel=2,
+            )
+        torch.manual_seed(seed)  # of weights that a method adds
         model, inputs = self._model(method, seed)
         child, cost = self._child(name, model, seed)
         torch.manual_seed(seed)
         groups = models.decay_groups(model, self.settings.weight_decay)
         optimizer = method.optimizer(groups, lr, self.settings, seed, child)
-        record = self._train(model, inputs, optimizer, seed, on_step)
+        record = self._train(model, inputs, optimizer, seed, on_step, part)
         record["seconds"] = time.perf_counter() - started
-        return {"method": name, "seed": seed, "lr": lr, **cost, **record, "optimizer_bytes": state_bytes(optimizer)}
+        density = None if child is None else [row[1:] for row in child.summary().tensors]
+        about = {"optimizer_bytes": state_bytes(optimizer), "density": density}  # rows of (layer, kind, kept, weights)
+        return {"method": name, "seed": seed, "lr": lr, **cost, **record, **about}
 
     def _model(self, method, seed):
         """Returns a fresh model and the inputs it reads: tokens, or for a frozen encoder its cached features."""
         outputs = len(self.task.labels) if self.task.labels else 1
         head = models.Head(self.backbone.config.hidden_size, outputs, seed)
         if not method.frozen:
-            return models.Classifier(copy.deepcopy(self.backbone), head).to(self.device), self.tokens
+            backbone = copy.deepcopy(self.backbone)
+            backbone = method.prepare(backbone) if method.prepare else backbone
+            return models.Classifier(backbone, head).to(self.device), self.tokens
         if self.features is None:
             encoder = models.Encoder(self.backbone).to(self.device)
             self.features = {
@@ -114,11 +131,12 @@ class Experiment:
             self.fisher = seed, scores, self.clock() - before
         return self.fisher[1:]
 
-    def _train(self, model, inputs, optimizer, seed, on_step):
+    def _train(self, model, inputs, optimizer, seed, on_step, part):
         settings, targets = self.settings, self.targets["train"]
         factor = functools.partial(learning_rate_factor, steps=self.steps, warmup=settings.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        due = {round(self.steps * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+        evaluations = settings.evaluations if part == "dev" else 1
+        due = {round(self.steps * i / evaluations) for i in range(1, evaluations + 1)}
         curve, optimizer_seconds, step_seconds = [], [], []
         for step, indices in enumerate(batches(inputs["train"].lengths, settings, seed), start=1):
             model.train()
@@ -133,7 +151,7 @@ class Experiment:
             step_seconds.append(self.clock() - begin)
             optimizer_seconds.append(after - before)
             if step in due:
-                curve.append((step, self.score(model, inputs)))
+                curve.append((step, self.score(model, inputs, part)))
             on_step()
         return {"curve": curve, "optimizer_seconds": optimizer_seconds, "step_seconds": step_seconds}
 
@@ -144,16 +162,17 @@ class Experiment:
         return time.perf_counter()
 
     def loss(self, outputs, targets):
-        """Returns cross-entropy, or the mean squared error for a regression."""
+        """Returns the mean squared error of a regression, else the cross-entropy: of each label, or between them."""
         if self.task.labels is None:
             return nn.functional.mse_loss(outputs.squeeze(-1), targets)
+        if self.task.metric == "roc_auc":
+            return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
         return nn.functional.cross_entropy(outputs, targets)
 
-    def score(self, model, inputs):
-        """Returns the dev metrics of a model."""
-        outputs = predict(model, inputs["dev"])
-        predictions = outputs.squeeze(-1) if self.task.labels is None else outputs.argmax(-1)
-        return self.metrics(self.targets["dev"].tolist(), predictions.tolist())
+    def score(self, model, inputs, part):
+        """Returns the metrics of a model on "dev" or "aside"."""
+        outputs = predict(model, inputs[part])
+        return METRICS[self.task.metric](self.targets[part].cpu(), outputs.cpu())
 
 
 def learning_rate_factor(step, steps, warmup):

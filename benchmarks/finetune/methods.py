@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .data import UserError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,8 +36,12 @@ class Method:
     Attributes:
         title: its name in the table.
         optimizer: from (parameter groups, learning rate, settings, seed, child network or None) to an optimizer.
-        lr: from settings to the learning rate.
+        lr: from settings to the learning rate where all methods share one, as in the demo.
+        centre: from settings to the learning rate in the middle of a search; see `sweep`.
+        rate_of: (a method, from settings to a factor): takes what that method's search found, times the factor, instead
+            of searching.
         frozen: trains the head alone, on features that are computed once.
+        prepare: from a pretrained transformer to what is trained in its place.
         child: from (model, Fisher scores or None, settings, seed) to a child network; None for methods without one.
         fisher: whether `child` needs Fisher scores.
     """
@@ -43,7 +49,10 @@ class Method:
     title: str
     optimizer: Callable
     lr: Callable
+    centre: Callable
+    rate_of: tuple[str, Callable] | None = None
     frozen: bool = False
+    prepare: Callable | None = None
     child: Callable | None = None
     fisher: bool = False
 
@@ -89,12 +98,48 @@ def at_random(model, scores, settings, seed):
     return ChildNetwork.random(model, reserve_p=settings.reserve_p_d, seed=seed)
 
 
+def with_frozen_embeddings(backbone):
+    """Freezes the token embeddings."""
+    backbone.get_input_embeddings().requires_grad_(False)
+    return backbone
+
+
+def with_lora(backbone):
+    """Freezes the transformer and adds LoRA to its linear layers: rank 8, alpha 16, dropout 0.1.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("method lora needs: pip install peft (or leave it out of --methods)") from error
+    config = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16, lora_dropout=0.1)
+    return peft.get_peft_model(backbone, config)
+
+
+def root_p(settings):
+    """Returns how far F moves weights, to AdamW at the same learning rate: sqrt(p), about."""
+    return math.sqrt(settings.reserve_p)
+
+
+def lr(settings):
+    """Returns the learning rate."""
+    return settings.lr
+
+
+# Where a search begins: at AdamW's rate; F moves weights sqrt(p) times as far; LoRA takes ten times AdamW's, as usual.
 METHODS = {
-    "frozen": Method("frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, frozen=True),
-    "vanilla": Method("AdamW", adamw, lambda s: s.lr),
-    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * math.sqrt(s.reserve_p)),
-    "f": Method("ChildAdamW (F)", child_adamw_f, lambda s: s.lr),
-    "d": Method("ChildAdamW (D)", child_adamw_d, lambda s: s.lr, child=highest, fisher=True),
-    "d-random": Method("D, child at random", child_adamw_d, lambda s: s.lr, child=at_random),
-    "d-lowest": Method("D, lowest Fisher", child_adamw_d, lambda s: s.lr, child=lowest, fisher=True),
+    "frozen": Method(
+        "frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, centre=lambda s: s.head_lr, frozen=True
+    ),
+    "frozen-embeddings": Method("AdamW, frozen embeddings", adamw, lr, centre=lr, prepare=with_frozen_embeddings),
+    "vanilla": Method("AdamW", adamw, lr, centre=lr),
+    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * root_p(s), centre=lr, rate_of=("f", root_p)),
+    "f": Method("ChildAdamW (F)", child_adamw_f, lr, centre=lambda s: s.lr / root_p(s)),
+    "d": Method("ChildAdamW (D)", child_adamw_d, lr, centre=lr, child=highest, fisher=True),
+    "d-random": Method("D, child at random", child_adamw_d, lr, centre=lr, child=at_random),
+    "d-lowest": Method("D, lowest Fisher", child_adamw_d, lr, centre=lr, child=lowest, fisher=True),
+    "lora": Method("LoRA", adamw, lambda s: 10 * s.lr, centre=lambda s: 10 * s.lr, prepare=with_lora),
 }
+DEMO = ["frozen", "vanilla", "vanilla-sqrtp", "f", "d", "d-random", "d-lowest"]

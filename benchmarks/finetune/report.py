@@ -11,34 +11,16 @@ from .methods import METHODS
 # Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
 COLOURS = {
     "frozen": "#7f7f7f",
+    "frozen-embeddings": "#000000",
     "vanilla": "#0072B2",
     "vanilla-sqrtp": "#56B4E9",
     "f": "#D55E00",
     "d": "#009E73",
     "d-random": "#E69F00",
     "d-lowest": "#CC79A7",
+    "lora": "#F0E442",
 }
 PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
-
-
-def classification_metrics(targets, predictions):
-    """Returns accuracy and macro F1; the first is the one that tables and pictures lead with."""
-    from sklearn.metrics import f1_score
-
-    accuracy = mean(float(t == p) for t, p in zip(targets, predictions, strict=True))
-    return {"accuracy": accuracy, "macro F1": float(f1_score(targets, predictions, average="macro", zero_division=0))}
-
-
-def regression_metrics(targets, predictions):
-    """Returns Pearson's and Spearman's correlation; 0 where the predictions are constant."""
-    from scipy.stats import pearsonr, spearmanr
-
-    if max(predictions) == min(predictions):
-        return {"Pearson": 0.0, "Spearman": 0.0}
-    return {
-        "Pearson": float(pearsonr(targets, predictions).statistic),
-        "Spearman": float(spearmanr(targets, predictions).statistic),
-    }
 
 
 def versions():

@@ -1,0 +1,102 @@
+"""Fine-tuning, compared: `python -m benchmarks.finetune run`, then `report`. README.md says what is compared."""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+from .data import UserError, load_task
+from .methods import METHODS, Settings
+
+DEFAULTS = Settings(lr=2e-4, head_lr=5e-2, epochs=3, max_length=64)
+TASKS = ["glue/stsb", "glue/mrpc", "docstrings"]
+NAMED = ("lr", "head_lr", "reserve_p", "reserve_p_d", "epochs", "batch_size", "max_length")
+
+
+def parse(arguments):
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="searches learning rates and runs all seeds; continues where it stopped")
+    report = commands.add_parser("report", help="writes tables and pictures of the runs that are there")
+    for command in (run, report):
+        command.add_argument(
+            "--out", type=Path, default=Path("finetune-results"), help="folder of the results (default: %(default)s)"
+        )
+    add = run.add_argument
+    add("--tasks", nargs="+", default=TASKS, help=f"see README.md (default: {' '.join(TASKS)})")
+    add("--data", type=Path, help="folder of the tasks named as NAME: NAME/train.tsv.gz and NAME/dev.tsv.gz")
+    add("--model", help="name or folder of a transformers model (default: all-MiniLM-L6-v2, from its package)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--limit", type=int, help="training examples at most (default: all)")
+    add("--seeds", type=int, default=5, help="of the report (default: %(default)s)")
+    add("--tuning-seeds", type=int, default=1, help="of the search of learning rates (default: %(default)s)")
+    for name in NAMED:
+        value = getattr(DEFAULTS, name)
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+    add("--jobs", type=int, default=1, help="processes side by side (default: %(default)s)")
+    add("--devices", nargs="+", default=["cpu"], help="torch devices, shared out among them (default: cpu)")
+    add("--budget-minutes", type=float, default=math.inf, help="begin no run after that long (default: no limit)")
+    return parser.parse_args(arguments)
+
+
+def run(options):
+    """Runs what is missing; returns the exit status: 0 if nothing is missing any more."""
+    from tqdm import tqdm
+
+    from . import runs, sweep
+    from .model import PACKAGED_MODEL
+    from .worker import Worker
+
+    settings = dataclasses.replace(DEFAULTS, **{name: getattr(options, name) for name in NAMED})
+    identity = tuple(sorted(dataclasses.asdict(settings).items()))
+    name = Path(options.model).name if options.model else PACKAGED_MODEL
+    for task in options.tasks:  # what cannot be loaded is said before anything runs
+        load_task(task, limit=options.limit, folder=options.data, set_aside=True)
+    specs = [runs.Spec(task, "", 0.0, 0, "", name, options.limit, identity) for task in options.tasks]
+    plan = sweep.Plan(specs, options.methods, settings, options.seeds, options.tuning_seeds)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    folder = options.out / "runs"
+    worker = Worker(settings, options.model, options.data, folder, tuple(options.devices), threads)
+    with tqdm(total=sweep.most_runs(plan), unit="run", smoothing=0, dynamic_ncols=True) as bar:
+        bar.update(len(sweep.finished(folder, plan)))
+
+        def show(line):
+            bar.write(line)
+            bar.update()
+
+        complete = sweep.sweep(folder, plan, worker, options.jobs, options.budget_minutes, show)
+    print("all runs are there" if complete else "time is up; the same command continues")
+    return 0 if complete else 3
+
+
+def report(options):
+    """Writes tables and pictures; returns the exit status."""
+    from . import compare, runs
+
+    records = runs.read_all(options.out / "runs")
+    if not records:
+        raise UserError(
+            f"{options.out}/runs: no finished runs are there; run `python -m benchmarks.finetune run` first"
+        )
+    text = compare.tables(records)
+    (options.out / "report.md").write_text(text + "\n", encoding="utf-8")
+    compare.pictures(records, options.out)
+    print(text)
+    return 0
+
+
+def main(arguments):
+    """Runs the command and returns its exit status."""
+    options = parse(arguments)
+    try:
+        return {"run": run, "report": report}[options.command](options)
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
