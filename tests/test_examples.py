@@ -27,7 +27,6 @@ def run(monkeypatch, tmp_path, capsys):
     task.write_text("\n".join(["sentence1\tlabel", *rows]) + "\n")
 
     def run_example(name, mode, *arguments):
-        monkeypatch.syspath_prepend(str(EXAMPLES))
         monkeypatch.setattr(sys, "argv", [name, "--mode", mode, "--task", str(task), "--limit", "160", *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out

@@ -36,6 +36,8 @@ def parse(arguments):
     for name in NAMED:
         value = getattr(DEFAULTS, name)
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+    add("--domains", nargs="+", default=[], help="score the report's models on these tasks too")
+    add("--heads-on", nargs="+", default=[], help="train heads for these tasks on the report's encoders, frozen")
     add("--jobs", type=int, default=1, help="processes side by side (default: %(default)s)")
     add("--devices", nargs="+", default=["cpu"], help="torch devices, shared out among them (default: cpu)")
     add("--budget-minutes", type=float, default=math.inf, help="begin no run after that long (default: no limit)")
@@ -46,20 +48,33 @@ def run(options):
     """Runs what is missing; returns the exit status: 0 if nothing is missing any more."""
     from tqdm import tqdm
 
-    from . import runs, sweep
+    from . import runs, sweep, transfer
     from .model import PACKAGED_MODEL
     from .worker import Worker
 
     settings = dataclasses.replace(DEFAULTS, **{name: getattr(options, name) for name in NAMED})
     identity = tuple(sorted(dataclasses.asdict(settings).items()))
     name = Path(options.model).name if options.model else PACKAGED_MODEL
-    for task in options.tasks:  # what cannot be loaded is said before anything runs
-        load_task(task, limit=options.limit, folder=options.data, set_aside=True)
+    names = dict.fromkeys([*options.tasks, *options.domains, *options.heads_on])
+    tasks = {one: load_task(one, limit=options.limit, folder=options.data) for one in names}  # says what is wrong now
+    if options.domains:
+        transfer.check_domains([tasks[one] for one in (*options.tasks, *options.domains)])
+    elsewhere = [(one, list(getattr(options, one))) for one in ("domains", "heads_on") if getattr(options, one)]
+    identity += tuple((one, " ".join(given)) for one, given in elsewhere)
     specs = [runs.Spec(task, "", 0.0, 0, "", name, options.limit, identity) for task in options.tasks]
     plan = sweep.Plan(specs, options.methods, settings, options.seeds, options.tuning_seeds)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     folder = options.out / "runs"
-    worker = Worker(settings, options.model, options.data, folder, tuple(options.devices), threads)
+    worker = Worker(
+        settings,
+        options.model,
+        options.data,
+        folder,
+        tuple(options.devices),
+        threads,
+        tuple(options.domains),
+        tuple(options.heads_on),
+    )
     with tqdm(total=sweep.most_runs(plan), unit="run", smoothing=0, dynamic_ncols=True) as bar:
         bar.update(len(sweep.finished(folder, plan)))
 
@@ -78,9 +93,7 @@ def report(options):
 
     records = runs.read_all(options.out / "runs")
     if not records:
-        raise UserError(
-            f"{options.out}/runs: no finished runs are there; run `python -m benchmarks.finetune run` first"
-        )
+        raise UserError(f"{options.out}/runs: no finished runs; begin with `python -m benchmarks.finetune run`")
     text = compare.tables(records)
     (options.out / "report.md").write_text(text + "\n", encoding="utf-8")
     compare.pictures(records, options.out)

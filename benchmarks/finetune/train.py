@@ -51,7 +51,7 @@ class Experiment:
         """Training steps of one run."""
         return self.settings.epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
 
-    def run(self, name, seed, on_step=lambda: None, lr=None, part="dev"):
+    def run(self, name, seed, on_step=lambda: None, lr=None, part="dev", afterwards=None):
         """Trains one model and scores it along the way.
 
         Args:
@@ -60,6 +60,7 @@ class Experiment:
             on_step: called after every training step.
             lr: the learning rate; None for the method's own in the settings.
             part: what is scored, "dev" or "aside".
+            afterwards: from the trained model to more for the record; None for nothing.
 
         Returns:
             A dict of plain numbers: scores at each evaluation, seconds of each step, of the Fisher pass and of the
@@ -84,7 +85,8 @@ class Experiment:
         record["seconds"] = time.perf_counter() - started
         density = None if child is None else [row[1:] for row in child.summary().tensors]
         about = {"optimizer_bytes": state_bytes(optimizer), "density": density}  # rows of (layer, kind, kept, weights)
-        return {"method": name, "seed": seed, "lr": lr, **cost, **record, **about}
+        more = {} if afterwards is None else afterwards(model)
+        return {"method": name, "seed": seed, "lr": lr, **cost, **record, **about, **more}
 
     def _model(self, method, seed):
         """Returns a fresh model and the inputs it reads: tokens, or for a frozen encoder its cached features."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import model, runs
+from . import model, runs, transfer
 from .data import load_task
 from .methods import Settings
 from .metrics import constant_score
@@ -25,12 +25,26 @@ class Worker:
     folder: Path
     devices: tuple[str, ...]
     threads: int
+    domains: tuple[str, ...] = ()
+    heads_on: tuple[str, ...] = ()
 
     def __call__(self, spec):
         """Runs it and writes its file."""
-        experiment = _experiment(self, spec.task, spec.limit)
+        experiment, tokenizer = _experiment(self, spec.task, spec.limit)
         part = "aside" if spec.part == "tune" else "dev"
-        record = experiment.run(spec.method, spec.seed, lr=spec.lr, part=part)
+
+        def elsewhere(network):
+            domains, heads = (
+                {name: _task(self, name, spec.limit) for name in names if name != spec.task}
+                for names in (self.domains, self.heads_on)
+            )
+            return {
+                "domains": transfer.on_domains(experiment, network, tokenizer, domains),
+                "heads_on": transfer.heads_on(experiment, network, tokenizer, heads, spec.seed),
+            }
+
+        afterwards = elsewhere if spec.part == "report" and (self.domains or self.heads_on) else None
+        record = experiment.run(spec.method, spec.seed, lr=spec.lr, part=part, afterwards=afterwards)
         about = {
             "constant_score": constant_score(experiment.task.metric, experiment.targets[part].cpu()),
             "data": {"fingerprint": experiment.task.fingerprint(), "train": len(experiment.task.train)},
@@ -47,5 +61,9 @@ def _experiment(worker, task, limit):
     number = sum(multiprocessing.current_process()._identity)
     device = model.find_device(worker.devices[number % len(worker.devices)])
     tokenizer, backbone = model.load_pretrained(worker.model or model.packaged_model())
-    loaded = load_task(task, limit=limit, folder=worker.data, set_aside=True)
-    return Experiment(tokenizer, backbone, loaded, worker.settings, device)
+    return Experiment(tokenizer, backbone, _task(worker, task, limit), worker.settings, device), tokenizer
+
+
+@functools.cache
+def _task(worker, name, limit):
+    return load_task(name, limit=limit, folder=worker.data, set_aside=True)

@@ -1,0 +1,236 @@
+"""The report of a sweep: tables of scores over seeds and of what the search tried, and pictures.
+
+It reads nothing but the records of finished runs (see `runs`).
+"""
+
+from statistics import mean, median, stdev
+
+from . import runs
+from .data import UserError
+from .methods import METHODS
+from .report import COLOURS, markdown, pyplot
+
+MARGIN = 0.01  # a run that scores no more than this above the best constant prediction has collapsed
+RESAMPLES = 9999
+BASELINE = "vanilla"
+
+
+def by_task(records, part):
+    """Returns {task: {method: its records, by seed}} of one part, methods in the order of `METHODS`.
+
+    Raises:
+        UserError: runs of one task differ in what must be equal: data, model, settings.
+    """
+    tasks = {}
+    for record in sorted(records, key=lambda r: (list(METHODS).index(r["method"]), r["lr"], r["seed"])):
+        if record["spec"]["part"] == part:
+            tasks.setdefault(record["spec"]["task"], {}).setdefault(record["method"], []).append(record)
+    for task, methods in tasks.items():
+        found = {(runs.blank(r), r["data"]["fingerprint"]) for group in methods.values() for r in group}
+        if len(found) > 1:
+            raise UserError(
+                f"{task}: the runs are of {len(found)} different sweeps (other data, model, limit or settings); report "
+                "each from a folder of its own"
+            )
+    return tasks
+
+
+def has_collapsed(record):
+    """Tells whether a run has learned nothing: at most `MARGIN` above the best constant prediction."""
+    return runs.score(record) <= record["constant_score"] + MARGIN
+
+
+def difference_to(baseline, group):
+    """Returns the mean difference of scores to a baseline, paired by seed, and its bootstrap interval of 95 %.
+
+    Args:
+        baseline: records.
+        group: records of another method.
+
+    Returns:
+        (mean, low, high); None with fewer than two seeds in common.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    scores = {record["seed"]: runs.score(record) for record in baseline}
+    differences = np.array([runs.score(r) - scores[r["seed"]] for r in group if r["seed"] in scores])
+    if len(differences) < 2:
+        return None
+    if np.ptp(differences) == 0:
+        return (differences[0],) * 3
+    interval = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0).confidence_interval
+    return differences.mean(), interval.low, interval.high
+
+
+def score_table(methods):
+    """Returns the table of one task's scores over seeds."""
+    name, second = next(iter(methods.values()))[0]["curve"][-1][1]
+    head = ["method", "lr", "seeds", f"{name}: mean", "sd", "median", "worst", "collapsed", "to AdamW [95 %]", second]
+    rows = []
+    for method, group in methods.items():
+        scores = [100 * runs.score(record) for record in group]
+        paired = None if method == BASELINE else difference_to(methods.get(BASELINE, []), group)
+        rows.append([
+            METHODS[method].title,
+            f"{group[0]['lr']:.2g}",
+            str(len(group)),
+            f"{mean(scores):.1f}",
+            f"{stdev(scores):.1f}" if len(scores) > 1 else "",
+            f"{median(scores):.1f}",
+            f"{min(scores):.1f}",
+            str(sum(map(has_collapsed, group))),
+            "" if paired is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in paired)),
+            f"{100 * mean(record['curve'][-1][1][second] for record in group):.1f}",
+        ])  # fmt: skip
+    return markdown(head, rows)
+
+
+def search_table(methods):
+    """Returns the table of one task's search: each learning rate's mean score, the best in bold."""
+    rows = []
+    for method, group in methods.items():
+        by_rate = {}
+        for record in group:
+            by_rate.setdefault(record["lr"], []).append(100 * runs.score(record))
+        means = {rate: mean(scores) for rate, scores in sorted(by_rate.items())}
+        best = max(means, key=means.get)
+        cells = [f"{'**' * (rate == best)}{rate:.2g}: {m:.1f}{'**' * (rate == best)}" for rate, m in means.items()]
+        at_end = " (at an end)" if best in (min(means), max(means)) else ""
+        rows.append([METHODS[method].title, ", ".join(cells) + at_end])
+    return markdown(["method", "learning rate: score on the examples set aside"], rows)
+
+
+def cost_table(methods):
+    """Returns the table of what the methods cost on one task: medians over the runs."""
+    head = ["method", "optimizer ms/step", "of step time", "state MB", "Fisher s", "selection s"]
+    rows = []
+    for method, group in methods.items():
+        own, whole = (median(r[name] for r in group) for name in ("optimizer_seconds", "step_seconds"))
+        once = [[r[name] for r in group if r[name] is not None] for name in ("fisher_seconds", "selection_seconds")]
+        rows.append([
+            METHODS[method].title,
+            f"{1e3 * own:.2f}",
+            f"{100 * own / whole:.0f} %",
+            f"{group[0]['optimizer_bytes'] / 1e6:.1f}",
+            *(f"{median(values):.2f}" if values else "" for values in once),
+        ])  # fmt: skip
+    return markdown(head, rows)
+
+
+def elsewhere_table(methods, key):
+    """Returns the table of what the methods' models scored on other tasks, mean and standard deviation; or None.
+
+    Args:
+        methods: {method: records}.
+        key: "domains" or "heads_on".
+    """
+    names = list(next(iter(methods.values()))[0].get(key, {}))
+    if not names:
+        return None
+    rows = []
+    for method, group in methods.items():
+        columns = [[100 * next(iter(record[key][name].values())) for record in group] for name in names]
+        cells = [f"{mean(c):.1f}" + (f" ({stdev(c):.1f})" if len(c) > 1 else "") for c in columns]
+        rows.append([METHODS[method].title, *cells])
+    title = {"domains": "scored as it is on", "heads_on": "encoder frozen, a head trained on"}[key]
+    return markdown([title, *names], rows)
+
+
+def tables(records):
+    """Returns the report as Markdown."""
+    reported, searched = by_task(records, "report"), by_task(records, "tune")
+    parts = ["# Fine-tuning, compared", _about(records)]
+    for task in dict.fromkeys([*reported, *searched]):
+        parts.append(f"## {task}")
+        if task in reported:
+            first = next(iter(reported[task].values()))[0]
+            parts.append(
+                f"{first['data']['train']} training examples, scored on {first['scored']} of dev; the best constant "
+                f"prediction scores {100 * first['constant_score']:.1f}. Data {first['data']['fingerprint']}."
+            )
+            elsewhere = [elsewhere_table(reported[task], key) for key in ("domains", "heads_on")]
+            parts += [score_table(reported[task]), *filter(None, elsewhere), cost_table(reported[task])]
+        if task in searched:
+            parts.append(search_table(searched[task]))
+    return "\n\n".join(parts)
+
+
+def _about(records):
+    spec, versions = records[0]["spec"], records[0]["versions"]
+    settings = ", ".join(f"{name} {value}" for name, value in spec["settings"])
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{spec['model']}; {settings}. {installed}.\n\nScores are times 100, after the last step. A run has collapsed "
+        f"if it scores at most {100 * MARGIN:.0f} point more than the best constant prediction. Differences to AdamW "
+        f"are paired by seed, with bootstrap intervals of 95 % ({RESAMPLES} resamples). Times are medians over the "
+        "runs, which may have shared their machine with each other and with more."
+    )
+
+
+def pictures(records, folder):
+    """Draws scores.png, curves.png and, of child networks, density.png into a folder."""
+    reported = by_task(records, "report")
+    if reported:
+        _scores_picture(reported, folder / "scores.png")
+        _curves_picture(reported, folder / "curves.png")
+        with_child = {task: methods["d"] for task, methods in reported.items() if "d" in methods}
+        if with_child:
+            _density_picture(with_child, folder / "density.png")
+
+
+def _panels(tasks, **size):
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(tasks), squeeze=False, layout="constrained", **size)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        axis.set_title(task, fontsize=11)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)
+
+
+def _scores_picture(reported, path):
+    figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
+    for axis, methods in zip(axes, reported.values(), strict=True):
+        scores = [[100 * runs.score(record) for record in group] for group in methods.values()]
+        boxes = axis.boxplot(scores, orientation="horizontal", patch_artist=True, medianprops={"color": "black"})
+        for box, method in zip(boxes["boxes"], methods, strict=True):
+            box.set_facecolor(COLOURS[method])
+        for place, values in enumerate(scores, start=1):
+            axis.plot(values, [place] * len(values), "k.", ms=4)
+        axis.set_yticks(range(1, len(methods) + 1), methods)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"dev {next(iter(next(iter(methods.values()))[0]['curve'][-1][1]))}, times 100")
+    _save(figure, path)
+
+
+def _curves_picture(reported, path):
+    figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
+    for axis, methods in zip(axes, reported.values(), strict=True):
+        for method, group in methods.items():
+            metric = next(iter(group[0]["curve"][-1][1]))
+            steps = [step for step, _ in group[0]["curve"]]
+            means = [100 * mean(r["curve"][i][1][metric] for r in group) for i in range(len(steps))]
+            axis.plot(steps, means, color=COLOURS[method], marker="o", ms=3, label=method)
+            axis.set(xlabel="training step", ylabel=f"dev {metric}, times 100, mean over seeds")
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _density_picture(with_child, path):
+    figure, axes = _panels(with_child, figsize=(4 * len(with_child), 3.5))
+    for axis, group in zip(axes, with_child.values(), strict=True):
+        kept, sizes = {}, {}
+        for record in group:
+            for layer, _, count, numel in record["density"]:
+                kept[layer] = kept.get(layer, 0) + count
+                sizes[layer] = sizes.get(layer, 0) + numel
+        layers = [layer.rpartition(".")[2] or "outside" for layer in kept]
+        axis.bar(layers, [100 * kept[layer] / sizes[layer] for layer in kept], color=COLOURS["d"])
+        axis.set(xlabel="layer", ylabel="weights in the child network of d, %")
+    _save(figure, path)

