@@ -1,6 +1,6 @@
 """A harness that fine-tunes one transformer with several methods and compares them fairly; README.md says how.
 
-Reading order: `docstrings` (the default task), `data` (tasks in general), `metrics`, `model` (loading), `methods` (what is
-compared), `train` (the loop they share), `report` (the demo's table and pictures); then `sweep`, `runs`, `worker`,
+Reading order: `docstrings` (the default task), `data` (tasks in general), `metrics`, `model` (loading), `methods` (what
+is compared), `train` (the loop they share), `report` (the demo's table and pictures); then `sweep`, `runs`, `worker`,
 `transfer` and `compare`, which make an experiment of it. `__main__` is the command.
 """

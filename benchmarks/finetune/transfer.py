@@ -1,8 +1,8 @@
 """What a trained model is worth elsewhere: on other data sets of its task, and its encoder on other tasks.
 
-Both are measured after a run of the report, as the paper does (Xu, Luo et al., EMNLP 2021): with `--domains` the model is
-scored on the dev sets of other data sets; with `--heads-on` the encoder is frozen and a new linear head is trained on
-another task.
+Both are measured after a run of the report, as the paper does (Xu, Luo et al., EMNLP 2021): with `--domains` the model
+is scored on the dev sets of other data sets; with `--heads-on` the encoder is frozen and a new linear head is trained
+on another task.
 """
 
 import torch
