@@ -196,11 +196,16 @@ def test_sets_of_unlike_classes_are_the_first_class_against_the_rest(tmp_path, m
     outputs = torch.tensor([[1.0, 0.1, 0.1], [1.0, 0.9, 0.9]]).repeat(6, 1)
     monkeypatch.setattr(transfer, "predict", lambda model, inputs: outputs)
     monkeypatch.setattr(transfer.models, "TokenInputs", lambda *arguments: None)
-    experiment = types.SimpleNamespace(backbone=None, settings=methods.Settings(), device="cpu")
+    experiment = types.SimpleNamespace(backbone=None, settings=methods.Settings(), device="cpu", task=task)
     found = transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"nli": task})
     assert found["nli"]["accuracy"] == 1.0
     monkeypatch.setattr(transfer, "predict", lambda model, inputs: outputs[:, [0, 1]])  # two classes stay as they are
     assert transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"nli": task})["nli"]["accuracy"] == 0.5
+    turned = transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"transfer/quora": task})
+    assert turned["transfer/quora"]["accuracy"] == 0.5
+    monkeypatch.setattr(transfer, "predict", lambda model, inputs: outputs)
+    turned = transfer.on_domains(experiment, torch.nn.Linear(1, 1), None, {"transfer/quora": task})
+    assert turned["transfer/quora"]["accuracy"] == 0.0
 
 
 @needs_model
@@ -224,3 +229,20 @@ def test_domains_are_classifications(tmp_path):
     write_task(tmp_path, "scores", [f"a\tb\t{i}.5" for i in range(8)])
     with pytest.raises(data.UserError, match="scores: --domains is for classifications"):
         transfer.check_domains([two_classes(tmp_path), data.load_task("scores", folder=tmp_path)])
+
+
+def test_a_domain_needs_no_training_set(tmp_path):
+    task = two_classes(tmp_path, "transfer/quora")
+    (tmp_path / "transfer/quora/train.tsv.gz").unlink()
+    alone = data.load_dev("transfer/quora", folder=tmp_path)
+    assert (alone.dev, alone.labels) == (task.dev, task.labels)
+    with pytest.raises(data.UserError, match="cannot be read"):
+        data.load_task("transfer/quora", folder=tmp_path)
+
+
+@needs_model
+def test_a_run_that_diverges_scores_as_a_constant_prediction(experiment, monkeypatch):
+    monkeypatch.setattr(train, "predict", lambda model, inputs: torch.full((len(inputs.lengths), 10), math.nan))
+    found = experiment.score(None, experiment.tokens, "dev")
+    targets = experiment.targets["dev"]
+    assert found["accuracy"] == pytest.approx((targets == 0).double().mean().item())

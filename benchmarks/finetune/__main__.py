@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .data import UserError, load_task
+from .data import UserError, load_dev, load_task
 from .methods import METHODS, Settings
 
 DEFAULTS = Settings(lr=2e-4, head_lr=5e-2, epochs=3, max_length=64)
@@ -50,15 +50,16 @@ def run(options):
 
     from . import runs, sweep, transfer
     from .model import PACKAGED_MODEL
-    from .worker import Worker
+    from .worker import Worker, begin_process
 
     settings = dataclasses.replace(DEFAULTS, **{name: getattr(options, name) for name in NAMED})
     identity = tuple(sorted(dataclasses.asdict(settings).items()))
     name = Path(options.model).name if options.model else PACKAGED_MODEL
-    names = dict.fromkeys([*options.tasks, *options.domains, *options.heads_on])
-    tasks = {one: load_task(one, limit=options.limit, folder=options.data) for one in names}  # says what is wrong now
+    names = dict.fromkeys([*options.tasks, *options.heads_on])  # what is wrong with them is said before anything runs
+    tasks = {one: load_task(one, limit=options.limit, folder=options.data, set_aside=True) for one in names}
     if options.domains:
-        transfer.check_domains([tasks[one] for one in (*options.tasks, *options.domains)])
+        others = [load_dev(one, options.data) for one in options.domains]
+        transfer.check_domains([*(tasks[one] for one in options.tasks), *others])
     elsewhere = [(one, list(getattr(options, one))) for one in ("domains", "heads_on") if getattr(options, one)]
     identity += tuple((one, " ".join(given)) for one, given in elsewhere)
     specs = [runs.Spec(task, "", 0.0, 0, "", name, options.limit, identity) for task in options.tasks]
@@ -75,14 +76,22 @@ def run(options):
         tuple(options.domains),
         tuple(options.heads_on),
     )
+    done = sweep.finished(folder, plan)
+    for record in done:
+        if record["data"]["fingerprint"] != tasks[record["spec"]["task"]].fingerprint():
+            raise UserError(f"{folder}: {record['spec']['task']} had other data when its runs began; use another --out")
     with tqdm(total=sweep.most_runs(plan), unit="run", smoothing=0, dynamic_ncols=True) as bar:
-        bar.update(len(sweep.finished(folder, plan)))
+        bar.update(len(done))
 
         def show(line):
             bar.write(line)
             bar.update()
 
-        complete = sweep.sweep(folder, plan, worker, options.jobs, options.budget_minutes, show)
+        try:
+            complete = sweep.sweep(folder, plan, worker, options.jobs, options.budget_minutes, show, begin_process)
+        except KeyboardInterrupt:
+            bar.write("interrupted; the same command continues")
+            return 130
     print("all runs are there" if complete else "time is up; the same command continues")
     return 0 if complete else 3
 

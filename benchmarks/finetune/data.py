@@ -112,6 +112,15 @@ def load_task(name, dev=None, limit=None, dev_limit=None, folder=None, set_aside
     return Task(title, train, _draw(dev_examples, dev_limit), labels, metric, aside)
 
 
+def load_dev(name, folder=None):
+    """Loads a task of which only the dev set is used, as both train and dev; see `load_task`."""
+    path = Path(folder or "") / name / "dev.tsv.gz"
+    if folder is None or not path.is_file():
+        return load_task(name, folder=folder)
+    examples = read_tsv(path)
+    return Task(name, examples, examples, infer_labels(examples), OF_GLUE.get(path.parent.name, "accuracy"), [])
+
+
 def _check_dev_labels(title, dev_examples, labels):
     found = {x for e in dev_examples for x in (e.label.split(SEPARATOR) if labels else [e.label])}
     strange = sorted(x for x in found if not (x in labels if labels else _is_number(x)))

@@ -12,7 +12,7 @@ import math
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from statistics import mean
 
 from . import runs
@@ -120,7 +120,7 @@ def pending(folder, plan):
     return list(found)
 
 
-def sweep(folder, plan, start, jobs, minutes=math.inf, show=print):
+def sweep(folder, plan, start, jobs, minutes=math.inf, show=print, begin=None):
     """Runs what is not yet there, until all is, or the time is up; then the runs under way are finished.
 
     Args:
@@ -130,26 +130,33 @@ def sweep(folder, plan, start, jobs, minutes=math.inf, show=print):
         jobs: how many processes.
         minutes: after which no further run begins.
         show: told a line about each finished run.
+        begin: called first in each of the processes.
 
     Returns:
         Whether everything is there.
     """
     deadline = time.monotonic() + 60 * minutes
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=begin) as pool:
         running = {}
-        while True:
-            ready = [spec for spec in pending(folder, plan) if spec not in running.values()]
-            if time.monotonic() < deadline:
-                for spec in ready[: jobs - len(running)]:
+        try:
+            while True:
+                ready = [spec for spec in pending(folder, plan) if spec not in running.values()]
+                for spec in ready[: jobs - len(running)] if time.monotonic() < deadline else ():
                     running[pool.submit(start, spec)] = spec
-            if not running:
-                return not ready
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                spec = running.pop(future)
-                future.result()
-                record = runs.read(folder, spec)
-                show(
-                    f"{spec.task} {spec.method} {spec.part} lr {spec.lr:.3g} seed {spec.seed}: "
-                    f"{100 * runs.score(record):.1f} after {record['seconds']:.0f} s; {len(ready)} more to run now"
-                )
+                if not running:
+                    return not ready
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    show(_line(runs.read(folder, running.pop(future)), len(ready)))
+        except BaseException:  # an error, or Ctrl-C: nobody waits for the runs under way
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _line(record, ready):
+    spec = record["spec"]
+    return (
+        f"{spec['task']} {spec['method']} {spec['part']} lr {spec['lr']:.3g} seed {spec['seed']}: "
+        f"{100 * runs.score(record):.1f} after {record['seconds']:.0f} s; {ready} more to run now"
+    )

@@ -174,6 +174,8 @@ class Experiment:
     def score(self, model, inputs, part):
         """Returns the metrics of a model on "dev" or "aside"."""
         outputs = predict(model, inputs[part])
+        if not outputs.isfinite().all():  # a run that diverged scores as one that predicts the same for all
+            outputs = torch.zeros_like(outputs)
         return METRICS[self.task.metric](self.targets[part].cpu(), outputs.cpu())
 
 

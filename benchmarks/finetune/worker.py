@@ -2,13 +2,16 @@
 
 import functools
 import multiprocessing
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import model, runs, transfer
-from .data import load_task
+from .data import load_dev, load_task
 from .methods import Settings
 from .metrics import constant_score
 from .report import versions
@@ -34,10 +37,8 @@ class Worker:
         part = "aside" if spec.part == "tune" else "dev"
 
         def elsewhere(network):
-            domains, heads = (
-                {name: _task(self, name, spec.limit) for name in names if name != spec.task}
-                for names in (self.domains, self.heads_on)
-            )
+            domains = {name: load_dev(name, self.data) for name in self.domains if name != spec.task}
+            heads = {name: _task(self, name, spec.limit) for name in self.heads_on if name != spec.task}
             return {
                 "domains": transfer.on_domains(experiment, network, tokenizer, domains),
                 "heads_on": transfer.heads_on(experiment, network, tokenizer, heads, spec.seed),
@@ -50,8 +51,20 @@ class Worker:
             "data": {"fingerprint": experiment.task.fingerprint(), "train": len(experiment.task.train)},
             "scored": len(experiment.targets[part]),
             "versions": versions(),
+            "threads": self.threads,
         }
         runs.write(self.folder, spec, {**runs.compact(record), **about})
+
+
+def begin_process():
+    """Makes a process of the sweep leave Ctrl-C to its parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @functools.cache
