@@ -11,7 +11,7 @@ from .methods import METHODS
 # Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
 COLOURS = {
     "frozen": "#7f7f7f",
-    "frozen-embeddings": "#000000",
+    "frozen-embeddings": "#BBBBBB",
     "vanilla": "#0072B2",
     "vanilla-sqrtp": "#56B4E9",
     "f": "#D55E00",
