@@ -1,11 +1,13 @@
 """The child network inside an optimizer: which of its parameters are masked, and what a checkpoint says of it."""
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .collect import is_sharded
 from .packed_mask import PackedMask, fingerprint
 from .state import mark_child
 
@@ -76,6 +78,20 @@ def check_ranks_agree(masks: Masks) -> None:
         )
 
 
+def masks_of(child: "ChildNetwork", group: dict[str, Any]) -> Masks:
+    """The child network's masks of a group's parameters, on their devices.
+
+    Raises:
+        ValueError: one of these parameters is sharded.
+    """
+    names = group.get("param_names") or itertools.repeat(None)
+    found = {param: child.mask_of(param, name) for param, name in zip(group["params"], names)}  # noqa: B905
+    masks = {param: mask.to(param.device) for param, mask in found.items() if mask is not None}
+    if any(map(is_sharded, masks)):
+        raise ValueError("ChildAdamW: child= does not support sharded parameters (DTensor); shard after training")
+    return masks
+
+
 def replace_child(optimizer: "ChildAdamW", child: "ChildNetwork") -> None:
     """Gives an optimizer that has a child network another one, between two steps.
 
@@ -87,9 +103,7 @@ def replace_child(optimizer: "ChildAdamW", child: "ChildNetwork") -> None:
     """
     masks: Masks = {}
     for group in optimizer.param_groups:
-        names = group.get("param_names") or [None] * len(group["params"])
-        found = {param: child.mask_of(param, name) for param, name in zip(group["params"], names, strict=True)}
-        masks.update({param: mask for param, mask in found.items() if mask is not None})
+        masks.update(masks_of(child, group))
     if not masks:
         raise ValueError(
             f"ChildAdamW: a child network must mask a parameter of the optimizer (got one of {len(child.packed)} "

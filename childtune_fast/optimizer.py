@@ -15,8 +15,8 @@ from . import backend as backends
 from .checkpoint import CheckpointedAdamW
 from .checks import check_group, check_no_lazy_negation, check_options, check_overlap
 from .child_network import ChildNetwork
-from .child_state import Masks, check_ranks_agree
-from .collect import PLAIN_TENSORS, check_norm, clip, collect, is_sharded, unscale
+from .child_state import Masks, check_ranks_agree, masks_of
+from .collect import PLAIN_TENSORS, check_norm, clip, collect, unscale
 from .mask import MASK_VERSION, check_seed
 from .state import mark_child
 from .step_group import StepGroup
@@ -172,12 +172,7 @@ class ChildAdamW(CheckpointedAdamW):
                 f"ChildAdamW: reserve_p is not used with child= (got {group['reserve_p']} in a group); leave it out, "
                 "the child network has a share of its own"
             )
-        names = group.get("param_names") or itertools.repeat(None)
-        found = {param: self._child.mask_of(param, name) for param, name in zip(group["params"], names)}  # noqa: B905
-        masks = {param: mask.to(param.device) for param, mask in found.items() if mask is not None}
-        if any(map(is_sharded, masks)):
-            raise ValueError("ChildAdamW: child= does not support sharded parameters (DTensor); shard after training")
-        return masks
+        return masks_of(self._child, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

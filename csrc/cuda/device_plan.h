@@ -17,7 +17,7 @@ struct DeviceScaler {
 class DevicePlan {
  public:
   // Takes the parameters of a step, whose `counter` and `group` are set, and the groups. Returns the bytes of the
-  // device's memory that the step needs, aligned to 16 of them, until it is done.
+  // device's memory that the step needs, aligned as a double, until it is done.
   int64_t build(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups, const DeviceScaler& scaler);
 
   // Says where that memory is.
