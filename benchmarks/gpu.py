@@ -19,8 +19,8 @@ import torch
 from childtune_fast import __version__
 
 from .contestants import TITLES, Contestant, make_gpu_contestants
+from .markdown import markdown
 from .race import spread
-from .tables import markdown
 from .workloads import DTYPES, GPU_WORKLOADS, make_workload
 
 WARMUP_ROUNDS = 3

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from . import tables
+from .markdown import markdown
 from .promises import PROMISES, QUIET, Results
-from .tables import markdown
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The tables of a report, as Markdown; one for each thing that was measured."""
 
 from .contestants import CHILD_TITLES, TITLES
+from .markdown import markdown
 from .promises import Record, Results
 
 WORKLOAD_TITLES = {
@@ -127,11 +128,3 @@ def memory_table(results: Results) -> str:
         ])  # fmt: skip
     head = ["", "bytes allocated by torch, per weight", "growth of resident memory, MB", "Python's heap, per tensor"]
     return "## Memory of one step after the first, fp32, BERT-base\n\n" + markdown(head, rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table whose columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rules = ["-" * width for width in widths]
-    lines = (zip(row, widths, strict=True) for row in [head, rules, *rows])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in line) + " |" for line in lines)

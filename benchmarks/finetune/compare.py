@@ -5,10 +5,11 @@ It reads nothing but the records of finished runs (see `runs`).
 
 from statistics import mean, median, stdev
 
+from ..markdown import markdown
 from . import runs
 from .data import UserError
 from .methods import METHODS
-from .report import COLOURS, markdown, pyplot
+from .report import COLOURS, pyplot
 
 MARGIN = 0.01  # a run that scores no more than this above the best constant prediction has collapsed
 RESAMPLES = 9999

@@ -6,6 +6,7 @@ import platform
 from importlib import metadata
 from statistics import mean, median, stdev
 
+from ..markdown import markdown
 from .methods import METHODS
 
 # Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
@@ -87,17 +88,6 @@ def seconds(runs, key):
     """Returns the median over runs of something that is done once a run, as text; a dash where nothing is."""
     values = [run[key] for run in runs if run[key] is not None]
     return f"{median(values):.2f}" if values else "—"
-
-
-def markdown(head, rows):
-    """Returns a Markdown table whose columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, rule, *rows]]
-    for line in lines:
-        line[0] = line[0].strip().ljust(widths[0])
-    lines[1][0] = "-" * widths[0]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def caveats(runs, task):
