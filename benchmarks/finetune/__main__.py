@@ -77,9 +77,10 @@ def run(options):
         tuple(options.heads_on),
     )
     done = sweep.finished(folder, plan)
-    for record in done:
-        if record["data"]["fingerprint"] != tasks[record["spec"]["task"]].fingerprint():
-            raise UserError(f"{folder}: {record['spec']['task']} had other data when its runs began; use another --out")
+    for one in options.tasks:
+        found = {record["data"]["fingerprint"] for record in done if record["spec"]["task"] == one}
+        if found - {tasks[one].fingerprint()}:
+            raise UserError(f"{folder}: {one} had other data when its runs began; give another --out")
     with tqdm(total=sweep.most_runs(plan), unit="run", smoothing=0, dynamic_ncols=True) as bar:
         bar.update(len(done))
 

@@ -37,7 +37,7 @@ class Method:
         title: its name in the table.
         optimizer: from (parameter groups, learning rate, settings, seed, child network or None) to an optimizer.
         lr: from settings to the learning rate where all methods share one, as in the demo.
-        centre: from settings to the learning rate in the middle of a search; see `sweep`.
+        centre: from settings to the learning rate in the middle of a search; see `sweep`. None with `rate_of`.
         rate_of: (a method, from settings to a factor): takes what that method's search found, times the factor, instead
             of searching.
         frozen: trains the head alone, on features that are computed once.
@@ -49,7 +49,7 @@ class Method:
     title: str
     optimizer: Callable
     lr: Callable
-    centre: Callable
+    centre: Callable | None = None
     rate_of: tuple[str, Callable] | None = None
     frozen: bool = False
     prepare: Callable | None = None
@@ -135,7 +135,7 @@ METHODS = {
     ),
     "frozen-embeddings": Method("AdamW, frozen embeddings", adamw, lr, centre=lr, prepare=with_frozen_embeddings),
     "vanilla": Method("AdamW", adamw, lr, centre=lr),
-    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * root_p(s), centre=lr, rate_of=("f", root_p)),
+    "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * root_p(s), rate_of=("f", root_p)),
     "f": Method("ChildAdamW (F)", child_adamw_f, lr, centre=lambda s: s.lr / root_p(s)),
     "d": Method("ChildAdamW (D)", child_adamw_d, lr, centre=lr, child=highest, fisher=True),
     "d-random": Method("D, child at random", child_adamw_d, lr, centre=lr, child=at_random),

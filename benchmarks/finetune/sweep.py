@@ -92,14 +92,9 @@ def chosen_rate(folder, spec, method, plan):
 
 def most_runs(plan):
     """Returns how many runs a sweep has at most."""
-    searching = [method for method in METHODS if method in _searched(plan)]
+    searching = {METHODS[method].rate_of[0] if METHODS[method].rate_of else method for method in plan.methods}
     of_task = plan.tuning_seeds * (len(FACTORS) + 1) * len(searching) + plan.seeds * len(plan.methods)
     return len(plan.specs) * of_task
-
-
-def _searched(plan):
-    """The methods whose learning rates are searched, for themselves or for others."""
-    return {METHODS[method].rate_of[0] if METHODS[method].rate_of else method for method in plan.methods}
 
 
 def finished(folder, plan):

@@ -37,7 +37,7 @@ class Worker:
         part = "aside" if spec.part == "tune" else "dev"
 
         def elsewhere(network):
-            domains = {name: load_dev(name, self.data) for name in self.domains if name != spec.task}
+            domains = {name: _dev(name, self.data) for name in self.domains if name != spec.task}
             heads = {name: _task(self, name, spec.limit) for name in self.heads_on if name != spec.task}
             return {
                 "domains": transfer.on_domains(experiment, network, tokenizer, domains),
@@ -80,3 +80,6 @@ def _experiment(worker, task, limit):
 @functools.cache
 def _task(worker, name, limit):
     return load_task(name, limit=limit, folder=worker.data, set_aside=True)
+
+
+_dev = functools.cache(load_dev)
