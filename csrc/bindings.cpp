@@ -11,6 +11,7 @@
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/selection.h"
+#include "python/gpu_scores.h"
 #include "python/gpu_step.h"
 #include "python/step_items.h"
 
@@ -39,7 +40,7 @@ double sum_of_squares(const py::list& tensors, const py::list& bits, int threads
     const TensorView views[] = {view, view};
     StepItem item{};
     const py::handle mask = bits[i];
-    if (!mask.is_none()) item.child.bits = child_bits(view_tensor(mask.ptr()), view.numel());
+    if (!mask.is_none()) item.child.bits = child_bits(view_tensor(mask.ptr()), view.numel(), kCpu);
     set_arrays(views, 2, kCpu, &w, &item);
     w.items.push_back(item);
   }
@@ -127,12 +128,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;
+  m.attr("CHUNK_SCORES") = kChunkScores;  // of GpuKernels.write_above: `ties` has CHUNK_BLOCKS for each chunk begun
+  m.attr("CHUNK_BLOCKS") = kChunkBlocks;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
       .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"))
       .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
-           py::arg("grad_scale"), py::arg("found_inf"));
+           py::arg("grad_scale"), py::arg("found_inf"))
+      .def("accumulate_squares", &accumulate_squares_on_gpu, py::arg("score"), py::arg("grad"), py::arg("weight"),
+           py::arg("grad_factor"), py::arg("grad_clip"), py::arg("finite"), py::arg("stream"), py::arg("memory_of"))
+      .def("count_digits", &count_digits_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("wanted"),
+           py::arg("wanted_shift"), py::arg("shift"), py::arg("counts"), py::arg("nan"), py::arg("stream"))
+      .def("write_above", &write_above_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"),
+           py::arg("bits"), py::arg("ties"), py::arg("stream"))
+      .def("add_ties", &add_ties_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"), py::arg("bits"),
+           py::arg("ties"), py::arg("stream"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
         py::arg("threads"));

@@ -12,12 +12,23 @@
 namespace childtune {
 
 constexpr int64_t kRankBlock = 1024;
+constexpr int kMaskAlignment = 16;  // bytes, of the bits
 
 struct PackedMask {
   const uint8_t* bits = nullptr;  // nullptr: no child network, every weight is trained
   const int64_t* ranks = nullptr;
   int64_t count = 0;  // of weights in the child network
 };
+
+CHILDTUNE_INLINE int count_ones(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  int count = 0;
+  for (; word != 0; word &= word - 1) ++count;
+  return count;
+#endif
+}
 
 CHILDTUNE_INLINE int64_t mask_blocks(int64_t numel) { return (numel + kRankBlock - 1) / kRankBlock; }
 

@@ -33,6 +33,7 @@ struct DeviceGroup {
   const void* lr;     // there, float or double, in place of hyper.lr; nullptr: there is none
   bool lr_is_double;
   bool clips;
+  bool child_norm;  // only the child network's gradient counts in the norm
   double max_grad_norm;
 };
 

@@ -11,13 +11,13 @@ int64_t DevicePlan::build(const std::vector<StepItem>& items, const std::vector<
   constants_tables_.clear();
   tensors_ = chunks_ = 0;
   const auto clips = [](const DeviceGroup& group) { return group.clips; };
-  if (std::any_of(groups.begin(), groups.end(), clips)) add_norm(items);
+  if (std::any_of(groups.begin(), groups.end(), clips)) add_norm(items, groups);
   add_constants(items, groups, scaler);
   return constants_bytes_ + static_cast<int64_t>(sizeof(double)) * (1 + tensors_ + chunks_);
 }
 
 // Tensors are summed in the optimizer's order, as on the CPU, however they were grouped.
-void DevicePlan::add_norm(const std::vector<StepItem>& items) {
+void DevicePlan::add_norm(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups) {
   in_order_.clear();
   for (const StepItem& item : items) {
     if (item.numel > 0) in_order_.push_back(&item);
@@ -27,7 +27,8 @@ void DevicePlan::add_norm(const std::vector<StepItem>& items) {
   for (const StepItem* item : in_order_) {
     if (norm_tables_.empty() || norm_tables_.back().count == NormTable::kItems) norm_tables_.emplace_back();
     NormTable& table = norm_tables_.back();
-    table.items[table.count++] = {item->data[kGrad], item->numel, table.chunks, item->dtype};
+    const uint8_t* bits = groups[item->group].child_norm ? item->child.bits : nullptr;
+    table.items[table.count++] = {item->data[kGrad], bits, item->numel, table.chunks, item->dtype};
     table.chunks += norm_chunks_of(item->numel);
     chunks_ += norm_chunks_of(item->numel);
     ++tensors_;

@@ -30,7 +30,7 @@ class DevicePlan {
   const std::vector<ConstantsTable>& constants_tables() const { return constants_tables_; }
 
  private:
-  void add_norm(const std::vector<StepItem>& items);
+  void add_norm(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups);
   void add_constants(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups,
                      const DeviceScaler& scaler);
 

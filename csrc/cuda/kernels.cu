@@ -1,61 +1,97 @@
-// The kernels of the step: one for each dtype, with and without mask and amsgrad, for tables of either size, which
-// cuda/launch_plan.cpp knows by name; and those of constants and norm, which cuda/device_plan.cpp does. nvcc and NVRTC
-// compile this file alike.
+// The kernels: those of the step, one for each dtype, for the weights that are trained (all, by a random mask, a child
+// network), with and without amsgrad, and for tables of either size, which cuda/launch_plan.cpp knows by name; those of
+// constants and norm, which cuda/device_plan.cpp does; and those of scores. nvcc and NVRTC compile this file alike.
+#include "cuda/child_kernel.h"
+#include "cuda/fisher_kernel.h"
 #include "cuda/norm_kernel.h"
+#include "cuda/selection_kernel.h"
 #include "cuda/step_kernel.h"
 #include "cuda/warp.h"
+
+namespace childtune {
+
+__device__ __forceinline__ int thread_number() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int warp_number() { return static_cast<int>(threadIdx.x / kWarp); }
+__device__ __forceinline__ GpuWarp this_warp() { return {static_cast<int>(threadIdx.x % kWarp)}; }
+
+template <class P, bool kAmsgrad, class Table>
+__device__ __forceinline__ void step_child_block(const Table& table) {
+  __shared__ Slots<P> slots[kThreads / kWarp];
+  step_child_warp<P, kAmsgrad>(table, blockIdx.x, warp_number(), slots[warp_number()], this_warp());
+}
+
+}  // namespace childtune
 
 // Blocks that a multiprocessor has registers for, at least: as many as no compiler spills for. Left to themselves, some
 // spill to have room for more.
 #define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) \
   (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kMasked) && (kAmsgrad) ? 2 : 3)
 
-#define CHILDTUNE_KERNEL(name, P, kMasked, kAmsgrad, kBytes)                                                \
-  extern "C" __global__ void __launch_bounds__(childtune::kThreads, CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad)) \
-      name(__grid_constant__ const childtune::StepTable<childtune::ComputeType<P>::type, kBytes> table) {   \
-    const childtune::GpuWarp warp{static_cast<int>(threadIdx.x % childtune::kWarp)};                        \
-    const int number = static_cast<int>(threadIdx.x / childtune::kWarp);                                    \
-    childtune::step_warp<P, kMasked, kAmsgrad>(table, blockIdx.x, number, warp);                            \
+#define CHILDTUNE_KERNEL(name, P, Item, kMasked, kAmsgrad, kBytes)                                                \
+  extern "C" __global__ void __launch_bounds__(childtune::kThreads, CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad)) name( \
+      __grid_constant__ const childtune::StepTable<childtune::ComputeType<P>::type, childtune::Item, kBytes> table)
+
+#define CHILDTUNE_STEP(name, P, kMasked, kAmsgrad, kBytes)                                                           \
+  CHILDTUNE_KERNEL(name, P, TableItem, kMasked, kAmsgrad, kBytes) {                                                  \
+    childtune::step_warp<P, kMasked, kAmsgrad>(table, blockIdx.x, childtune::warp_number(), childtune::this_warp()); \
   }
+#define CHILDTUNE_CHILD_STEP(name, P, kMasked, kAmsgrad, kBytes) \
+  CHILDTUNE_KERNEL(name, P, ChildItem, kMasked, kAmsgrad, kBytes) { childtune::step_child_block<P, kAmsgrad>(table); }
 
 // Large arguments came with CUDA 12.1.
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
-#define CHILDTUNE_LARGE CHILDTUNE_KERNEL
+#define CHILDTUNE_SIZES(kernel, name, P, kMasked, kAmsgrad)              \
+  kernel(name##_small, P, kMasked, kAmsgrad, childtune::kSmallArguments) \
+      kernel(name##_large, P, kMasked, kAmsgrad, childtune::kLargeArguments)
 #else
-#define CHILDTUNE_LARGE(name, P, kMasked, kAmsgrad, kBytes)
+#define CHILDTUNE_SIZES(kernel, name, P, kMasked, kAmsgrad) \
+  kernel(name##_small, P, kMasked, kAmsgrad, childtune::kSmallArguments)
 #endif
 
-#define CHILDTUNE_SIZES(name, P, kMasked, kAmsgrad)                                \
-  CHILDTUNE_KERNEL(name##_small, P, kMasked, kAmsgrad, childtune::kSmallArguments) \
-  CHILDTUNE_LARGE(name##_large, P, kMasked, kAmsgrad, childtune::kLargeArguments)
-
-#define CHILDTUNE_KINDS(name, P)                  \
-  CHILDTUNE_SIZES(name, P, false, false)          \
-  CHILDTUNE_SIZES(name##_amsgrad, P, false, true) \
-  CHILDTUNE_SIZES(name##_masked, P, true, false)  \
-  CHILDTUNE_SIZES(name##_masked_amsgrad, P, true, true)
+#define CHILDTUNE_KINDS(name, P)                                        \
+  CHILDTUNE_SIZES(CHILDTUNE_STEP, name, P, false, false)                \
+  CHILDTUNE_SIZES(CHILDTUNE_STEP, name##_amsgrad, P, false, true)       \
+  CHILDTUNE_SIZES(CHILDTUNE_STEP, name##_masked, P, true, false)        \
+  CHILDTUNE_SIZES(CHILDTUNE_STEP, name##_masked_amsgrad, P, true, true) \
+  CHILDTUNE_SIZES(CHILDTUNE_CHILD_STEP, name##_child, P, true, false)   \
+  CHILDTUNE_SIZES(CHILDTUNE_CHILD_STEP, name##_child_amsgrad, P, true, true)
 
 CHILDTUNE_KINDS(step_float32, float)
 CHILDTUNE_KINDS(step_float64, double)
 CHILDTUNE_KINDS(step_bfloat16, childtune::BFloat16)
 CHILDTUNE_KINDS(step_float16, childtune::Float16)
 
-extern "C" __global__ void __launch_bounds__(childtune::kThreads)
-    count_steps(__grid_constant__ const childtune::ConstantsTable table) {
-  childtune::count_step(table, int64_t{blockIdx.x} * childtune::kThreads + threadIdx.x);
+#define CHILDTUNE_SIMPLE(name, Argument)                            \
+  extern "C" __global__ void __launch_bounds__(childtune::kThreads) \
+      name(__grid_constant__ const childtune::Argument argument)
+
+CHILDTUNE_SIMPLE(count_steps, ConstantsTable) {
+  childtune::count_step(argument, int64_t{blockIdx.x} * childtune::kThreads + threadIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(childtune::kThreads)
-    norm_chunks(__grid_constant__ const childtune::NormTable table) {
-  const childtune::GpuWarp warp{static_cast<int>(threadIdx.x % childtune::kWarp)};
-  childtune::sum_chunks(table, blockIdx.x, static_cast<int>(threadIdx.x / childtune::kWarp), warp);
+CHILDTUNE_SIMPLE(norm_chunks, NormTable) {
+  childtune::sum_chunks(argument, blockIdx.x, childtune::warp_number(), childtune::this_warp());
 }
 
-extern "C" __global__ void __launch_bounds__(childtune::kThreads)
-    norm_tensors(__grid_constant__ const childtune::NormTable table) {
-  childtune::sum_tensor(table, blockIdx.x, childtune::GpuBlock{});
+CHILDTUNE_SIMPLE(norm_tensors, NormTable) { childtune::sum_tensor(argument, blockIdx.x, childtune::GpuBlock{}); }
+
+CHILDTUNE_SIMPLE(norm_total, NormTotal) {
+  if (threadIdx.x == 0) childtune::sum_total(argument);
 }
 
-extern "C" __global__ void norm_total(__grid_constant__ const childtune::NormTotal norm) {
-  if (threadIdx.x == 0) childtune::sum_total(norm);
+CHILDTUNE_SIMPLE(add_squares, SquaresArgument) {
+  childtune::add_squares(argument, blockIdx.x, childtune::thread_number());
+}
+
+CHILDTUNE_SIMPLE(count_digits, ScoreTable) {
+  __shared__ uint32_t counts[childtune::kDigits];
+  childtune::count_digits(argument, blockIdx.x, counts, childtune::GpuBlock{});
+}
+
+CHILDTUNE_SIMPLE(write_above, ScoreTable) {
+  childtune::write_above(argument, blockIdx.x, childtune::warp_number(), childtune::this_warp());
+}
+
+CHILDTUNE_SIMPLE(add_ties, ScoreTable) {
+  childtune::add_ties(argument, blockIdx.x, childtune::warp_number(), childtune::this_warp());
 }

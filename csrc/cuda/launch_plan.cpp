@@ -9,12 +9,10 @@ namespace {
 
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;  // of a launch: CUDA's limit
 
-Kind kind_of(const StepItem& item, bool large) {
-  return {item.dtype, item.masked, item.data[kMaxExpAvgSq] != nullptr, large};
-}
-
-bool same_kind(const Kind& a, const Kind& b) {
-  return a.dtype == b.dtype && a.masked == b.masked && a.amsgrad == b.amsgrad;
+// But for the size of the table.
+Kind kind_of(const StepItem& item) {
+  const Trained trained = item.child.bits != nullptr ? Trained::kChild : item.masked ? Trained::kMasked : Trained::kAll;
+  return {item.dtype, trained, item.data[kMaxExpAvgSq] != nullptr, false};
 }
 
 int64_t run_of(const StepItem& item) { return item.slice.run == 0 ? item.numel : std::min(item.slice.run, item.numel); }
@@ -41,7 +39,8 @@ bool has_vectors(const StepItem& item) {
   if (run_of(item) < item.numel && (item.slice.run % 4 != 0 || item.slice.stride % 4 != 0)) return false;
   const uintptr_t state_size = item.dtype == DType::kFloat64 ? 8 : 4;
   const uintptr_t param_size = item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : state_size;
-  for (int s = 0; s < kStreams; ++s) {
+  const int streams = item.child.bits != nullptr ? kGrad + 1 : kStreams;  // a compact state is read one by one
+  for (int s = 0; s < streams; ++s) {
     if (item.data[s] == nullptr) continue;
     const uintptr_t size = s <= kGrad ? param_size : state_size;
     const uintptr_t first_quad = reinterpret_cast<uintptr_t>(item.data[s]) - item.slice.offset % 4 * size;
@@ -51,7 +50,7 @@ bool has_vectors(const StepItem& item) {
 }
 
 template <class T>
-StepClass<T> class_of(const StepItem& item) {
+StepClass<T> wanted_class(const StepItem& item) {
   return {item.constants.cast<T>(), item.key.seed, item.key.step, item.keep_threshold};
 }
 
@@ -61,31 +60,40 @@ bool same(const StepClass<T>& a, const StepClass<T>& b) {
   return memcmp(&a, &b, sizeof(a)) == 0;
 }
 
+void describe(const StepItem& item, TableItem* entry) {
+  entry->run = run_of(item);
+  entry->offset = item.slice.offset;
+  entry->stride = item.slice.stride;
+  entry->tiles_per_run = tiles_per_run(item);
+}
+
+void describe(const StepItem& item, ChildItem* entry) {
+  entry->child = item.child;
+  entry->decay_outside = item.decay_outside;
+}
+
 // A table being filled. The latest class comes first: parameters of a group mostly follow each other.
-template <class T, int kBytes>
+template <class Table>
 class Filler {
  public:
-  explicit Filler(StepTable<T, kBytes>* table) : table_(table) {}
+  explicit Filler(Table* table) : table_(table) {}
 
   // Returns false if the table has no room.
   bool add(const StepItem& item) {
     const int64_t blocks = blocks_of(item);
-    if (table_->header.items == StepTable<T, kBytes>::kItems || blocks_ + blocks > kMostBlocks) return false;
-    const StepClass<T> wanted = class_of<T>(item);
+    if (table_->header.items == Table::kItems || blocks_ + blocks > kMostBlocks) return false;
+    const auto wanted = wanted_class<decltype(table_->classes[0].constants.eps)>(item);
     int number = classes_ - 1;
     while (number >= 0 && !same(table_->classes[number], wanted)) --number;
     if (number < 0) {
-      if (classes_ == StepTable<T, kBytes>::kClasses) return false;
+      if (classes_ == Table::kClasses) return false;
       number = classes_++;
       table_->classes[number] = wanted;
     }
-    TableItem& entry = table_->items[table_->header.items++];
+    auto& entry = table_->items[table_->header.items++];
     std::copy(item.data, item.data + kStreams, entry.data);
     entry.numel = item.numel;
-    entry.run = run_of(item);
-    entry.offset = item.slice.offset;
-    entry.stride = item.slice.stride;
-    entry.tiles_per_run = tiles_per_run(item);
+    describe(item, &entry);
     entry.first_block = static_cast<uint32_t>(blocks_);
     entry.param_index = item.key.param_index;
     entry.step_class = static_cast<uint32_t>(number);
@@ -97,7 +105,7 @@ class Filler {
   uint32_t blocks() const { return static_cast<uint32_t>(blocks_); }
 
  private:
-  StepTable<T, kBytes>* table_;
+  Table* table_;
   int classes_ = 0;
   int64_t blocks_ = 0;
 };
@@ -106,23 +114,23 @@ class Filler {
 
 Refusal refusal(const StepItem& item) {
   if (item.layout != nullptr) return Refusal::kStrided;
-  if (item.child.bits != nullptr) return Refusal::kChildNetwork;
   if (item.numel > 0 && blocks_of(item) > kMostBlocks) return Refusal::kTooLarge;
   return Refusal::kNone;
 }
 
 int kind_number(const Kind& kind) {
-  return static_cast<int>(kind.dtype) * 8 + kind.masked * 4 + kind.amsgrad * 2 + kind.large;
+  return static_cast<int>(kind.dtype) * 12 + static_cast<int>(kind.trained) * 4 + kind.amsgrad * 2 + kind.large;
 }
 
-const char* kernel_name(const Kind& kind) {
-#define CHILDTUNE_NAMES(dtype)                                                                                \
-  #dtype "_small", #dtype "_large", #dtype "_amsgrad_small", #dtype "_amsgrad_large", #dtype "_masked_small", \
-      #dtype "_masked_large", #dtype "_masked_amsgrad_small", #dtype "_masked_amsgrad_large"
-  static const char* const names[kKinds] = {CHILDTUNE_NAMES(step_float32), CHILDTUNE_NAMES(step_float64),
-                                            CHILDTUNE_NAMES(step_bfloat16), CHILDTUNE_NAMES(step_float16)};
-#undef CHILDTUNE_NAMES
-  return names[kind_number(kind)];
+Kind kind_of_number(int number) {
+  return {static_cast<DType>(number / 12), static_cast<Trained>(number / 4 % 3), (number & 2) != 0, (number & 1) != 0};
+}
+
+std::string kernel_name(const Kind& kind) {
+  static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  static const char* const trained[] = {"", "_masked", "_child"};
+  return std::string("step_") + dtypes[static_cast<int>(kind.dtype)] + trained[static_cast<int>(kind.trained)] +
+         (kind.amsgrad ? "_amsgrad" : "") + (kind.large ? "_large" : "_small");
 }
 
 bool LaunchPlan::build(const std::vector<StepItem>& items, const DeviceConstants* constants, const float* found_inf) {
@@ -130,44 +138,52 @@ bool LaunchPlan::build(const std::vector<StepItem>& items, const DeviceConstants
   int64_t counts[kKinds] = {};
   for (const StepItem& item : items) {
     if (refusal(item) != Refusal::kNone) return false;
-    if (item.numel > 0) ++counts[kind_number(kind_of(item, false))];
+    if (item.numel > 0) ++counts[kind_number(kind_of(item))];
   }
   const TableHeader header{constants, found_inf, 0};
-  for (const StepItem& item : items) {
-    int64_t& count = counts[kind_number(kind_of(item, false))];
-    if (item.numel == 0 || count == 0) continue;
-    if (item.dtype == DType::kFloat64) {
-      const bool large = large_arguments_ && count > StepTable<double, kSmallArguments>::kItems;
-      large ? add_items<double, kLargeArguments>(kind_of(item, true), items, header)
-            : add_items<double, kSmallArguments>(kind_of(item, false), items, header);
+  for (int number = 0; number < kKinds; ++number) {
+    if (counts[number] == 0) continue;
+    const Kind kind = kind_of_number(number);
+    const bool is_double = kind.dtype == DType::kFloat64;
+    if (kind.trained == Trained::kChild) {
+      is_double ? add_kind<double, ChildItem>(kind, counts[number], items, header)
+                : add_kind<float, ChildItem>(kind, counts[number], items, header);
     } else {
-      const bool large = large_arguments_ && count > StepTable<float, kSmallArguments>::kItems;
-      large ? add_items<float, kLargeArguments>(kind_of(item, true), items, header)
-            : add_items<float, kSmallArguments>(kind_of(item, false), items, header);
+      is_double ? add_kind<double, TableItem>(kind, counts[number], items, header)
+                : add_kind<float, TableItem>(kind, counts[number], items, header);
     }
-    count = 0;  // all of this kind are in
   }
   return true;
 }
 
-template <class T, int kBytes>
+template <class T, class Item>
+void LaunchPlan::add_kind(Kind kind, int64_t count, const std::vector<StepItem>& items, const TableHeader& header) {
+  using Small = StepTable<T, Item, kSmallArguments>;
+  kind.large = large_arguments_ && count > Small::kItems;
+  kind.large ? add_items<StepTable<T, Item, kLargeArguments>>(kind, items, header)
+             : add_items<Small>(kind, items, header);
+}
+
+template <class Table>
 void LaunchPlan::add_items(const Kind& kind, const std::vector<StepItem>& items, const TableHeader& header) {
-  Filler<T, kBytes> filler(start_launch<T, kBytes>(kind, header));
+  Kind of_items = kind;
+  of_items.large = false;
+  Filler<Table> filler(start_launch<Table>(kind, header));
   for (const StepItem& item : items) {
-    if (item.numel == 0 || !same_kind(kind_of(item, false), kind)) continue;
+    if (item.numel == 0 || kind_number(kind_of(item)) != kind_number(of_items)) continue;
     if (!filler.add(item)) {
-      filler = Filler<T, kBytes>(start_launch<T, kBytes>(kind, header));
+      filler = Filler<Table>(start_launch<Table>(kind, header));
       filler.add(item);
     }
     launches_.back().blocks = filler.blocks();
   }
 }
 
-template <class T, int kBytes>
-StepTable<T, kBytes>* LaunchPlan::start_launch(const Kind& kind, const TableHeader& header) {
+template <class Table>
+Table* LaunchPlan::start_launch(const Kind& kind, const TableHeader& header) {
   launches_.push_back({kind, 0});
   if (arguments_.size() < launches_.size()) arguments_.emplace_back();
-  auto* table = new (arguments_[launches_.size() - 1].bytes) StepTable<T, kBytes>;
+  auto* table = new (arguments_[launches_.size() - 1].bytes) Table;
   table->header = header;
   return table;
 }

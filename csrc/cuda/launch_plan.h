@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <vector>
 
 #include "cuda/step_table.h"
@@ -9,19 +10,24 @@
 namespace childtune {
 
 // Why the kernels cannot take a parameter, which then needs another backend.
-enum class Refusal { kNone, kStrided, kChildNetwork, kTooLarge };
+enum class Refusal { kNone, kStrided, kTooLarge };
 
 Refusal refusal(const StepItem& item);
+
+// Which weights of a parameter are trained: all, those that a random mask keeps, or a child network.
+enum class Trained : uint8_t { kAll, kMasked, kChild };
 
 // What a kernel is compiled for.
 struct Kind {
   DType dtype;
-  bool masked, amsgrad, large;  // large: its table is of kLargeArguments
+  Trained trained;
+  bool amsgrad, large;  // large: its table is of kLargeArguments
 };
-constexpr int kKinds = 32;
+constexpr int kKinds = 48;
 
-int kind_number(const Kind& kind);          // below kKinds
-const char* kernel_name(const Kind& kind);  // in kernels.cu
+int kind_number(const Kind& kind);  // below kKinds
+Kind kind_of_number(int number);
+std::string kernel_name(const Kind& kind);  // in kernels.cu
 
 struct Launch {
   Kind kind;
@@ -47,10 +53,12 @@ class LaunchPlan {
     unsigned char bytes[kLargeArguments];
   };
 
-  template <class T, int kBytes>
+  template <class T, class Item>
+  void add_kind(Kind kind, int64_t count, const std::vector<StepItem>& items, const TableHeader& header);
+  template <class Table>
   void add_items(const Kind& kind, const std::vector<StepItem>& items, const TableHeader& header);
-  template <class T, int kBytes>
-  StepTable<T, kBytes>* start_launch(const Kind& kind, const TableHeader& header);
+  template <class Table>
+  Table* start_launch(const Kind& kind, const TableHeader& header);
 
   bool large_arguments_;
   std::vector<Launch> launches_;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/dtypes.h"
+#include "core/packed_mask.h"
 #include "cuda/device_constants.h"
 
 namespace childtune {
@@ -11,8 +12,9 @@ namespace childtune {
 constexpr int kBlockChunks = 32;  // of a block of threads
 
 struct NormItem {
-  const void* grad;  // contiguous
-  int64_t numel;     // not 0
+  const void* grad;     // contiguous
+  const uint8_t* bits;  // of the elements that count, as in PackedMask; nullptr: all
+  int64_t numel;        // not 0
   int64_t first_chunk;
   DType dtype;
 };
@@ -40,34 +42,33 @@ CHILDTUNE_INLINE int64_t norm_chunks_of(int64_t numel) { return (numel + kNormCh
 // What is in a lane's place number `k` once halving has left it `kPlaces`, of 32 at first: the squares of elements 32
 // apart, which is what halving brings together before neighbours meet.
 template <int kPlaces, class P>
-CHILDTUNE_INLINE double halved_squares(const P* grad, int64_t first, int64_t end, int k) {
+CHILDTUNE_INLINE double halved_squares(const NormItem& item, int64_t first, int k) {
   if constexpr (kPlaces < kNormChunk / kWarp) {
-    return halved_squares<2 * kPlaces>(grad, first, end, k) +
-           halved_squares<2 * kPlaces>(grad, first, end, k + kPlaces);
+    return halved_squares<2 * kPlaces, P>(item, first, k) + halved_squares<2 * kPlaces, P>(item, first, k + kPlaces);
   } else {
     const int64_t at = first + kWarp * k;
-    const double value = at < end ? static_cast<double>(load(grad[at])) : 0.0;
+    const bool counts = at < item.numel && (item.bits == nullptr || in_child(item.bits, at));
+    const double value = counts ? static_cast<double>(load(static_cast<const P*>(item.grad)[at])) : 0.0;
     return value * value;
   }
 }
 
 // What lane `lane` adds up of a chunk. The lanes' sums, halved again, are the chunk's.
 template <class P>
-CHILDTUNE_INLINE double lane_squares(const void* grad, int64_t begin, int64_t end, int lane) {
-  return halved_squares<1>(static_cast<const P*>(grad), begin + lane, end, 0);
+CHILDTUNE_INLINE double lane_squares_of(const NormItem& item, int64_t chunk, int lane) {
+  return halved_squares<1, P>(item, chunk * kNormChunk + lane, 0);
 }
 
 CHILDTUNE_INLINE double lane_squares(const NormItem& item, int64_t chunk, int lane) {
-  const int64_t begin = chunk * kNormChunk;
   switch (item.dtype) {
     case DType::kFloat32:
-      return lane_squares<float>(item.grad, begin, item.numel, lane);
+      return lane_squares_of<float>(item, chunk, lane);
     case DType::kFloat64:
-      return lane_squares<double>(item.grad, begin, item.numel, lane);
+      return lane_squares_of<double>(item, chunk, lane);
     case DType::kBFloat16:
-      return lane_squares<BFloat16>(item.grad, begin, item.numel, lane);
+      return lane_squares_of<BFloat16>(item, chunk, lane);
     case DType::kFloat16:
-      return lane_squares<Float16>(item.grad, begin, item.numel, lane);
+      return lane_squares_of<Float16>(item, chunk, lane);
   }
   return 0.0;
 }

@@ -47,46 +47,45 @@ CHILDTUNE_INLINE Four<V>& four(void* const* data, Stream stream, int64_t at) {
   return *reinterpret_cast<Four<V>*>(element<V>(data, stream, at));
 }
 
-template <bool kAmsgrad, class P>
-CHILDTUNE_INLINE void load_quad(void* const* data, const QuadSpan& span, Quad<P>& quad) {
-  using T = typename ComputeType<P>::type;
+template <class V>
+CHILDTUNE_INLINE void load_four(void* const* data, Stream stream, const QuadSpan& span, Four<V>& to) {
   if (span.vector) {
-    quad.param = four<P>(data, kParam, span.at);
-    quad.grad = four<P>(data, kGrad, span.at);
-    quad.exp_avg = four<T>(data, kExpAvg, span.at);
-    quad.exp_avg_sq = four<T>(data, kExpAvgSq, span.at);
-    if (kAmsgrad) quad.max_exp_avg_sq = four<T>(data, kMaxExpAvgSq, span.at);
+    to = four<V>(data, stream, span.at);
     return;
   }
   CHILDTUNE_UNROLLED
   for (int i = 0; i < 4; ++i) {
-    if (i < span.low || i >= span.high) continue;
-    quad.param.of[i] = *element<P>(data, kParam, span.at + i);
-    quad.grad.of[i] = *element<P>(data, kGrad, span.at + i);
-    quad.exp_avg.of[i] = *element<T>(data, kExpAvg, span.at + i);
-    quad.exp_avg_sq.of[i] = *element<T>(data, kExpAvgSq, span.at + i);
-    if (kAmsgrad) quad.max_exp_avg_sq.of[i] = *element<T>(data, kMaxExpAvgSq, span.at + i);
+    if (i >= span.low && i < span.high) to.of[i] = *element<V>(data, stream, span.at + i);
+  }
+}
+
+template <class V>
+CHILDTUNE_INLINE void store_four(void* const* data, Stream stream, const QuadSpan& span, const Four<V>& from) {
+  if (span.vector) {
+    four<V>(data, stream, span.at) = from;
+    return;
+  }
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < 4; ++i) {
+    if (i >= span.low && i < span.high) *element<V>(data, stream, span.at + i) = from.of[i];
   }
 }
 
 template <bool kAmsgrad, class P>
+CHILDTUNE_INLINE void load_quad(void* const* data, const QuadSpan& span, Quad<P>& quad) {
+  load_four(data, kParam, span, quad.param);
+  load_four(data, kGrad, span, quad.grad);
+  load_four(data, kExpAvg, span, quad.exp_avg);
+  load_four(data, kExpAvgSq, span, quad.exp_avg_sq);
+  if (kAmsgrad) load_four(data, kMaxExpAvgSq, span, quad.max_exp_avg_sq);
+}
+
+template <bool kAmsgrad, class P>
 CHILDTUNE_INLINE void store_quad(void* const* data, const QuadSpan& span, const Quad<P>& quad) {
-  using T = typename ComputeType<P>::type;
-  if (span.vector) {
-    four<P>(data, kParam, span.at) = quad.param;
-    four<T>(data, kExpAvg, span.at) = quad.exp_avg;
-    four<T>(data, kExpAvgSq, span.at) = quad.exp_avg_sq;
-    if (kAmsgrad) four<T>(data, kMaxExpAvgSq, span.at) = quad.max_exp_avg_sq;
-    return;
-  }
-  CHILDTUNE_UNROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (i < span.low || i >= span.high) continue;
-    *element<P>(data, kParam, span.at + i) = quad.param.of[i];
-    *element<T>(data, kExpAvg, span.at + i) = quad.exp_avg.of[i];
-    *element<T>(data, kExpAvgSq, span.at + i) = quad.exp_avg_sq.of[i];
-    if (kAmsgrad) *element<T>(data, kMaxExpAvgSq, span.at + i) = quad.max_exp_avg_sq.of[i];
-  }
+  store_four(data, kParam, span, quad.param);
+  store_four(data, kExpAvg, span, quad.exp_avg);
+  store_four(data, kExpAvgSq, span, quad.exp_avg_sq);
+  if (kAmsgrad) store_four(data, kMaxExpAvgSq, span, quad.max_exp_avg_sq);
 }
 
 // One tile's phases, each as one lane goes through it.
@@ -152,24 +151,30 @@ struct TileStep {
   }
 };
 
+// What parameters of a class share in this step, whoever counts it.
+template <class T, class Item>
+CHILDTUNE_INLINE StepClass<T> class_of(const TableHeader& header, const StepClass<T>& step_class, const Item& item) {
+  if (header.constants == nullptr) return step_class;
+  const DeviceConstants& counted = header.constants[item.param_index];
+  return {counted.constants.cast<T>(), step_class.seed, counted.step, step_class.keep_threshold};
+}
+
+CHILDTUNE_INLINE bool is_skipped(const TableHeader& header) {
+  return header.found_inf != nullptr && *header.found_inf != 0.0f;
+}
+
 // What warp `warp_number` of block `block` does.
 template <class P, bool kMasked, bool kAmsgrad, class Table, class Warp>
 CHILDTUNE_INLINE void step_warp(const Table& table, uint32_t block, int warp_number, const Warp& warp) {
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0.0f) return;
+  if (is_skipped(table.header)) return;
   const TableItem item = table.items[item_of_block(table, block)];  // a copy, or no stores become vectors
-  const auto& step_class = table.classes[item.step_class];
-  auto constants = step_class.constants;
-  MaskKey key{step_class.seed, step_class.step, item.param_index};
-  if (table.header.constants != nullptr) {
-    const DeviceConstants& counted = table.header.constants[item.param_index];
-    constants = counted.constants.cast<typename ComputeType<P>::type>();
-    key.step = counted.step;
-  }
+  const auto of_class = class_of(table.header, table.classes[item.step_class], item);
+  const MaskKey key{of_class.seed, of_class.step, item.param_index};
   const int64_t first_tile = int64_t{kChunkTiles} * (block - item.first_block);
   for (int i = warp_number; i < kChunkTiles; i += kThreads / kWarp) {
     const TileSpan span = tile_span(item, first_tile + i);
     if (span.low >= span.high) return;
-    warp.run(TileStep<P, kMasked, kAmsgrad>{item, constants, key, step_class.keep_threshold, span});
+    warp.run(TileStep<P, kMasked, kAmsgrad>{item, of_class.constants, key, of_class.keep_threshold, span});
   }
 }
 

@@ -1,5 +1,5 @@
 // The argument of a step's kernel: a table of parameters, passed by value, and which piece of which parameter each
-// block of threads takes.
+// block of threads takes. cuda/child_kernel.h says how those with a child network are cut.
 //
 // Work goes in tiles of 256 elements, one to a warp at a time: two of the mask's blocks, so 32 Philox counters, one per
 // lane. Tiles begin where mask blocks begin, so the first and last of a run may be partly empty. A parameter has
@@ -35,25 +35,35 @@ struct TableItem {
   bool vectors;  // every group of four elements that a lane takes is aligned
 };
 
+// A parameter of which a child network is trained. It is whole, and its state is the child network's alone.
+struct ChildItem {
+  void* data[kStreams];
+  int64_t numel;
+  PackedMask child;
+  uint32_t first_block;  // these three as in TableItem
+  uint32_t param_index;
+  uint32_t step_class;
+  bool vectors;
+  bool decay_outside;
+};
+
 struct TableHeader {
   const DeviceConstants* constants;  // on the device, by param_index; nullptr: they are in the classes
   const float* found_inf;            // on the device: unless zero, nothing is written; nullptr: zero
   int64_t items;
 };
 
-template <class T, int kBytes>
+// T: the type that computes. Item: TableItem or ChildItem.
+template <class T, class Item, int kBytes>
 struct StepTable {
   static constexpr int kClasses = kBytes / 512;
   static constexpr int kItems =
-      static_cast<int>((kBytes - sizeof(TableHeader) - kClasses * sizeof(StepClass<T>)) / sizeof(TableItem));
+      static_cast<int>((kBytes - sizeof(TableHeader) - kClasses * sizeof(StepClass<T>)) / sizeof(Item));
   TableHeader header;
   StepClass<T> classes[kClasses];
-  TableItem items[kItems];
+  Item items[kItems];
+  static_assert(sizeof(header) + sizeof(classes) + sizeof(items) <= kBytes, "an argument's limit");
 };
-static_assert(sizeof(StepTable<float, kSmallArguments>) <= kSmallArguments, "an argument's limit");
-static_assert(sizeof(StepTable<double, kSmallArguments>) <= kSmallArguments, "an argument's limit");
-static_assert(sizeof(StepTable<float, kLargeArguments>) <= kLargeArguments, "an argument's limit");
-static_assert(sizeof(StepTable<double, kLargeArguments>) <= kLargeArguments, "an argument's limit");
 
 // The number of the item that a block of threads works on.
 template <class Table>

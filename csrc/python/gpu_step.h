@@ -16,17 +16,22 @@ namespace {
 constexpr int kLargeArgumentsSince = 12010;  // the driver's version, CUDA 12.1
 
 // The kernels' numbers: those of the step, by kind, and these.
-enum : size_t { kCountSteps = kKinds, kNormChunks, kNormTensors, kNormTotal };
+enum : size_t {
+  kCountSteps = kKinds,
+  kNormChunks,
+  kNormTensors,
+  kNormTotal,
+  kAddSquares,
+  kCountDigits,
+  kWriteAbove,
+  kAddTies
+};
 
 std::vector<std::string> kernel_names() {
-  std::vector<std::string> names(kKinds);
-  for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
-    for (int options = 0; options < kKinds / 4; ++options) {
-      const Kind kind{dtype, (options & 1) != 0, (options & 2) != 0, (options & 4) != 0};
-      names[kind_number(kind)] = kernel_name(kind);
-    }
-  }
-  names.insert(names.end(), {"count_steps", "norm_chunks", "norm_tensors", "norm_total"});
+  std::vector<std::string> names;
+  for (int number = 0; number < kKinds; ++number) names.push_back(kernel_name(kind_of_number(number)));
+  names.insert(names.end(), {"count_steps", "norm_chunks", "norm_tensors", "norm_total", "add_squares", "count_digits",
+                             "write_above", "add_ties"});
   return names;
 }
 
@@ -38,7 +43,7 @@ class GpuKernels {
       : device_(device),
         kernels_(device, image, kernel_names()),
         large_arguments_(cuda_driver_version() >= kLargeArgumentsSince &&
-                         kernels_.has(kind_number({DType::kFloat32, false, false, true}))) {
+                         kernels_.has(kind_number({DType::kFloat32, Trained::kAll, false, true}))) {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 
@@ -61,11 +66,7 @@ class GpuKernels {
     const DeviceScaler scaler{scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
     const int64_t bytes = prelude.build(w.items, w.groups, scaler);
     const py::object memory = memory_of(bytes);
-    const TensorView view = view_tensor(memory.ptr());
-    if (!view.is(kCodeUInt, 8) || view.device != device_ || !view.contiguous() || view.numel() < bytes ||
-        reinterpret_cast<uintptr_t>(view.data) % alignof(DeviceConstants) != 0)
-      refuse("memory_of must return uint8 memory of the device");
-    prelude.place(view.data);
+    prelude.place(place_of(memory, bytes));
     LaunchPlan& plan = plan_step(w, prelude.constants(), scaler.found_inf);
     const py::gil_scoped_release no_gil;
     for (const NormTable& table : prelude.norm_tables()) {
@@ -76,6 +77,21 @@ class GpuKernels {
     for (const ConstantsTable& table : prelude.constants_tables())
       launch(kCountSteps, &table, constants_blocks(table), stream);
     launch_step(plan, stream);
+  }
+
+  int device() const { return device_; }
+
+  // Where `memory`, a uint8 tensor there of at least so many bytes, lies.
+  void* place_of(const py::object& memory, int64_t bytes) const {
+    const TensorView view = view_tensor(memory.ptr());
+    if (!view.is(kCodeUInt, 8) || view.device != device_ || !view.contiguous() || view.numel() < bytes ||
+        reinterpret_cast<uintptr_t>(view.data) % alignof(DeviceConstants) != 0)
+      refuse("memory_of must return uint8 memory of the device");
+    return view.data;
+  }
+
+  void launch(size_t function, const void* argument, unsigned blocks, uintptr_t stream) const {
+    kernels_.launch(function, argument, blocks, kThreads, reinterpret_cast<void*>(stream));
   }
 
  private:
@@ -96,10 +112,6 @@ class GpuKernels {
     LaunchPlan& plan = large_arguments_ ? large_plan : small_plan;
     if (!plan.build(w.items, constants, found_inf)) refuse("on a GPU every tensor must be contiguous and its own");
     return plan;
-  }
-
-  void launch(size_t function, const void* argument, unsigned blocks, uintptr_t stream) const {
-    kernels_.launch(function, argument, blocks, kThreads, reinterpret_cast<void*>(stream));
   }
 
   void launch_step(const LaunchPlan& plan, uintptr_t stream) const {

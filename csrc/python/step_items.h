@@ -84,31 +84,40 @@ DType param_dtype(const TensorView& t) {
   refuse("param must be float32, float64, bfloat16 or float16");
 }
 
-bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel) {
-  return t.is(code, bits) && t.on_cpu() && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
+bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel, int device) {
+  return t.is(code, bits) && t.device == device && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
          (numel == 0 || t.data != nullptr);
 }
 
-// The bits of a child network's mask, after checking that they are those of `numel` weights.
-const uint8_t* child_bits(const TensorView& t, int64_t numel) {
+// The bits of a child network's mask, after checking that they are those of `numel` weights, as far as the host can.
+const uint8_t* child_bits(const TensorView& t, int64_t numel, int device) {
   static const uint8_t none = 0;
-  if (!is_vector_of(t, kCodeUInt, 8, mask_bytes(numel)))
-    refuse("child_bits must hold 128 bytes on the CPU for each 1024 weights begun");
+  if (!is_vector_of(t, kCodeUInt, 8, mask_bytes(numel), device))
+    refuse("child_bits must hold 128 bytes on the device of the step for each 1024 weights begun");
   if (numel == 0) return &none;
   const auto* bits = static_cast<const uint8_t*>(t.data);
-  if (numel % 8 != 0 && bits[numel / 8] >> (numel % 8) != 0) refuse("child_bits must end with the weights");
+  if (device != kCpu) {
+    if (reinterpret_cast<uintptr_t>(bits) % kMaskAlignment != 0) refuse("child_bits must be aligned to 16 bytes");
+  } else if (numel % 8 != 0 && bits[numel / 8] >> (numel % 8) != 0) {
+    refuse("child_bits must end with the weights");
+  }
   return bits;
 }
 
-PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t numel) {
+PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t count, int64_t numel, int device) {
   const int64_t blocks = mask_blocks(numel);
-  if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1))
-    refuse("child_ranks must hold a rank on the CPU for each 1024 weights begun, and the whole count");
+  if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1, device))
+    refuse("child_ranks must hold a rank on the device of the step for each 1024 weights begun, and the whole count");
   const auto* rank = static_cast<const int64_t*>(ranks.data);
-  bool counts = rank[0] == 0;
-  for (int64_t b = 0; b < blocks; ++b) counts = counts && rank[b] <= rank[b + 1] && rank[b + 1] - rank[b] <= kRankBlock;
-  if (!counts || rank[blocks] > numel) refuse("child_ranks must count the weights");
-  return {child_bits(bits, numel), rank, rank[blocks]};
+  bool counts = count >= 0 && count <= numel;
+  if (device == kCpu) {  // a GPU's kernels look at the ranks that they use
+    counts = counts && rank[0] == 0 && rank[blocks] == count;
+    for (int64_t b = 0; b < blocks; ++b) {
+      counts = counts && rank[b] <= rank[b + 1] && rank[b + 1] - rank[b] <= kRankBlock;
+    }
+  }
+  if (!counts) refuse("child_ranks must count the weights");
+  return {child_bits(bits, numel, device), rank, count};
 }
 
 // Sets the item's arrays, after checking that all lie on the device with the shape and the dtypes that the kernel
@@ -199,6 +208,7 @@ DeviceGroup device_group(const py::handle& group, int device, const HyperParams&
     result.lr_is_double = view.bits == 64;
   }
   result.clips = !max_grad_norm.is_none();
+  result.child_norm = group.attr("child_norm").cast<bool>();
   if (result.clips) result.max_grad_norm = max_grad_norm.cast<double>();
   return result;
 }
@@ -215,7 +225,7 @@ void add_group(const py::handle& group, int device, Counter counter, Workspace* 
   const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
       exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
       bits(group, "child_bits"), ranks(group, "child_ranks");
-  const py::list indices(group.attr("indices"));
+  const py::list indices(group.attr("indices")), counts(group.attr("child_counts"));
   const py::object slices = group.attr("slices");
   const bool amsgrad = group.attr("amsgrad").cast<bool>();
   const bool decay_outside = group.attr("decay_outside").cast<bool>();
@@ -229,7 +239,10 @@ void add_group(const py::handle& group, int device, Counter counter, Workspace* 
     TensorView views[kStreams] = {params.at(i), grads.at(i), exp_avgs.at(i), exp_avg_sqs.at(i), {}};
     if (amsgrad) views[kMaxExpAvgSq] = max_exp_avg_sqs.at(i);
     StepItem item{};
-    if (bits.list.size() > 0) item.child = packed_mask(bits.at(i), ranks.at(i), views[kParam].numel());
+    if (bits.list.size() > 0) {
+      const auto count = counts[i].cast<int64_t>();
+      item.child = packed_mask(bits.at(i), ranks.at(i), count, views[kParam].numel(), device);
+    }
     set_arrays(views, amsgrad ? 5 : 4, device, w, &item);
     if (counter == Counter::kGpu) {
       item.counter = const_cast<float*>(static_cast<const float*>(number_on(device, steps.at(i), "step")));

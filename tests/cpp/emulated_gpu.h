@@ -3,8 +3,11 @@
 
 #include <cstring>
 
+#include "cuda/child_kernel.h"
 #include "cuda/device_plan.h"
+#include "cuda/fisher_kernel.h"
 #include "cuda/launch_plan.h"
+#include "cuda/selection_kernel.h"
 #include "cuda/step_kernel.h"
 
 namespace childtune {
@@ -23,6 +26,27 @@ struct EmulatedWarp {
     for (int lane = 0; lane < kWarp; ++lane) tile.update(lane, votes[lane / 4], loaded[lane]);
   }
 
+  template <class Piece, class Slots>
+  void run(const Piece& piece, Slots& slots) const {
+    typename Piece::Loaded loaded[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = piece.load(lane);
+    for (int lane = kWarp - 1; lane >= 0; --lane) piece.collect(loaded[lane], slots);
+    for (int lane = 0; lane < kWarp; ++lane) piece.update(lane, loaded[lane], slots);
+    for (int lane = kWarp - 1; lane >= 0; --lane) piece.put_back(lane, loaded[lane], slots);
+  }
+
+  template <class OfLane>
+  uint32_t vote(const OfLane& of_lane) const {
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) votes |= static_cast<uint32_t>(of_lane(lane)) << lane;
+    return votes;
+  }
+
+  template <class V>
+  void write(V* to, V value) const {
+    *to = value;
+  }
+
   template <class OfLane>
   void sum(const OfLane& of_lane, double* to) const {
     double values[kWarp];
@@ -39,12 +63,23 @@ struct EmulatedBlock {
   void each(int64_t n, const Function& function) const {
     for (int64_t i = n - 1; i >= 0; --i) function(i);  // the order must not matter
   }
+
+  template <class V>
+  void add(V* to, uint32_t n) const {
+    *to += n;
+  }
 };
 
-inline void emulate_norm_chunks(const NormTable& table, uint32_t blocks) {
+// Calls visit(block, warp) for all of them.
+template <class Visit>
+void for_warps(uint32_t blocks, const Visit& visit) {
   for (uint32_t block = 0; block < blocks; ++block) {
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) sum_chunks(table, block, warp, EmulatedWarp{});
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) visit(block, warp);
   }
+}
+
+inline void emulate_norm_chunks(const NormTable& table, uint32_t blocks) {
+  for_warps(blocks, [&](uint32_t block, int warp) { sum_chunks(table, block, warp, EmulatedWarp{}); });
 }
 
 inline void emulate_norm_tensors(const NormTable& table, uint32_t blocks) {
@@ -64,23 +99,49 @@ inline void emulate(const DevicePlan& plan) {
   for (const ConstantsTable& table : plan.constants_tables()) emulate_count_steps(table, constants_blocks(table));
 }
 
-template <class P, bool kMasked, bool kAmsgrad, class Table>
-void emulate_kernel(const Table& table, uint32_t blocks) {
+inline void emulate_add_squares(const SquaresArgument& argument, uint32_t blocks) {
   for (uint32_t block = 0; block < blocks; ++block) {
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) {
-      step_warp<P, kMasked, kAmsgrad>(table, block, warp, EmulatedWarp{});
-    }
+    for (int thread = 0; thread < kThreads; ++thread) add_squares(argument, block, thread);
   }
+}
+
+inline void emulate_count_digits(const ScoreTable& table, uint32_t blocks) {
+  uint32_t counts[kDigits];
+  for (uint32_t block = 0; block < blocks; ++block) count_digits(table, block, counts, EmulatedBlock{});
+}
+
+inline void emulate_write_above(const ScoreTable& table, uint32_t blocks) {
+  for_warps(blocks, [&](uint32_t block, int warp) { write_above(table, block, warp, EmulatedWarp{}); });
+}
+
+inline void emulate_add_ties(const ScoreTable& table, uint32_t blocks) {
+  for_warps(blocks, [&](uint32_t block, int warp) { add_ties(table, block, warp, EmulatedWarp{}); });
+}
+
+template <class P, bool kMasked, bool kAmsgrad, class T, int kBytes>
+void emulate_kernel(const StepTable<T, TableItem, kBytes>& table, uint32_t blocks) {
+  for_warps(blocks,
+            [&](uint32_t block, int warp) { step_warp<P, kMasked, kAmsgrad>(table, block, warp, EmulatedWarp{}); });
+}
+
+template <class P, bool kMasked, bool kAmsgrad, class T, int kBytes>
+void emulate_kernel(const StepTable<T, ChildItem, kBytes>& table, uint32_t blocks) {
+  Slots<P> slots;
+  for_warps(blocks,
+            [&](uint32_t block, int warp) { step_child_warp<P, kAmsgrad>(table, block, warp, slots, EmulatedWarp{}); });
 }
 
 // Calls visit(table, P{}) with the table's type and the type of parameters.
 template <class Visit>
 void visit_table(const Kind& kind, const void* argument, Visit visit) {
+  const auto of_items = [&](auto param, auto item) {
+    using T = typename ComputeType<decltype(param)>::type;
+    using Item = decltype(item);
+    kind.large ? visit(*static_cast<const StepTable<T, Item, kLargeArguments>*>(argument), param)
+               : visit(*static_cast<const StepTable<T, Item, kSmallArguments>*>(argument), param);
+  };
   const auto sized = [&](auto param) {
-    using P = decltype(param);
-    using T = typename ComputeType<P>::type;
-    kind.large ? visit(*static_cast<const StepTable<T, kLargeArguments>*>(argument), param)
-               : visit(*static_cast<const StepTable<T, kSmallArguments>*>(argument), param);
+    kind.trained == Trained::kChild ? of_items(param, ChildItem{}) : of_items(param, TableItem{});
   };
   switch (kind.dtype) {
     case DType::kFloat32:
@@ -97,7 +158,7 @@ void visit_table(const Kind& kind, const void* argument, Visit visit) {
 inline void emulate(const Launch& launch, const void* argument) {
   visit_table(launch.kind, argument, [&](const auto& table, auto param) {
     using P = decltype(param);
-    if (launch.kind.masked) {
+    if (launch.kind.trained == Trained::kMasked) {
       launch.kind.amsgrad ? emulate_kernel<P, true, true>(table, launch.blocks)
                           : emulate_kernel<P, true, false>(table, launch.blocks);
     } else {

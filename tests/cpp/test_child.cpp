@@ -13,22 +13,14 @@
 template <class P>
 static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, uint32_t density) {
   for (int64_t n : {1, 3, 7, 8, 11, 24, 128, 1023, 1024, 1025, 70001}) {
-    std::vector<uint8_t> bits(mask_bytes(n));
-    std::vector<int64_t> ranks, children;
-    for (int64_t i = 0; i < n; ++i) {
-      if (i % kRankBlock == 0) ranks.push_back(static_cast<int64_t>(children.size()));
-      if (philox4x32_10(static_cast<uint32_t>(i), 0, 0, 0, 3, 4).word[0] % 100 >= density) continue;
-      bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
-      children.push_back(i);
-    }
-    const int64_t count = static_cast<int64_t>(children.size());
-    ranks.push_back(count);
+    ChildMask mask(n, density);
+    auto& [bits, ranks, children] = mask;
+    const int64_t count = mask.count();
     Arrays<P> fast(n, stride), plain(n, stride);
-    for (Arrays<P>* a : {&fast, &plain}) {
-      for (auto& state : a->state) state = {state.begin(), state.begin() + count};  // no room beside it
-    }
+    fast.keep_child(count);
+    plain.keep_child(count);
     StepItem item = fast.item(false, amsgrad, {});
-    item.child = {bits.data(), ranks.data(), count};
+    item.child = mask.packed();
     item.decay_outside = decay_outside;
     step_cpu({item}, 2);
     const auto c = item.constants.cast<typename Arrays<P>::T>();

@@ -180,6 +180,8 @@ void test_selection();
 void test_cuda_plan();
 void test_cuda_steps();
 void test_cuda_counted_steps();
+void test_cuda_child_steps();
+void test_cuda_scores();
 
 int main() {
   test_philox();
@@ -189,6 +191,8 @@ int main() {
   test_cuda_plan();
   test_cuda_steps();
   test_cuda_counted_steps();
+  test_cuda_child_steps();
+  test_cuda_scores();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");
     test_steps<float>();

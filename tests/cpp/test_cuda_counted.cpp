@@ -89,7 +89,7 @@ void step_on_device(Model* m, const Case& c, DevicePlan* prelude, LaunchPlan* pl
     const uint32_t group = items[i].group;
     const HyperParams h = m->hyper(items[i]);
     const bool clips = c.max_grad_norm > 0 && group % 2 == 0;
-    DeviceGroup made{h, nullptr, false, clips, c.max_grad_norm};
+    DeviceGroup made{h, nullptr, false, clips, false, c.max_grad_norm};
     if (c.lr_bits != 0) {
       lr_floats.push_back(static_cast<float>(h.lr));
       lr_doubles.push_back(h.lr);

@@ -1,4 +1,5 @@
 // Unit tests of cuda/launch_plan.h and cuda/step_table.h: who works on what. Called by test_core.cpp.
+#include <set>
 #include <string>
 
 #include "emulated_gpu.h"
@@ -12,6 +13,19 @@ static StepItem imagined(int64_t numel, MaskSlice slice = {}) {
   return item;
 }
 
+// The item's last block has work, and one more would have none.
+static void test_last_block(const TableItem& item, uint32_t end) {
+  const auto tiles_of = [&](uint32_t block) { return int64_t{kChunkTiles} * (block - item.first_block); };
+  const TileSpan last = tile_span(item, tiles_of(end - 1)), beyond = tile_span(item, tiles_of(end));
+  expect(last.low < last.high, "the last block has work", item.numel);
+  expect(beyond.low >= beyond.high || beyond.begin >= beyond.high, "a block more would have none", item.numel);
+}
+
+static void test_last_block(const ChildItem& item, uint32_t end) {
+  const int64_t chunk = int64_t{kChunkTiles} * kTile, blocks = end - item.first_block;
+  expect((blocks - 1) * chunk < item.numel && item.numel <= blocks * chunk, "blocks of a child network", item.numel);
+}
+
 // A chunk's number within its item, of each block that is asked for, is the search's; blocks follow without a gap.
 static void test_blocks(const LaunchPlan& plan) {
   for (size_t i = 0; i < plan.launches().size(); ++i) {
@@ -20,16 +34,13 @@ static void test_blocks(const LaunchPlan& plan) {
     visit_table(launch.kind, plan.argument(i), [&](const auto& table, auto) {
       expect(table.items[0].first_block == 0, "the first item has the first block");
       for (int k = 0; k < table.header.items; ++k) {
-        const TableItem& item = table.items[k];
+        const auto& item = table.items[k];
         const uint32_t end = k + 1 < table.header.items ? table.items[k + 1].first_block : launch.blocks;
         expect(item.first_block < end, "every item has a block", k);
         for (uint32_t block : {item.first_block, (item.first_block + end) / 2, end - 1}) {
           expect(item_of_block(table, block) == k, "a block finds its item", block);
         }
-        const auto tiles_of = [&](uint32_t block) { return int64_t{kChunkTiles} * (block - item.first_block); };
-        const TileSpan last = tile_span(item, tiles_of(end - 1)), beyond = tile_span(item, tiles_of(end));
-        expect(last.low < last.high, "the last block has work", k);
-        expect(beyond.low >= beyond.high || beyond.begin >= beyond.high, "a block more would have none", k);
+        test_last_block(item, end);
       }
     });
   }
@@ -42,18 +53,17 @@ static void test_coverage(int64_t numel, MaskSlice slice) {
   expect(plan.build({item}, nullptr, nullptr) && plan.launches().size() == 1, "a plan of one item");
   test_blocks(plan);
   std::vector<int> seen(static_cast<size_t>(numel));
-  visit_table(plan.launches()[0].kind, plan.argument(0), [&](const auto& table, auto) {
-    for (int64_t tile = 0; tile < int64_t{kChunkTiles} * plan.launches()[0].blocks; ++tile) {
-      const TileSpan span = tile_span(table.items[0], tile);
-      for (int64_t i = std::max(span.begin, span.low); i < std::min(span.begin + kTile, span.high); ++i) {
-        ++seen[static_cast<size_t>(i)];
-        const int64_t run = slice.run == 0 ? numel : slice.run;
-        const uint64_t element = slice.offset + static_cast<uint64_t>(i / run) * slice.stride + i % run;
-        const uint64_t tiles_say = span.mask_block * kMaskBlock + static_cast<uint64_t>(i - span.begin);
-        expect(element == tiles_say, "an element's place in the mask", i);
-      }
+  const auto* table = static_cast<const StepTable<float, TableItem, kSmallArguments>*>(plan.argument(0));
+  for (int64_t tile = 0; tile < int64_t{kChunkTiles} * plan.launches()[0].blocks; ++tile) {
+    const TileSpan span = tile_span(table->items[0], tile);
+    for (int64_t i = std::max(span.begin, span.low); i < std::min(span.begin + kTile, span.high); ++i) {
+      ++seen[static_cast<size_t>(i)];
+      const int64_t run = slice.run == 0 ? numel : slice.run;
+      const uint64_t element = slice.offset + static_cast<uint64_t>(i / run) * slice.stride + i % run;
+      const uint64_t tiles_say = span.mask_block * kMaskBlock + static_cast<uint64_t>(i - span.begin);
+      expect(element == tiles_say, "an element's place in the mask", i);
     }
-  });
+  }
   for (int64_t i = 0; i < numel; ++i) expect(seen[static_cast<size_t>(i)] == 1, "an element is in one tile", i);
 }
 
@@ -87,6 +97,17 @@ static void test_launches() {
     std::printf("BERT-large: %zu launches with %s arguments\n", plan.launches().size(), large ? "large" : "small");
     expect(!large || plan.launches().size() <= 4, "launches for BERT-large");
   }
+  std::vector<StepItem> with_child = items;  // as Child-Tuning_D has it: embeddings and head train in full
+  alignas(16) static const uint8_t bits[128] = {};
+  for (StepItem& item : with_child) {
+    item.masked = false;
+    item.keep_threshold = kKeepAll;
+    if (item.key.param_index > 5 && item.key.param_index < 390) item.child.bits = bits;
+  }
+  LaunchPlan of_child(true);
+  expect(of_child.build(with_child, nullptr, nullptr), "BERT-large with a child network");
+  test_blocks(of_child);
+  expect(of_child.launches().size() == 3, "launches of D", static_cast<long long>(of_child.launches().size()));
   DevicePlan counted;
   const int64_t bytes = counted.build(items, {DeviceGroup{}}, {nullptr, nullptr});
   expect(counted.constants_tables().size() + 2 <= 4, "launches for BERT-large where the GPU counts");
@@ -99,13 +120,10 @@ static void test_launches() {
 }
 
 static void test_refusals() {
-  StepItem strided = Arrays<float>(8, 3).item(false, false, {}), child = imagined(8);
-  const uint8_t bits[128] = {};
-  child.child.bits = bits;
+  const StepItem strided = Arrays<float>(8, 3).item(false, false, {});
   const int64_t most = int64_t{0x7FFFFFFF} * kChunkTiles * kTile;
   const StepItem most_tiny_runs = imagined(int64_t{0x7FFFFFFF} * kChunkTiles, {0, 1, 128});
   expect(refusal(strided) == Refusal::kStrided, "a strided array is refused");
-  expect(refusal(child) == Refusal::kChildNetwork, "a child network is refused");
   expect(refusal(imagined(most)) == Refusal::kNone, "the most elements");
   expect(refusal(imagined(most + 1)) == Refusal::kTooLarge, "more than the most elements");
   expect(refusal(imagined(INT64_MAX)) == Refusal::kTooLarge, "far too many elements");
@@ -118,12 +136,16 @@ static void test_refusals() {
 
 static void test_kernel_names() {
   const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  std::set<std::string> names;
   for (int n = 0; n < kKinds; ++n) {
-    const Kind kind{static_cast<DType>(n / 8), (n & 4) != 0, (n & 2) != 0, (n & 1) != 0};
-    const std::string name = std::string("step_") + dtypes[n / 8] + (kind.masked ? "_masked" : "") +
+    const Kind kind = kind_of_number(n);
+    const char* const trained[] = {"", "_masked", "_child"};
+    const std::string name = std::string("step_") + dtypes[n / 12] + trained[static_cast<int>(kind.trained)] +
                              (kind.amsgrad ? "_amsgrad" : "") + (kind.large ? "_large" : "_small");
     expect(kernel_name(kind) == name && kind_number(kind) == n, "a kernel's name", n);
+    names.insert(name);
   }
+  expect(names.size() == kKinds, "every kernel has a name of its own");
 }
 
 void test_cuda_plan() {

@@ -52,6 +52,11 @@ struct Arrays {
     }
   }
 
+  // Leaves the state of a child network alone, with no room beside it.
+  void keep_child(int64_t count) {
+    for (auto& values : state) values = {values.begin(), values.begin() + count};
+  }
+
   StepItem item(bool masked, bool amsgrad, MaskSlice slice) {
     StepItem it{};
     void* data[kStreams] = {param.data(), grad.data(), state[0].data(), state[1].data(), state[2].data()};
@@ -68,6 +73,25 @@ struct Arrays {
     it.constants = step_constants(h, 3);
     return it;
   }
+};
+
+// A child network's mask of n weights, of about so many percent.
+struct ChildMask {
+  std::vector<uint8_t> bits;
+  std::vector<int64_t> ranks, children;  // children: the weights, by index
+
+  ChildMask(int64_t n, uint32_t percent) : bits(mask_bytes(n)) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (i % kRankBlock == 0) ranks.push_back(count());
+      if (philox4x32_10(static_cast<uint32_t>(i), 0, 0, 0, 3, 4).word[0] % 100 >= percent) continue;
+      bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
+      children.push_back(i);
+    }
+    ranks.push_back(count());
+  }
+
+  int64_t count() const { return static_cast<int64_t>(children.size()); }
+  PackedMask packed() const { return {bits.data(), ranks.data(), count()}; }
 };
 
 template <class V>

@@ -1,0 +1,78 @@
+// The squares of one gradient, added to Fisher scores on a GPU: functions for host and device, as in
+// cuda/step_kernel.h.
+#pragma once
+
+#include "core/fisher.h"
+#include "cuda/step_kernel.h"
+
+namespace childtune {
+
+constexpr int kSquaresRounds = 4;                                 // of a thread, which takes two quads in each
+constexpr int kSquaresChunk = kSquaresRounds * 2 * 4 * kThreads;  // elements of a block of threads
+
+// The argument of the kernel `add_squares`, by value. All pointers are the device's.
+struct SquaresArgument {
+  void* data[kStreams];   // kGrad, and the scores, float, as kExpAvgSq; contiguous
+  const double* squares;  // of this gradient, their sum, by which it is clipped; nullptr: it is not
+  uint8_t* finite;        // becomes 0 if a gradient is not
+  int64_t numel;
+  double weight, grad_factor, grad_clip;
+  DType dtype;
+  bool vectors;  // every group of four elements is aligned
+};
+
+inline unsigned squares_blocks(const SquaresArgument& argument) {
+  return static_cast<unsigned>((argument.numel + kSquaresChunk - 1) / kSquaresChunk);
+}
+
+template <class P>
+CHILDTUNE_INLINE void add_squares_typed(const SquaresArgument& argument, int64_t begin, int thread) {
+  using T = typename ComputeType<P>::type;
+  double factor = argument.grad_factor;
+  if (argument.squares != nullptr) factor *= clip_factor(argument.grad_clip, *argument.squares, factor);
+  const T weight = static_cast<T>(argument.weight), grad_factor = static_cast<T>(factor);
+  auto seen = non_finite_bit(T(0));
+  for (int round = 0; round < kSquaresRounds; ++round) {
+    QuadSpan span[2];
+    Four<P> grad[2];
+    Four<float> score[2];
+    CHILDTUNE_UNROLLED
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = begin + 4 * ((2 * round + half) * kThreads + thread), there = argument.numel - at;
+      const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
+      span[half] = {at, 0, high, argument.vectors && high == 4};
+      grad[half] = {};
+      score[half] = {};
+      load_four(argument.data, kGrad, span[half], grad[half]);
+      load_four(argument.data, kExpAvgSq, span[half], score[half]);
+    }
+    CHILDTUNE_UNROLLED
+    for (int half = 0; half < 2; ++half) {
+      CHILDTUNE_UNROLLED
+      for (int i = 0; i < 4; ++i) {
+        const T g = load(grad[half].of[i]);
+        seen |= non_finite_bit(g);
+        add_square(weight, grad_factor, g, score[half].of[i]);
+      }
+      store_four(argument.data, kExpAvgSq, span[half], score[half]);
+    }
+  }
+  if (seen >> (8 * sizeof(seen) - 1) != 0) *argument.finite = 0;  // whoever writes it writes the same
+}
+
+// What thread `thread` of block `block` does.
+CHILDTUNE_INLINE void add_squares(const SquaresArgument& argument, uint32_t block, int thread) {
+  const int64_t begin = int64_t{kSquaresChunk} * block;
+  switch (argument.dtype) {
+    case DType::kFloat32:
+      return add_squares_typed<float>(argument, begin, thread);
+    case DType::kFloat64:
+      return add_squares_typed<double>(argument, begin, thread);
+    case DType::kBFloat16:
+      return add_squares_typed<BFloat16>(argument, begin, thread);
+    case DType::kFloat16:
+      return add_squares_typed<Float16>(argument, begin, thread);
+  }
+}
+
+}  // namespace childtune
