@@ -35,6 +35,30 @@ class Gpu(NamedTuple):
     notes: list[str]
 
 
+def asked_for(requested: str) -> bool:
+    """Whether a request for a backend means these kernels too: until a GPU has run them, "auto" does not."""
+    return backends.chosen(requested) == "native"
+
+
+def kernels_for(*tensors: Tensor) -> Any | None:
+    """Returns the kernels of the GPU that contiguous tensors lie on; None if it is none, or they are not asked for.
+
+    Raises:
+        BackendError: they are asked for and cannot be had.
+    """
+    device = tensors[0].device
+    if not (tensors[0].is_cuda and asked_for("auto")):
+        return None
+    if not all(tensor.device == device and tensor.is_contiguous() for tensor in tensors):
+        return None
+    return kernels_of(device.index)
+
+
+def stream_of(device: int) -> int:
+    """Returns torch's current stream on a GPU, as the kernels take it."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def kernels_of(device: int) -> Any:
     """Returns the kernels of a GPU.
 
@@ -106,7 +130,7 @@ def step(
         grad_scale: by what a GradScaler has multiplied all gradients, one number; None for 1.
         found_inf: unless it is 0, one number, the step is not taken; None for 0.
     """
-    kernels, stream = kernels_of(device), torch.cuda.current_stream(device).cuda_stream
+    kernels, stream = kernels_of(device), stream_of(device)
     on_host = grad_scale is None and found_inf is None and not any(map(_is_counted_there, groups))
     if on_host:
         kernels.step(groups, stream)
@@ -146,8 +170,13 @@ def _is_counted_there(group: StepGroup) -> bool:
 def _memory_of(kept: dict[int, Tensor], device: int, size: int) -> Tensor:
     """Memory of at least so many bytes: allocated at the first step, and when a later one needs more."""
     if device not in kept or kept[device].numel() < size:
-        kept[device] = torch.empty(size, dtype=torch.uint8, device=_place(device))
+        kept[device] = memory(device, size)
     return kept[device]
+
+
+def memory(device: int, size: int) -> Tensor:
+    """Returns so many bytes on a GPU, of any values."""
+    return torch.empty(size, dtype=torch.uint8, device=_place(device))
 
 
 def _place(device: int) -> torch.device:

@@ -75,7 +75,7 @@ def check_group(group: StepGroup) -> None:
     for i, (param, grad, step) in enumerate(zip(group.params, group.grads, group.steps, strict=True)):
         name = f"parameter {group.indices[i]} of shape {tuple(param.shape)}"
         _check_grad(name, param, grad)
-        shape = tuple(param.shape) if not group.child_bits else (int(group.child_ranks[i][-1]),)
+        shape = tuple(param.shape) if not group.child_bits else (group.child_counts[i],)
         for key, values in states.items():
             _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param), shape)
         _check_step(name, step)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .collect import is_sharded
-from .packed_mask import PackedMask, fingerprint
+from .packed_mask import Masks, PackedMask, fingerprint
 from .state import mark_child
 
 if TYPE_CHECKING:
     from .child_network import ChildNetwork
     from .optimizer import ChildAdamW
 
-Masks = dict[Tensor, PackedMask]
 FINGERPRINT = "child_fingerprint"  # in each param group of a checkpoint with a child network
 
 
@@ -52,6 +51,7 @@ def adopt(present: Masks, saved: Masks) -> Masks:
     Raises:
         ValueError: both have a child network, and not the same.
     """
+    present = {param: mask.to(param.device) for param, mask in present.items()}  # the model may have moved
     if not saved:
         return present
     same = present.keys() == saved.keys() and all(torch.equal(m.bits, saved[p].bits) for p, m in present.items())

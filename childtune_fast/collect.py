@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from . import _gpu, fallback
 from .checks import check_mask, check_options
 from .mask import KEEP_ALL, check_seed, keep_threshold
+from .packed_mask import Masks, PackedMask
 from .state import has_begun, init_state
 from .step_group import StepGroup
 
@@ -63,13 +64,14 @@ def collect(
             mask = masks.get(param) if masks else None
             if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # mostly without the call
                 states_before[param] = dict(state)
-                init_state(state, param, mask, amsgrad)
+                mask = _begin(state, param, masks, amsgrad)
             row = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
             if amsgrad:
                 row = (*row, state["max_exp_avg_sq"])
             if mask is not None:
                 check_mask(mask, param)
-                rows[_server(row, use_native, False), False, True].append((*row, mask.bits, mask.ranks))
+                of_mask = (mask.bits, mask.ranks, mask.count)
+                rows[_server(row, use_native, use_gpus), False, True].append((*row, *of_mask))
             elif type(param) is Parameter and use_native and param.is_cpu:  # mostly; a step has 2 us per parameter
                 plain_rows.append(row)
             else:
@@ -78,6 +80,15 @@ def collect(
             by_server[server].append(_step_group(group, optimizer, of_kind, server, *kind))
     on_native, on_torch = by_server.pop("cpu", []), by_server.pop(None, [])
     return on_native, by_server, on_torch
+
+
+def _begin(state: dict[str, Any], param: Tensor, masks: Masks, amsgrad: bool) -> PackedMask | None:
+    """Begins or extends a parameter's state; returns its mask, where the parameter is now: the model may have moved."""
+    mask = masks.get(param)
+    if mask is not None:
+        mask = masks[param] = mask.to(param.device)
+    init_state(state, param, mask, amsgrad)
+    return mask
 
 
 def _server(row: tuple[Any, ...], use_native: bool, use_gpus: bool) -> Server:
@@ -107,8 +118,8 @@ def _step_group(
     """Turns the rows of `collect` into columns, DTensors into what this rank holds of them."""
     if group["capturable"] and not isinstance(server, int):
         raise ValueError(
-            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, in no "
-            f"child network, with backend='native' (got one of shape {tuple(rows[0][0].shape)} on {rows[0][0].device}, "
+            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, with "
+            f"backend='native' (got one of shape {tuple(rows[0][0].shape)} on {rows[0][0].device}, "
             f"backend={optimizer.backend!r}); use capturable=False"
         )
     target = _empty_step_group(group, optimizer, server)
@@ -119,6 +130,7 @@ def _step_group(
         rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     if masked:
+        target.child_counts = columns.pop()
         target.child_ranks = columns.pop()
         target.child_bits = columns.pop()
     target.params, target.grads, target.exp_avgs, target.exp_avg_sqs, target.steps, target.indices = columns[:6]

@@ -136,11 +136,11 @@ def sum_of_squares(tensors: list[Tensor], child_bits: list[Tensor | None]) -> fl
         sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))
         sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
         totals.append(_sum_by_halving(sums))
-    return sum(_numbers(totals), 0.0)
+    return sum(numbers(totals), 0.0)
 
 
-def _numbers(scalars: list[Tensor]) -> list[float]:
-    """The values of 0-dim tensors; of all that are on one device at once, since each time the host waits for it."""
+def numbers(scalars: list[Tensor]) -> list[float]:
+    """Returns the values of 0-dim tensors; of all on one device at once, since each time the host waits for it."""
     values: dict[int, float] = {}
     for device in {scalar.device for scalar in scalars}:
         of_device = [i for i, scalar in enumerate(scalars) if scalar.device == device]

@@ -27,6 +27,7 @@ def estimate_fisher(
     grad_clip: float | None = None,
     parameters: Selector = None,
     train_mode: bool = False,
+    offload: str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Estimates the diagonal of the Fisher information: Child-Tuning_D's scores (Xu, Luo et al., EMNLP 2021, sec. 2.3).
@@ -52,10 +53,13 @@ def estimate_fisher(
         parameters: which to score, by name: a predicate, or a regular expression that is searched; None for all
             (default: None).
         train_mode: keeps dropout and the like on (default: False).
+        offload: "cpu" keeps the scores in the CPU's memory and squares there, for models whose scores do not fit beside
+            them on a GPU: each gradient is copied. None keeps them on the parameters' devices (default: None).
         progress: shows a progress bar (default: True).
 
     Returns:
-        {parameter name: float32 tensor of its shape, on its device}. A parameter that got no gradient scores 0.
+        {parameter name: float32 tensor of its shape, on its device, or on the CPU with `offload`}. A parameter that got
+        no gradient scores 0.
 
     Raises:
         ValueError: a batch whose loss or gradient is not finite (the message has its index, from 0), no batch at all,
@@ -71,9 +75,8 @@ def estimate_fisher(
     check_type("loss_fn", loss_fn, (Callable, type(None)), "a function of model and batch, or None")
     check_type("dataloader", dataloader, Iterable, "an iterable of batches")
     _check_no_hooks(model)
-    estimate = _Estimate(
-        model, loss_fn or loss_of_output, FisherAccumulator(model, grad_clip=grad_clip, parameters=parameters)
-    )
+    fisher = FisherAccumulator(model, grad_clip=grad_clip, parameters=parameters, offload=offload)
+    estimate = _Estimate(model, loss_fn or loss_of_output, fisher)
     take = estimate.examples if per_example else estimate.whole
     with leaving_as_it_was(model), torch.inference_mode(False), torch.enable_grad(), estimate.hooks():
         model.train(train_mode)

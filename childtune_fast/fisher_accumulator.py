@@ -1,5 +1,6 @@
 """FisherAccumulator: running sums of squared gradients, one float32 tensor for each parameter."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _gpu, fallback
 from . import backend as backends
-from . import fallback
 from .checks import check_model, check_type
 from .collect import is_sharded
 from .selector import Selector, predicate
@@ -36,20 +37,33 @@ class FisherAccumulator:
             published code does; None does not clip (default: None).
         parameters: which to score, by name: a predicate, or a regular expression that is searched; None for all
             (default: None).
+        offload: "cpu" keeps the sums in the CPU's memory and squares there, for models whose scores do not fit beside
+            them on a GPU: each gradient is copied. None keeps them on the parameters' devices (default: None).
 
     Raises:
-        ValueError: `grad_clip` is not above 0, no parameter is left, or one is sharded (a DTensor).
+        ValueError: `grad_clip` is not above 0, `offload` is another word, no parameter is left, or one is sharded (a
+            DTensor).
     """
 
-    def __init__(self, model: nn.Module, *, grad_clip: float | None = None, parameters: Selector = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        grad_clip: float | None = None,
+        parameters: Selector = None,
+        offload: str | None = None,
+    ) -> None:
         if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
             raise ValueError(
                 f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
                 "would be 0 and select nothing"
             )
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
         self.grad_clip = grad_clip
+        self._offload = offload
         self._params = _selected(model, parameters)
-        if any(param.is_cpu for param in self._params.values()):
+        if offload or any(param.is_cpu for param in self._params.values()):
             backends.resolve("auto")  # a build, or the reason why there is none, comes now and not amid a backward pass
         self._sums: dict[str, Tensor] = {}
         self.reset()
@@ -58,7 +72,7 @@ class FisherAccumulator:
     def reset(self) -> None:
         """Begins anew: as if nothing had been accumulated."""
         self._sums = {
-            name: torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            name: torch.zeros(param.shape, dtype=torch.float32, device=self._offload or param.device)
             for name, param in self._params.items()
         }
         self._weight = 0.0
@@ -152,8 +166,12 @@ class FisherAccumulator:
     def _add(self, name: str, grad: Tensor, weight: float, grad_factor: float) -> bool | Tensor:
         """Adds one gradient's squares; returns whether it was finite, without waiting for a GPU to know."""
         grad = _readable(grad)
-        if self._sums[name].device != grad.device:  # the model has moved
+        if self._offload:
+            grad = grad.to(self._offload)
+        elif self._sums[name].device != grad.device:  # the model has moved
             self._sums[name] = self._sums[name].to(grad.device)
+        if (kernels := _gpu.kernels_for(grad, self._sums[name])) is not None:
+            return self._add_on_gpu(kernels, self._sums[name], grad, weight, grad_factor)
         native = backends.resolve("auto") if grad.is_cpu else None
         threads = torch.get_num_threads()
         if self.grad_clip is not None:
@@ -165,9 +183,19 @@ class FisherAccumulator:
             return native.accumulate_squares(self._sums[name], grad, weight, grad_factor, threads)
         return fallback.accumulate_squares(self._sums[name], grad, weight, grad_factor)
 
+    def _add_on_gpu(self, kernels: Any, score: Tensor, grad: Tensor, weight: float, grad_factor: float) -> Tensor:
+        """`_add` by the kernels of the GPU that holds both, on its current stream: the gradient's, in a hook."""
+        device = grad.device.index
+        finite = torch.ones((), dtype=torch.uint8, device=grad.device)
+        factors = weight, grad_factor, self.grad_clip
+        memory_of = functools.partial(_gpu.memory, device)
+        kernels.accumulate_squares(score, grad, *factors, finite, _gpu.stream_of(device), memory_of)
+        return finite
+
     def _close(self, finite: dict[str, bool | Tensor], weight: float, where: str) -> None:
         """Counts the gradients just added as one of the given weight; raises if one of them was not finite."""
-        bad = [name for name, flag in finite.items() if not flag]
+        flags = {name: torch.as_tensor(flag) for name, flag in finite.items()}
+        bad = [name for name, flag in zip(flags, fallback.numbers(list(flags.values())), strict=True) if not flag]
         if bad:
             self._damaged = True
             more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -59,7 +59,7 @@ class ChildAdamW(CheckpointedAdamW):
         maximize: ascend instead of descend (default: False).
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
         capturable: a CUDA graph may capture the step, after one outside of it: step counts are on the GPU, and a replay
-            reads an `lr` that is a tensor there. Needs backend="native", GPUs, and no `child` (default: False).
+            reads an `lr` that is a tensor there. Needs backend="native" and GPUs (default: False).
         differentiable: must be False.
         decay: "all" decays every weight, "child" only those in `child`; "auto" is "child" with `child`, else "all"
             (default: "auto").
@@ -210,7 +210,7 @@ class ChildAdamW(CheckpointedAdamW):
         """Takes the step; returns whether it was taken, as far as the host knows."""
         native = backends.resolve(self.backend)
         try:
-            use_gpus = backends.chosen(self.backend) == "native"  # until a GPU has run them, "auto" does not take them
+            use_gpus = _gpu.asked_for(self.backend)
             on_native, on_gpu, on_torch = collect(self, native is not None, use_gpus, states_before)
         except KeyError as error:
             raise ValueError(

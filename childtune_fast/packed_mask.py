@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 1024  # weights
 _BLOCK_BYTES = BLOCK // 8
+_ALIGNMENT = 16  # bytes that a GPU reads at once
 _POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
 
 
@@ -30,12 +31,14 @@ class PackedMask:
     """
 
     def __init__(self, shape: Sequence[int], bits: Tensor) -> None:
-        """Takes the mask as it lies in memory; `bits` is kept, not copied.
+        """Takes the mask as it lies in memory; `bits` is kept, not copied, unless a GPU needs it aligned.
 
         Raises:
             ValueError: `bits` is not of the dtype and length that `shape` requires, or has bits beyond it.
         """
         self.shape = tuple(shape)
+        if bits.is_cuda and bits.data_ptr() % _ALIGNMENT:
+            bits = bits.clone()
         self._bits, self._version = bits, _version(bits)
         size = packed_size(self.numel)
         if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous():
@@ -80,10 +83,7 @@ class PackedMask:
     @classmethod
     def pack(cls, mask: Tensor) -> "PackedMask":
         """Packs a bool tensor of the parameter's shape."""
-        bits = np.zeros(packed_size(mask.numel()), dtype=np.uint8)
-        packed = np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
-        bits[: packed.size] = packed
-        return cls(mask.shape, torch.from_numpy(bits).to(mask.device))
+        return cls(mask.shape, pack(mask.detach()))
 
     def unpack(self) -> Tensor:
         """Returns the mask as a bool tensor of the parameter's shape, on the device of `bits`."""
@@ -114,10 +114,24 @@ def _version(bits: Tensor) -> int | None:
     return None if bits.is_inference() else bits._version
 
 
+Masks = dict[Tensor, PackedMask]  # by parameter
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Returns the bits of a bool tensor, on its device."""
+    bits = torch.empty(packed_size(mask.numel()), dtype=torch.uint8, device=mask.device)
+    flat = torch.nn.functional.pad(mask.reshape(-1).view(torch.uint8), (0, 8 * bits.numel() - mask.numel()))
+    return torch.sum(flat.view(-1, 8) << _places(bits), dim=1, dtype=torch.uint8, out=bits)
+
+
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns the bool tensor that `bits` hold, of the given shape and on their device."""
-    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(flat).view(torch.bool).view(tuple(shape)).to(bits.device)
+    flat = (bits[:, None] >> _places(bits)) & 1
+    return flat.view(-1)[: math.prod(shape)].view(torch.bool).view(tuple(shape))
+
+
+def _places(bits: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=bits.device)
 
 
 def packed_size(numel: int) -> int:

@@ -33,7 +33,7 @@ def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, am
     def zeros() -> Tensor:
         dtype = compute_dtype(param)
         if mask is not None:
-            return torch.zeros(mask.count, dtype=dtype, device=param.device)
+            return param.new_zeros(mask.count, dtype=dtype)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     if not has_begun(state):

@@ -38,3 +38,4 @@ class StepGroup:
     indices: list[int] = field(default_factory=list)  # of the parameters in the optimizer, through all groups
     child_bits: list[Tensor] = field(default_factory=list)  # of packed_mask.PackedMask; empty without a child network
     child_ranks: list[Tensor] = field(default_factory=list)  # likewise
+    child_counts: list[int] = field(default_factory=list)  # likewise

@@ -128,8 +128,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;
-  m.attr("CHUNK_SCORES") = kChunkScores;  // of GpuKernels.write_above: `ties` has CHUNK_BLOCKS for each chunk begun
-  m.attr("CHUNK_BLOCKS") = kChunkBlocks;
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
@@ -142,6 +140,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("wanted_shift"), py::arg("shift"), py::arg("counts"), py::arg("nan"), py::arg("stream"))
       .def("write_above", &write_above_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"),
            py::arg("bits"), py::arg("ties"), py::arg("stream"))
+      .def_static(
+          "tie_counts", [](int64_t numel) { return tie_counts({{nullptr, nullptr, numel}}); }, py::arg("numel"))
       .def("add_ties", &add_ties_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"), py::arg("bits"),
            py::arg("ties"), py::arg("stream"));
   m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));

@@ -87,6 +87,20 @@ def builds(monkeypatch, stand_in, compiled):
 
 
 @pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """Returns the folder of a stand-in for the CUDA driver, as libcuda.so.1."""
+    folder, root = tmp_path_factory.mktemp("driver"), _build.csrc().parent
+    sources = [
+        root / "tests/standin/libcuda.cpp",
+        root / "csrc/cuda/launch_plan.cpp",
+        root / "csrc/cuda/score_plan.cpp",
+    ]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{root / 'csrc'}"]
+    subprocess.run(["c++", *flags, *map(str, sources), "-o", str(folder / "libcuda.so.1")], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_build(tmp_path_factory):
     """Builds the real csrc/ in a fresh cache; returns the environment to use it in and what was printed."""
     folder = tmp_path_factory.mktemp("real")

@@ -1,4 +1,4 @@
-"""On a GPU: a step, clipping, checkpoints, scores and selection have the bits that they have on the CPU."""
+"""On a GPU: a step, clipping and checkpoints have the bits that they have on the CPU. test_cuda_child.py has D."""
 
 import contextlib
 import copy
@@ -6,11 +6,9 @@ import copy
 import pytest
 import torch
 from helpers import both_backends, every_dtype, same_bits, set_grads
-from models import Tiny, random_scores
 from test_child_step import Model
-from test_child_step import every_option as every_child_option
 
-from childtune_fast import ChildAdamW, ChildNetwork, bernoulli_mask, fallback
+from childtune_fast import ChildAdamW, bernoulli_mask
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -29,23 +27,22 @@ def model_on(device, dtype=torch.float32, **options):
     return Model(dtype, **options).to(device)
 
 
-def child_of(model):
-    """The same for every device: made from masks that were drawn on the CPU."""
-    return ChildNetwork.from_masks(model, {name: mask.to(DEVICE) for name, mask in model.masks.items()})
-
-
 def optimizer_of(model, **options):
     return ChildAdamW(model.parameters(), **{"lr": 1e-2, "seed": 7, **options})
 
 
-def train(model, optimizer, steps):
-    """With gradients that were drawn on the CPU."""
+def set_cpu_grads(model, step):
+    """Gradients that were drawn on the CPU."""
     params = list(model.parameters())
+    given = [torch.empty_like(p, device="cpu") for p in params]
+    set_grads(given, step)
+    for p, q in zip(params, given, strict=True):
+        p.grad = q.grad.to(p.device)
+
+
+def train(model, optimizer, steps):
     for step in steps:
-        given = [torch.empty_like(p, device="cpu") for p in params]
-        set_grads(given, step)
-        for p, q in zip(params, given, strict=True):
-            p.grad = q.grad.to(p.device)
+        set_cpu_grads(model, step)
         optimizer.step()
 
 
@@ -99,19 +96,6 @@ def test_the_kernels_run_on_the_current_stream():
     assert_same_bits(*runs)
 
 
-@every_child_option
-@every_dtype
-def test_a_child_networks_step_has_the_same_bits(dtype, options):
-    on_gpu, on_cpu = model_on(DEVICE, dtype), model_on("cpu", dtype)
-    runs = [
-        (on_gpu, optimizer_of(on_gpu, child=child_of(on_gpu), **options)),
-        (on_cpu, optimizer_of(on_cpu, child=on_cpu.child(), **options)),
-    ]
-    for run in runs:
-        train(*run, range(10))
-    assert_same_bits(*runs)
-
-
 @both_backends
 def test_one_optimizer_over_both_devices(backend):
     runs = []
@@ -135,23 +119,6 @@ def test_strides_do_not_matter(backend):
     assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("saved_on", [DEVICE, "cpu"])
-def test_a_checkpoint_continues_on_the_other_device(saved_on, masked):
-    def run_on(device):
-        model = model_on(device)
-        child = ChildNetwork.from_masks(model, {n: mask.to(device) for n, mask in model.masks.items()})
-        return model, optimizer_of(model, **({"child": child} if masked else {}))
-
-    stopped, resumed, whole = run_on(saved_on), run_on("cpu" if saved_on == DEVICE else DEVICE), run_on("cpu")
-    train(*stopped, range(3))
-    resumed[0].load_state_dict(stopped[0].state_dict())
-    resumed[1].load_state_dict(copy.deepcopy(stopped[1].state_dict()))
-    train(*resumed, range(3, 6))
-    train(*whole, range(6))
-    assert_same_bits(resumed, whole)
-
-
 @both_backends
 def test_a_grad_scaler_unscales_and_skips(backend):
     runs = []
@@ -172,19 +139,14 @@ def test_a_grad_scaler_unscales_and_skips(backend):
     assert_same_bits(*runs)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waiting():
-    """Returns a context in which torch raises if the host waits for the GPU."""
-
-    @contextlib.contextmanager
-    def context():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return context
+    """In it, torch raises if the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("lr_on_gpu", [False, True])
@@ -221,7 +183,7 @@ def test_a_step_that_a_graph_could_not_replay_is_not_captured():
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-2])
-def test_scaling_skipping_and_clipping_do_not_wait_for_the_gpu(max_grad_norm, no_waiting):
+def test_scaling_skipping_and_clipping_do_not_wait_for_the_gpu(max_grad_norm):
     runs = []
     for device in (DEVICE, "cpu"):
         model = model_on(device, shapes=SHAPES)
@@ -232,10 +194,7 @@ def test_scaling_skipping_and_clipping_do_not_wait_for_the_gpu(max_grad_norm, no
             if step == 0 or device == "cpu":  # the first one moves the counts
                 train(model, optimizer, [step])
                 continue
-            given = [torch.empty_like(p, device="cpu") for p in model.parameters()]
-            set_grads(given, step)
-            for p, q in zip(model.parameters(), given, strict=True):
-                p.grad = q.grad.to(device)
+            set_cpu_grads(model, step)
             with no_waiting():
                 optimizer.step()
         runs.append((model, optimizer))
@@ -261,36 +220,3 @@ def test_the_mask_is_the_same():
     options = {"seed": 2**63 + 5, "step": 3, "param_index": 2, "offset": 2**33 + 77}
     on_gpu, on_cpu = (bernoulli_mask((1000, 77), 0.3, device=device, **options) for device in (DEVICE, "cpu"))
     assert torch.equal(on_gpu.cpu(), on_cpu)
-
-
-@every_dtype
-def test_squared_gradients_have_the_same_bits(dtype):
-    generator = torch.Generator().manual_seed(0)
-    grad = (torch.randn(300_001, generator=generator, dtype=torch.float64) * 1e-2).to(dtype)
-    scores = []
-    for device in (DEVICE, "cpu"):
-        scores.append(torch.full(grad.shape, 1e-5, device=device))
-        assert fallback.accumulate_squares(scores[-1], grad.to(device), 0.3, -1.7)
-    assert same_bits(scores[0].cpu(), scores[1])
-
-
-@pytest.mark.parametrize("reserve_p", [0.001, 0.3, 1.0])
-def test_the_same_weights_are_selected(reserve_p):
-    model, scores = Tiny(), random_scores(Tiny())
-    on_cpu = ChildNetwork.from_scores(model, scores, reserve_p=reserve_p)
-    moved = {name: score.to(DEVICE) for name, score in scores.items()}
-    on_gpu = ChildNetwork.from_scores(model.to(DEVICE), moved, reserve_p=reserve_p)
-    assert on_gpu.fingerprint == on_cpu.fingerprint
-
-
-def test_a_delta_is_applied_on_the_gpu(tmp_path):
-    base = Tiny()
-    tuned = copy.deepcopy(base)
-    child = ChildNetwork.from_scores(tuned, random_scores(tuned), reserve_p=0.3)
-    optimizer = optimizer_of(tuned, child=child)
-    train(tuned, optimizer, range(2))
-    child.save_delta(tmp_path / "delta", tuned, base)
-    on_gpu = copy.deepcopy(base).to(DEVICE)
-    ChildNetwork.apply_delta(tmp_path / "delta", on_gpu)
-    for p, q in zip(on_gpu.parameters(), tuned.parameters(), strict=True):
-        assert same_bits(p.cpu(), q)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_same_run, make_params, set_grads
+from test_child_step import Model, child_adamw, params_of
 
 from childtune_fast import ChildAdamW, _gpu, fallback, optimizer
 from childtune_fast.backend import BackendError
 from childtune_fast.collect import clip, unscale
+from childtune_fast.packed_mask import PackedMask
 
 
 class OnGpu(torch.nn.Parameter):
@@ -84,6 +86,33 @@ def test_what_they_cannot_do_is_left_to_the_fallback(gpu):
     run.step()
     assert [p is plain for _, groups, _ in gpu for group in groups for p in group.params] == [True]
     assert run.state[strided]["step"] == 1
+
+
+def child_on_gpu(monkeypatch, **options):
+    """An optimizer of D whose parameters say that they are on a GPU, and one whose parameters do not."""
+    monkeypatch.setattr(PackedMask, "to", lambda mask, device: mask)  # there is no GPU to move it to
+    runs = []
+    for make in (on_gpu, torch.nn.Parameter):
+        model = Model()
+        for name, param in list(model.named_parameters()):
+            setattr(model, name, make(param))
+        backend = "native" if make is on_gpu else "torch"
+        runs.append(child_adamw(model, backend=backend, **options))
+    return runs
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e-2, "norm_of": "child"}, {"capturable": True}], ids=str)
+def test_a_child_network_goes_to_them_too(gpu, options, monkeypatch):
+    run, expected = child_on_gpu(monkeypatch, **options)
+    expected.param_groups[0]["capturable"] = False
+    for step in range(2):
+        for each in (run, expected):
+            set_grads(params_of(each), step)
+            each.step()
+    assert [name for name, _, _ in gpu] == ["counted_step" if options else "step"] * 2
+    masked = [bool(group.child_bits) for group in gpu[0][1]]
+    assert sorted(masked) == [False, True]
+    assert_same_run(run, expected)
 
 
 def test_native_says_why_there_are_no_kernels(monkeypatch):

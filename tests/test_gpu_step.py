@@ -2,40 +2,15 @@
 loops on the CPU.
 """
 
-import subprocess
-
 import pytest
 import torch
 from helpers import assert_same_run, make_params, set_grads
-from processes import python, result_of
+from processes import in_a_process_with
+from test_child_step import OPTIONS as CHILD_OPTIONS
+from test_child_step import Model, child_adamw, params_of
 
-from childtune_fast import ChildAdamW, _build
+from childtune_fast import ChildAdamW
 from childtune_fast.collect import collect
-
-ROOT = _build.csrc().parent
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    """The folder of the stand-in, as libcuda.so.1."""
-    folder = tmp_path_factory.mktemp("driver")
-    sources = [ROOT / "tests/standin/libcuda.cpp", ROOT / "csrc/cuda/launch_plan.cpp"]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["c++", *flags, *map(str, sources), "-o", str(folder / "libcuda.so.1")], check=True)
-    return folder
-
-
-IN_A_PROCESS = """
-import sys; sys.path.insert(0, {tests!r})
-import test_gpu_step
-test_gpu_step.{function}()
-"""
-
-
-def in_a_process_with(driver, function):
-    code = IN_A_PROCESS.format(tests=str(ROOT / "tests"), function=function.__name__)
-    result_of(python(code, LD_LIBRARY_PATH=str(driver)))
-
 
 IMAGE = b"device code of the stand-in"
 STREAM = 5
@@ -107,6 +82,53 @@ def check_counted_steps():
 
 def bytes_of_memory(count):
     return torch.full((count,), 255, dtype=torch.uint8)
+
+
+def check_child_steps():
+    from childtune_fast import backend
+
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for options in CHILD_OPTIONS.values():
+            for counted in {"max_grad_norm" in options, True}:
+                runs = [child_adamw(Model(dtype), backend="native", **options) for _ in range(2)]
+                for step in range(3):
+                    for run in runs:
+                        set_grads(params_of(run), step)
+                    groups, _, _ = collect(runs[0], True, False, {})
+                    assert any(group.child_bits for group in groups)
+                    if counted:
+                        kernels.counted_step(groups, STREAM, bytes_of_memory, None, None)
+                    else:
+                        kernels.step(groups, STREAM)
+                    runs[1].step()
+                assert_same_run(*runs)
+
+
+def check_refusals_of_child_steps():
+    from childtune_fast import backend
+
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    run = child_adamw(Model(shapes=((3000,), (3,))), backend="native")
+    before = [p.clone() for p in params_of(run)]
+
+    def misaligned(group):
+        group.child_bits[0] = torch.cat([torch.zeros(1, dtype=torch.uint8), group.child_bits[0]])[1:]
+
+    broken = {
+        "child_bits must hold 128 bytes": lambda group: group.child_bits.__setitem__(0, group.child_bits[0][:-1]),
+        "child_bits aligned to 16 bytes": misaligned,
+        "child_ranks must hold a rank": lambda group: group.child_ranks.__setitem__(0, group.child_ranks[0][:-1]),
+        "child_ranks must count": lambda group: group.child_counts.__setitem__(0, 3001),
+        "state of a child network must": lambda group: group.exp_avgs.__setitem__(0, group.exp_avgs[0][:-1]),
+    }
+    for message, damage in broken.items():
+        set_grads(params_of(run), 0)
+        groups, _, _ = collect(run, True, False, {})
+        damage(next(group for group in groups if group.child_bits))
+        with pytest.raises(ValueError, match=message):
+            kernels.step(groups, STREAM)
+        assert all(map(torch.equal, before, params_of(run)))
 
 
 def check_a_step_that_is_not_taken():
@@ -181,6 +203,14 @@ def test_the_modules_launches_have_the_bits_of_the_cpus_step(driver):
 
 def test_steps_that_the_gpu_counts_have_the_same_bits(driver):
     in_a_process_with(driver, check_counted_steps)
+
+
+def test_a_child_networks_steps_have_the_same_bits(driver):
+    in_a_process_with(driver, check_child_steps)
+
+
+def test_a_child_networks_tensors_must_fit(driver):
+    in_a_process_with(driver, check_refusals_of_child_steps)
 
 
 def test_a_gpu_does_not_take_a_step_with_infinite_gradients(driver):

@@ -114,7 +114,9 @@ class Filler {
 
 Refusal refusal(const StepItem& item) {
   if (item.layout != nullptr) return Refusal::kStrided;
-  if (item.numel > 0 && blocks_of(item) > kMostBlocks) return Refusal::kTooLarge;
+  if (item.numel == 0) return Refusal::kNone;
+  if (reinterpret_cast<uintptr_t>(item.child.bits) % kMaskAlignment != 0) return Refusal::kMisaligned;
+  if (blocks_of(item) > kMostBlocks) return Refusal::kTooLarge;
   return Refusal::kNone;
 }
 

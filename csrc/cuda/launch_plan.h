@@ -10,7 +10,7 @@
 namespace childtune {
 
 // Why the kernels cannot take a parameter, which then needs another backend.
-enum class Refusal { kNone, kStrided, kTooLarge };
+enum class Refusal { kNone, kStrided, kMisaligned, kTooLarge };
 
 Refusal refusal(const StepItem& item);
 

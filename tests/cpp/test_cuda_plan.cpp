@@ -129,6 +129,12 @@ static void test_refusals() {
   expect(refusal(imagined(INT64_MAX)) == Refusal::kTooLarge, "far too many elements");
   expect(refusal(most_tiny_runs) == Refusal::kNone, "the most runs");
   expect(refusal(imagined(INT64_MAX, {0, 1, 128})) == Refusal::kTooLarge, "far too many runs");
+  alignas(16) static const uint8_t bits[2 * 128] = {};
+  StepItem child = imagined(8);
+  child.child.bits = bits;
+  expect(refusal(child) == Refusal::kNone, "a child network");
+  child.child.bits = bits + 8;
+  expect(refusal(child) == Refusal::kMisaligned, "a mask that is not aligned");
   LaunchPlan plan(true);
   expect(!plan.build({imagined(8), strided}, nullptr, nullptr) && plan.launches().empty(), "no plan with a refusal");
   expect(plan.build({}, nullptr, nullptr) && plan.launches().empty(), "nothing to do");

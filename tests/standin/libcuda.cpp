@@ -31,13 +31,17 @@ void emulate_norm_total(const NormTotal& norm, uint32_t) { sum_total(norm); }
 std::vector<Kernel> make_kernels() {
   std::vector<Kernel> all;
   for (int n = 0; n < kKinds; ++n) {
-    const Kind kind{static_cast<DType>(n / 8), (n & 4) != 0, (n & 2) != 0, (n & 1) != 0};
+    const Kind kind = kind_of_number(n);
     all.push_back({kernel_name(kind), run_step, kind});
   }
   all.push_back({"count_steps", run<ConstantsTable, emulate_count_steps>, {}});
   all.push_back({"norm_chunks", run<NormTable, emulate_norm_chunks>, {}});
   all.push_back({"norm_tensors", run<NormTable, emulate_norm_tensors>, {}});
   all.push_back({"norm_total", run<NormTotal, emulate_norm_total>, {}});
+  all.push_back({"add_squares", run<SquaresArgument, emulate_add_squares>, {}});
+  all.push_back({"count_digits", run<ScoreTable, emulate_count_digits>, {}});
+  all.push_back({"write_above", run<ScoreTable, emulate_write_above>, {}});
+  all.push_back({"add_ties", run<ScoreTable, emulate_add_ties>, {}});
   return all;
 }
 const std::vector<Kernel> kernels = make_kernels();

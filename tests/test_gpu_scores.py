@@ -1,0 +1,160 @@
+"""Fisher scores and selection on a GPU without one, as test_gpu_step.py has the step: the same bits as on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+from processes import in_a_process_with
+from test_fisher_kernel import SIZES, random_tensor
+from test_gpu_step import IMAGE, STREAM, bytes_of_memory
+from test_selection import KINDS, tensors
+
+from childtune_fast import ChildNetwork, FisherAccumulator, _gpu, backend, selection
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def stand_in(kernels):
+    """Has the CPU's tensors served by the stand-in's kernels, where they could be a GPU's; returns how many were."""
+    served = []
+
+    def kernels_for(*tensors):
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return None
+        served.append(tensors)
+        return kernels
+
+    _gpu.kernels_for, _gpu.kernels_of = kernels_for, lambda device: kernels
+    _gpu.stream_of, _gpu.memory = lambda device: STREAM, lambda device, size: bytes_of_memory(size)
+    return served
+
+
+def model_with_grads(dtype, damage=None):
+    model = torch.nn.ParameterList([torch.nn.Parameter(random_tensor((n,), dtype)) for n in [*SIZES, 10]])
+    for param in model:
+        param.grad = random_tensor(param.shape, dtype, 1)
+    model[-1].grad = torch.cat([model[-1].grad[:, None]] * 2, dim=1)[:, 0]  # strided: not for the kernels
+    if damage is not None:
+        model[damage].grad[-1] = float("nan")
+    return model
+
+
+def check_fisher():
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    of_cpu = vars(_gpu).copy()
+    for dtype, grad_clip in itertools.product(DTYPES, (None, 1e-2)):
+        model = model_with_grads(dtype)
+        scores = []
+        for on_gpu in (False, True):
+            served = stand_in(kernels) if on_gpu else vars(_gpu).update(of_cpu)
+            fisher = FisherAccumulator(model, grad_clip=grad_clip)
+            for weight in (1.0, 0.3):
+                fisher.update(weight=weight, grad_scale=2.0)
+            scores.append(fisher.scores())
+        assert len(served) == 2 * len(SIZES)
+        assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
+
+
+def check_what_is_not_finite():
+    stand_in(backend.load_native().GpuKernels(-1, IMAGE))
+    for dtype in DTYPES:
+        for damage in (1, len(SIZES) - 1, len(SIZES)):
+            fisher = FisherAccumulator(model_with_grads(dtype, damage))
+            with pytest.raises(ValueError, match=rf"gradient of '{damage}' must be finite"):
+                fisher.update()
+
+
+def check_selection():
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    stand_in(kernels)
+    for kind, largest in itertools.product(KINDS, (True, False)):
+        scores = tensors(kind)
+        total = sum(tensor.numel() for tensor in scores.values())
+        for k in (0, 1, round(0.3 * total), total):
+            expected = selection.top_k(scores, k, largest=largest)
+            for gpus in (1, 3):
+                parts = [
+                    selection._OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
+                    for gpu in range(gpus)
+                ]
+                bits = selection._select_in_parts(parts, k)
+                assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
+
+
+def check_selection_from_a_model():
+    """As a user calls it, on tensors that say they are on a GPU."""
+    stand_in(backend.load_native().GpuKernels(-1, IMAGE))
+    model = torch.nn.Sequential(torch.nn.Linear(40, 70), torch.nn.Linear(70, 3))
+    scores = {name: random_tensor(p.shape, torch.float32).square() for name, p in model.named_parameters()}
+    expected = ChildNetwork.from_scores(model, scores, reserve_p=0.3, maskable="weight")
+    calls = []
+    select = selection._select_on_gpus
+    selection._select_on_gpus = lambda *args: calls.append(args) or select(*args)
+    torch.Tensor.is_cuda, torch.Tensor.is_cpu = True, False
+    _gpu.asked_for = lambda requested: True
+    kept = sum(mask.count for mask in expected.packed.values())
+    found = selection.top_k({name: scores[name] for name in expected.packed}, kept)
+    broken = {"good": torch.zeros(3), "bad": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(ValueError, match="one or more for 'bad'"):
+        selection.top_k(broken, 1)
+    assert len(calls) == 2
+    del torch.Tensor.is_cuda, torch.Tensor.is_cpu
+    assert expected.packed.keys() == found.keys()
+    assert all(torch.equal(mask.bits, found[name].bits) for name, mask in expected.packed.items())
+
+
+def check_refusals():
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    score, grad, finite = torch.zeros(8), torch.ones(8), torch.ones((), dtype=torch.uint8)
+    good = {"score": score, "grad": grad, "finite": finite, "weight": 1.0, "grad_factor": 1.0, "grad_clip": None}
+    good |= {"stream": STREAM, "memory_of": bytes_of_memory}
+    for wrong, message in [
+        ({"grad": torch.ones(8, 2)[:, 0]}, "grad must be contiguous"),
+        ({"grad": torch.ones(7)}, "one shape"),
+        ({"grad": torch.ones(8, dtype=torch.int32)}, "must be float32, float64"),
+        ({"score": torch.zeros(8, dtype=torch.float64)}, "score must be contiguous"),
+        ({"finite": torch.ones((), dtype=torch.bool)}, "finite must be contiguous"),
+        ({"finite": torch.ones(2, dtype=torch.uint8)}, "finite must be contiguous"),
+        ({"grad_clip": 1.0, "memory_of": lambda size: bytes_of_memory(size - 1)}, "memory_of must return"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kernels.accumulate_squares(**{**good, **wrong})
+    assert torch.equal(score, torch.zeros(8))
+    counts, scores, bits = torch.zeros(2048, dtype=torch.int64), [torch.ones(9)], [torch.zeros(128, dtype=torch.uint8)]
+    for shifts in ((32, 20), (33, 22), (11, -1), (5, 5)):
+        with pytest.raises(ValueError, match="a digit must have from 1 to 11"):
+            kernels.count_digits(scores, True, 0, *shifts, counts, None, STREAM)
+    with pytest.raises(ValueError, match="counts must be"):
+        kernels.count_digits(scores, True, 0, 32, 21, counts[:-1], None, STREAM)
+    with pytest.raises(ValueError, match="scores must be"):
+        kernels.count_digits([torch.ones(9).double()], True, 0, 32, 21, counts, None, STREAM)
+    ties = torch.zeros(kernels.tie_counts(9), dtype=torch.int32)
+    for wrong_bits, wrong_ties, message in [
+        ([], ties, "each tensor of scores must have its bits"),
+        ([bits[0][:-1]], ties, "bits must be contiguous"),
+        ([torch.zeros(129, dtype=torch.uint8)[1:]], ties, "bits must be aligned"),
+        (bits, ties[:-1], "ties must be"),
+    ]:
+        for kernel in (kernels.write_above, kernels.add_ties):
+            with pytest.raises(ValueError, match=message):
+                kernel(scores, True, 0, wrong_bits, wrong_ties, STREAM)
+
+
+def test_squared_gradients_have_the_cpus_bits(driver):
+    in_a_process_with(driver, check_fisher)
+
+
+def test_gradients_that_are_not_finite_are_named(driver):
+    in_a_process_with(driver, check_what_is_not_finite)
+
+
+def test_gpus_select_what_the_cpu_does(driver):
+    in_a_process_with(driver, check_selection)
+
+
+def test_selection_takes_the_kernels_where_they_are_asked_for(driver):
+    in_a_process_with(driver, check_selection_from_a_model)
+
+
+def test_the_kernels_arguments_must_fit(driver):
+    in_a_process_with(driver, check_refusals)
