@@ -1,5 +1,6 @@
-"""Measures a step on a GPU: `python -m benchmarks.gpu`. Keeps samples and tables in benchmarks/results/, by its name.
+"""Measures on a GPU: `python -m benchmarks.gpu`. Keeps samples and tables in benchmarks/results/, by the GPU's name.
 
+The step of F and of D; scores, and the choice among them (gpu_scores.py); and fine-tuning as a whole (training.py).
 Contestants alternate in rounds, in an order that changes; each step is timed by two events on the GPU, and by the clock
 until the call returns. Ratios are taken within rounds. Nothing fits in a GPU's cache, so every step reads and writes
 memory: "of copy" is the rate of its bytes to that of copying a gigabyte, bytes read and written counted alike.
@@ -8,7 +9,7 @@ memory: "of copy" is the rate of its bytes to that of copying a gigabyte, bytes 
 import argparse
 import itertools
 import json
-import random
+import os
 import re
 import subprocess
 import time
@@ -18,55 +19,23 @@ import torch
 
 from childtune_fast import __version__
 
-from .contestants import TITLES, Contestant, make_gpu_contestants
+from . import gpu_scores, training
+from .contestants import CHILD_TITLES, TITLES, make_child_contestants, make_gpu_contestants
+from .gpu_race import Clock, race
 from .markdown import markdown
 from .race import spread
 from .workloads import DTYPES, GPU_WORKLOADS, make_workload
 
-WARMUP_ROUNDS = 3
 # Moved per weight by ours, whose state is float32: p, g, m and v are read, p, m and v written.
 BYTES = {"float32": 28, "bfloat16": 22}
-
-
-class Clock:
-    """Times a call: milliseconds on the device, and until it returned. On a CPU, to try this out, both are one."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device != "cpu"
-
-    def time(self, call) -> tuple[float, float]:
-        """Returns both."""
-        if self.on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-        start = time.perf_counter()
-        call()
-        host = 1e3 * (time.perf_counter() - start)
-        if not self.on_gpu:
-            return host, host
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end), host
-
-
-def race(contestants: dict[str, Contestant], clock: Clock, rounds: int) -> dict[str, list[tuple[float, float] | None]]:
-    """Returns {name: its times in each round; None where it took no part}."""
-    order, shuffle = list(contestants), random.Random(0).shuffle
-    samples = {name: [] for name in contestants}
-    for number in range(-WARMUP_ROUNDS, rounds):
-        shuffle(order)
-        for name in order:
-            contestant = contestants[name]
-            if number > 0 and number % contestant.every:
-                samples[name].append(None)
-                continue
-            if contestant.before is not None:
-                contestant.before()
-            measured = clock.time(contestant.step)
-            if number >= 0:
-                samples[name].append(measured)
-    return samples
+# And by D at share p, where all weights are maskable: p, g and the mask's bits are read, p is written, and of the child
+# network m and v are read and written.
+CHILD_BYTES = {"float32": lambda p: 12 + 1 / 8 + 16 * p, "bfloat16": lambda p: 6 + 1 / 8 + 16 * p}
+TARGETS = (  # of the child network on a GPU: what, where it is found, at most or at least
+    ("D, p = 0.3, float32, to torch fused", ("bert-large, child network", "float32", "ours"), 0.65),
+    ("D, p = 0.1, float32, to torch fused", ("bert-large, child network", "float32", "ours_p0.1"), 0.55),
+    ("F, float32, to torch fused", ("bert-large", "float32", "ours"), 1.0),
+)
 
 
 def copy_rate(clock: Clock, device: str, size: int) -> float:
@@ -80,23 +49,24 @@ def copy_rate(clock: Clock, device: str, size: int) -> float:
 def table(noted: dict, rate: float) -> str:
     """Returns one workload's table."""
     rows = []
+    titles = CHILD_TITLES if noted["child"] else TITLES
     ours = noted["samples_ms"]["ours"]
     for name, samples in noted["samples_ms"].items():
         device, host = ([sample[i] for sample in samples if sample] for i in (0, 1))
         ratios = [a[0] / b[0] for a, b in zip(ours, samples, strict=True) if a and b]
         ratio = spread(ratios)
-        whole_pass = name in ("ours", "ours_p1")
-        of_copy = f"{noted['bytes'] / (1e-3 * spread(device)['median']) / rate:.2f}" if whole_pass else ""
+        moved = noted["bytes"].get(name)
+        of_copy = f"{moved / (1e-3 * spread(device)['median']) / rate:.2f}" if moved else ""
         rows.append(
             [
-                TITLES[name],
+                titles[name],
                 f"{spread(device)['median']:.3g}",
                 f"{ratio['median']:.3g} [{ratio['q1']:.3g}, {ratio['q3']:.3g}]",
                 of_copy,
                 f"{spread(host)['median']:.3g}",
             ]
         )
-    head = ["", "ms", "F to it", "of copy", "host ms"]
+    head = ["", "ms", "D to it" if noted["child"] else "F to it", "of copy", "host ms"]
     title = f"## {noted['workload']}, {noted['weights'] / 1e6:.0f} M weights in {noted['tensors']} tensors, "
     return f"{title}{noted['dtype']}\n\n{markdown(head, rows)}"
 
@@ -114,15 +84,36 @@ def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
         "copy_bytes_per_s": copy_rate(clock, device, (1 << 30) // scale),
         "measured": [],
     }
-    for (workload, shapes), (dtype, torch_dtype) in itertools.product(GPU_WORKLOADS.items(), DTYPES.items()):
+    for (workload, shapes), dtype, child in itertools.product(GPU_WORKLOADS.items(), DTYPES, (False, True)):
         scaled = [tuple(max(1, size // scale) for size in shape) for shape in shapes]
-        work = make_workload(scaled, torch_dtype, device)
-        noted = {"workload": workload, "dtype": dtype, "weights": work.weights, "tensors": len(work.params)}
-        noted["bytes"] = BYTES[dtype] * work.weights
-        noted["samples_ms"] = race(make_gpu_contestants(work), clock, rounds)
+        work = make_workload(scaled, DTYPES[dtype], device)
+        noted = {"workload": workload + ", child network" * child, "dtype": dtype, "child": child}
+        noted |= {"weights": work.weights, "tensors": len(work.params)}
+        whole = BYTES[dtype] * work.weights
+        noted["bytes"] = {"ours": whole, "ours_p1": whole}
+        if child:
+            of_child = {"ours": CHILD_BYTES[dtype](0.3), "ours_p0.1": CHILD_BYTES[dtype](0.1)}
+            noted["bytes"] |= {name: moved * work.weights for name, moved in of_child.items()}
+        make = make_child_contestants if child else make_gpu_contestants
+        noted["samples_ms"] = race(make(work), clock, rounds)
         data["measured"].append(noted)
         del work  # before the next one takes its memory
+    data["scores"] = gpu_scores.measure(clock, device, rounds, scale)
+    data["training"] = training.measure(clock, device, rounds, scale)
     return data
+
+
+def targets(data: dict) -> str:
+    """Returns the table of what this project promises itself of a child network on a GPU."""
+    noted = {(each["workload"], each["dtype"]): each["samples_ms"] for each in data["measured"]}
+    rows = []
+    for title, (workload, dtype, name), most in TARGETS:
+        samples = noted[workload, dtype]
+        found = spread([a[0] / b[0] for a, b in zip(samples[name], samples["fused"], strict=True) if a and b])["median"]
+        rows.append([title, f"{found:.2f}", f"at most {most:.2f}", "met" if found <= most else "missed"])
+    for title, found, bound, met in gpu_scores.targets(data["scores"], data["copy_bytes_per_s"]):
+        rows.append([title, found, bound, "met" if met else "missed"])
+    return "## What it must reach\n\n" + markdown(["", "measured", "promised", ""], rows)
 
 
 def report(data: dict) -> str:
@@ -133,7 +124,9 @@ def report(data: dict) -> str:
         f"Copying moves {rate / 1e12:.2f} TB/s. Medians of {data['rounds']} rounds, quartiles in brackets; how it is "
         "measured: benchmarks/gpu.py."
     )
-    return "\n\n".join(["# Benchmark results on a GPU", about, *(table(noted, rate) for noted in data["measured"])])
+    steps = (table(noted, rate) for noted in data["measured"])
+    rest = gpu_scores.table(data["scores"], rate), training.table(data["training"])
+    return "\n\n".join(["# Benchmark results on a GPU", about, targets(data), *steps, *rest])
 
 
 def main() -> None:
@@ -144,6 +137,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divides all sizes, to try this out (default: 1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
     options = parser.parse_args()
+    os.environ["CHILDTUNE_BACKEND"] = "native"  # for what has no backend=
     data = measure(Clock(options.device), options.device, options.rounds, options.scale)
     text = report(data)
     options.out.mkdir(parents=True, exist_ok=True)
