@@ -63,8 +63,8 @@ class FisherAccumulator:
         self.grad_clip = grad_clip
         self._offload = offload
         self._params = _selected(model, parameters)
-        if offload or any(param.is_cpu for param in self._params.values()):
-            backends.resolve("auto")  # a build, or the reason why there is none, comes now and not amid a backward pass
+        for param in self._params.values():  # a build, or why there is none, comes now and not amid a backward pass
+            backends.resolve("auto") if offload or param.is_cpu else _gpu.kernels_for(param)
         self._sums: dict[str, Tensor] = {}
         self.reset()
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from . import _gpu, backend
 from .packed_mask import PackedMask, packed_size
 
+_DIGITS = 1 << 11  # that a GPU's kernel counts at a time
+
 
 def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[str, PackedMask]:
     """Selects exactly `k` weights by their scores, over all tensors together.
@@ -73,10 +75,10 @@ def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
     """What the host does between the passes of csrc/cuda/selection_kernel.h; None if a score is NaN."""
     left, key, wanted_shift = k, 0, 32
     for shift in (21, 10, 0):  # of 11, 11 and 10 bits
-        found = [part.count_digits(key, wanted_shift, shift) for part in parts]
-        if wanted_shift == 32 and any(nan for _, nan in found):
+        counts, nan = sum(part.count_digits(key, wanted_shift, shift) for part in parts).split([_DIGITS, 1])
+        if nan:
             return None
-        counts = sum(counts for counts, _ in found)[: 1 << (wanted_shift - shift)]
+        counts = counts[: 1 << (wanted_shift - shift)]
         reached = counts.flip(0).cumsum(0).flip(0)  # keys of this digit or a higher one
         digit = int((reached >= left).nonzero()[-1])
         left -= int(reached[digit] - counts[digit])
@@ -104,12 +106,13 @@ class _OnGpu:
     def _zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self.device)
 
-    def count_digits(self, wanted: int, wanted_shift: int, shift: int) -> tuple[Tensor, bool]:
-        """Returns, on the CPU, how many keys have which digit, and whether a score is NaN."""
-        counts, nan = self._zeros(1 << 11, torch.int64), self._zeros(1, torch.uint8)
+    def count_digits(self, wanted: int, wanted_shift: int, shift: int) -> Tensor:
+        """Returns, on the CPU, how many keys have which digit, and at the end something above 0 if a score is NaN."""
+        found = self._zeros(_DIGITS + 1, torch.int64)
+        counts, nan = found[:-1], found[-1:].view(torch.uint8)[:1]
         digit = wanted, wanted_shift, shift
         self.kernels.count_digits(list(self.scores.values()), self.largest, *digit, counts, nan, self.stream)
-        return counts.cpu(), bool(nan)
+        return found.cpu()
 
     def write_above(self, key: int) -> dict[int, Tensor]:
         """Selects the keys above this one; returns, on the CPU, how many equal it in each block of 1024 scores."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` does what it will on a GPU, on the CPU and on a small scale: it must not fail there first."""
+"""`python -m benchmarks.gpu` on the CPU, on a small scale: on a GPU it must not fail first."""
 
 import json
 import subprocess

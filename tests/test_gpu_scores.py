@@ -121,13 +121,16 @@ def check_refusals():
             kernels.accumulate_squares(**{**good, **wrong})
     assert torch.equal(score, torch.zeros(8))
     counts, scores, bits = torch.zeros(2048, dtype=torch.int64), [torch.ones(9)], [torch.zeros(128, dtype=torch.uint8)]
+    nan = torch.zeros(1, dtype=torch.uint8)
     for shifts in ((32, 20), (33, 22), (11, -1), (5, 5)):
         with pytest.raises(ValueError, match="a digit must have from 1 to 11"):
-            kernels.count_digits(scores, True, 0, *shifts, counts, None, STREAM)
+            kernels.count_digits(scores, True, 0, *shifts, counts, nan, STREAM)
     with pytest.raises(ValueError, match="counts must be"):
-        kernels.count_digits(scores, True, 0, 32, 21, counts[:-1], None, STREAM)
+        kernels.count_digits(scores, True, 0, 32, 21, counts[:-1], nan, STREAM)
+    with pytest.raises(ValueError, match="nan must be"):
+        kernels.count_digits(scores, True, 0, 32, 21, counts, torch.zeros(2), STREAM)
     with pytest.raises(ValueError, match="scores must be"):
-        kernels.count_digits([torch.ones(9).double()], True, 0, 32, 21, counts, None, STREAM)
+        kernels.count_digits([torch.ones(9).double()], True, 0, 32, 21, counts, nan, STREAM)
     ties = torch.zeros(kernels.tie_counts(9), dtype=torch.int32)
     for wrong_bits, wrong_ties, message in [
         ([], ties, "each tensor of scores must have its bits"),

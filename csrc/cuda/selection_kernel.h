@@ -29,7 +29,7 @@ struct ScoreTable {
   static constexpr int kItems = (kSmallArguments - 64) / int{sizeof(ScoreItem)};
 
   int64_t* counts;   // count_digits: of all keys so far, by digit
-  uint8_t* nan;      // count_digits: becomes 1 if a score is NaN; nullptr: it is known that none is
+  uint8_t* nan;      // count_digits: becomes 1 if a score is NaN
   int32_t* ties;     // of each mask block of the table's chunks: write_above counts, add_ties takes so many
   uint32_t flip;     // score_key's
   uint32_t wanted;   // count_digits: the digits before this one, of keys that count. Else: the k-th key
@@ -57,7 +57,7 @@ CHILDTUNE_INLINE void count_digits(const ScoreTable& table, uint32_t number, uin
   block.each(kDigits, [&](int64_t digit) { counts[digit] = 0; });
   block.each(left < kChunkScores ? left : kChunkScores, [&](int64_t i) {
     const float score = item.scores[begin + i];
-    if (table.nan != nullptr && nan_bit(score) >> 31 != 0) *table.nan = 1;
+    if (nan_bit(score) >> 31 != 0) *table.nan = 1;
     const uint32_t key = score_key(score, table.flip);
     const bool counts_here = table.wanted_shift == 32 || key >> table.wanted_shift == table.wanted;
     if (counts_here) block.add(&counts[key >> table.shift & mask], 1);

@@ -87,16 +87,14 @@ void launch_scores(const GpuKernels& gpu, size_t kernel, const std::vector<Score
 }
 
 // Adds to `counts`, int64, how many keys have which bits from `shift` up to `wanted_shift`, of those whose bits from
-// there on are `wanted`. `nan`, one uint8 or None, becomes 1 if a score is NaN.
+// there on are `wanted`. `nan`, one uint8, becomes 1 if a score is NaN.
 void count_digits_on_gpu(const GpuKernels& gpu, const py::list& scores, bool largest, uint32_t wanted, int wanted_shift,
                          int shift, const py::object& counts, const py::object& nan, uintptr_t stream) {
   if (shift < 0 || wanted_shift <= shift || wanted_shift > 32 || wanted_shift - shift > kDigitBits)
     refuse("count_digits: a digit must have from 1 to 11 of 32 bits");
   std::vector<ScoreTable> tables = score_tables(scored_tensors(gpu, scores, nullptr), nullptr);
   auto* to = static_cast<int64_t*>(array_on(gpu.device(), view_tensor(counts.ptr()), kCodeInt, 64, kDigits, "counts"));
-  auto* flag = nan.is_none()
-                   ? nullptr
-                   : static_cast<uint8_t*>(array_on(gpu.device(), view_tensor(nan.ptr()), kCodeUInt, 8, 1, "nan"));
+  auto* flag = static_cast<uint8_t*>(array_on(gpu.device(), view_tensor(nan.ptr()), kCodeUInt, 8, 1, "nan"));
   for (ScoreTable& table : tables) {
     table.counts = to;
     table.nan = flag;

@@ -110,7 +110,8 @@ class GpuKernels {
   LaunchPlan& plan_step(const Workspace& w, const DeviceConstants* constants, const float* found_inf) const {
     thread_local LaunchPlan small_plan(false), large_plan(true);  // kept, as the workspace is
     LaunchPlan& plan = large_arguments_ ? large_plan : small_plan;
-    if (!plan.build(w.items, constants, found_inf)) refuse("on a GPU every tensor must be contiguous, and child_bits aligned to 16 bytes");
+    if (!plan.build(w.items, constants, found_inf))
+      refuse("on a GPU every tensor must be contiguous, and child_bits aligned to 16 bytes");
     return plan;
   }
 

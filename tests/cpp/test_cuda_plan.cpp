@@ -119,6 +119,23 @@ static void test_launches() {
   test_blocks(plan);
 }
 
+// Vectors need aligned weights and gradients, and an aligned state unless it is a child network's.
+static void test_vectors() {
+  alignas(16) static const uint8_t bits[128] = {};
+  for (bool child : {false, true}) {
+    for (int stream : {kParam, kGrad, kExpAvg}) {
+      StepItem item = imagined(8);
+      item.child.bits = child ? bits : nullptr;
+      item.data[stream] = reinterpret_cast<void*>(uintptr_t{4096 + 4});
+      LaunchPlan plan(false);
+      plan.build({item}, nullptr, nullptr);
+      visit_table(plan.launches()[0].kind, plan.argument(0), [&](const auto& table, auto) {
+        expect(table.items[0].vectors == (child && stream == kExpAvg), "vectors where they are aligned", stream);
+      });
+    }
+  }
+}
+
 static void test_refusals() {
   const StepItem strided = Arrays<float>(8, 3).item(false, false, {});
   const int64_t most = int64_t{0x7FFFFFFF} * kChunkTiles * kTile;
@@ -163,6 +180,7 @@ void test_cuda_plan() {
     for (int64_t runs : {1, 2, 31, 32, 33, 500}) test_coverage(runs * slice.run, slice);
   }
   test_launches();
+  test_vectors();
   test_refusals();
   test_kernel_names();
 }

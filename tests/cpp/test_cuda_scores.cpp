@@ -121,7 +121,7 @@ bool select(std::vector<Part>* parts, const std::vector<size_t>& device_of, int6
     for (Part& part : *parts) {
       for (ScoreTable& table : part.tables) {
         table.counts = counts.data();
-        table.nan = digit == 0 ? &nan : nullptr;
+        table.nan = &nan;
         table.flip = largest ? 0u : ~0u;
         table.wanted = wanted;
         table.wanted_shift = ends[digit];
