@@ -126,7 +126,7 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns the bool tensor that `bits` hold, of the given shape and on their device."""
-    flat = (bits[:, None] >> _places(bits)) & 1
+    flat = (bits[:, None] >> _places(bits)).bitwise_and_(1)
     return flat.view(-1)[: math.prod(shape)].view(torch.bool).view(tuple(shape))
 
 

@@ -42,6 +42,7 @@ def test_empty_loader_raises():
         ({"grad_clip": 0}, r"grad_clip must be a number above 0.*\(got 0\)"),
         ({"grad_clip": -1.0}, r"grad_clip must be a number above 0.*\(got -1.0\)"),
         ({"grad_clip": float("nan")}, "grad_clip must be a number above 0"),
+        ({"offload": "disk"}, r"offload must be 'cpu', or None .*\(got 'disk'\)"),
         ({"max_batches": 0}, r"max_batches must be a whole number above 0.*\(got 0\)"),
         ({"parameters": "nothing like it"}, r"must select at least one .*\(got none of 4: 0.weight, "),
         ({"loss_fn": lambda model, batch: model(batch["x"])}, r"batch 0: the loss must be a tensor of one number"),

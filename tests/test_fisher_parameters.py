@@ -20,6 +20,15 @@ def test_frozen_and_unselected_parameters_are_left_out():
     assert not model[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("per_example", [False, True])
+def test_offloaded_scores_are_the_same(per_example):
+    options = {"per_example": per_example, "grad_clip": 1e-2}
+    expected = estimate(make_model(), make_batches(), **options)
+    scores = estimate(make_model(), make_batches(), offload="cpu", **options)
+    assert list(scores) == list(expected)
+    assert all(same_bits(scores[name], expected[name]) for name in scores)
+
+
 def test_a_parameter_without_a_gradient_scores_zero():
     model = make_model()
     model.unused = nn.Linear(2, 2)

@@ -143,6 +143,38 @@ def check_refusals():
                 kernel(scores, True, 0, wrong_bits, wrong_ties, STREAM)
 
 
+def check_nonsense():
+    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    things = [None, 1, -1, 1 << 70, "x", [], (), object(), torch, torch.ones(0), torch.ones(8, device="meta")]
+    things += [torch.ones(8).to_sparse(), torch.ones(8, dtype=torch.cfloat), [torch.ones(8)], [None], [1, 2]]
+    score, flag = torch.zeros(8), torch.ones(1, dtype=torch.uint8)
+    bits, ties = [torch.zeros(128, dtype=torch.uint8)], torch.zeros(kernels.tie_counts(8), dtype=torch.int32)
+    calls = {
+        kernels.accumulate_squares: (score, torch.ones(8), 1.0, 1.0, 1.0, flag, STREAM, bytes_of_memory),
+        kernels.count_digits: ([score], True, 0, 32, 21, torch.zeros(2048, dtype=torch.int64), flag, STREAM),
+        kernels.write_above: ([score], True, 0, bits, ties, STREAM),
+        kernels.add_ties: ([score], True, 0, bits, ties, STREAM),
+    }
+    refused = 0
+    for function, good in calls.items():
+        function(*good)
+        for place, thing in itertools.product(range(len(good)), things):
+            refused += refuses(function, *good[:place], thing, *good[place + 1 :])
+    assert refused > 300, refused
+
+
+def refuses(function, *arguments):
+    try:
+        function(*arguments)
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        return True
+    return False
+
+
+def test_nonsense_does_not_crash(driver):
+    in_a_process_with(driver, check_nonsense)
+
+
 def test_squared_gradients_have_the_cpus_bits(driver):
     in_a_process_with(driver, check_fisher)
 

@@ -54,12 +54,13 @@ for thing in THINGS:
         g = group(); delattr(g, name); attempt(native.step, [g], 2)
     for slice in ((thing, 6, 6), (0, thing, 6), (0, 6, thing), (0,), (1 << 63, 3, 1 << 63)):
         g = group(); g.slices = [slice] * 2; attempt(native.step, [g], 2)
-CHILD = ("child_bits", "child_ranks")
+CHILD = ("child_bits", "child_ranks", "child_counts")
 def masked():
     g = group()
     for name in LISTS[2:5]: getattr(g, name)[:] = [torch.ones(2), torch.ones(2)]
     bits = torch.zeros(128, dtype=torch.uint8); bits[0] = 0b10010
     g.child_bits += [bits.clone(), bits.clone()]; g.child_ranks += [torch.tensor([0, 2]), torch.tensor([0, 2])]
+    g.child_counts += [2, 2]
     return g
 native.step([masked()], 1)
 MASKS = [torch.zeros(128, dtype=torch.uint8), torch.full((128,), 255, dtype=torch.uint8), torch.tensor([0, -1]),

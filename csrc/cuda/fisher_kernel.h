@@ -21,10 +21,6 @@ struct SquaresArgument {
   bool vectors;  // every group of four elements is aligned
 };
 
-inline unsigned squares_blocks(const SquaresArgument& argument) {
-  return static_cast<unsigned>((argument.numel + kSquaresChunk - 1) / kSquaresChunk);
-}
-
 template <class P>
 CHILDTUNE_INLINE void add_squares_typed(const SquaresArgument& argument, int64_t begin, int thread) {
   using T = typename ComputeType<P>::type;

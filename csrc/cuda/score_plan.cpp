@@ -40,4 +40,8 @@ unsigned score_blocks(const ScoreTable& table) {
   return static_cast<unsigned>(last.first_chunk + chunks_of(last.numel));
 }
 
+unsigned squares_blocks(const SquaresArgument& argument) {
+  return static_cast<unsigned>((argument.numel + kSquaresChunk - 1) / kSquaresChunk);
+}
+
 }  // namespace childtune

@@ -5,7 +5,6 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/fisher_kernel.h"
 #include "cuda/score_plan.h"
 #include "python/gpu_step.h"
 
