@@ -74,11 +74,7 @@ struct PieceStep {
   int64_t begin, rank;
   int count;  // of slots
 
-  CHILDTUNE_MEMBER QuadSpan quad_span(int lane) const {
-    const int64_t at = begin + 4 * lane, there = item.numel - at;
-    const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
-    return {at, 0, high, item.vectors && high == 4};
-  }
+  CHILDTUNE_MEMBER QuadSpan quad_span(int lane) const { return quad_at(begin + 4 * lane, item.numel, item.vectors); }
 
   CHILDTUNE_MEMBER Loaded load(int lane) const {
     Loaded loaded{};

@@ -34,9 +34,8 @@ CHILDTUNE_INLINE void add_squares_typed(const SquaresArgument& argument, int64_t
     Four<float> score[2];
     CHILDTUNE_UNROLLED
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = begin + 4 * ((2 * round + half) * kThreads + thread), there = argument.numel - at;
-      const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
-      span[half] = {at, 0, high, argument.vectors && high == 4};
+      const int quad = (2 * round + half) * kThreads + thread;
+      span[half] = quad_at(begin + 4 * quad, argument.numel, argument.vectors);
       grad[half] = {};
       score[half] = {};
       load_four(argument.data, kGrad, span[half], grad[half]);

@@ -37,6 +37,13 @@ struct QuadSpan {
   bool vector;  // all, and aligned
 };
 
+// The quad at `at` of arrays of `numel` elements, which may end within it or before.
+CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
+  const int64_t there = numel - at;
+  const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
+  return {at, 0, high, aligned && high == 4};
+}
+
 template <class V>
 CHILDTUNE_INLINE V* element(void* const* data, Stream stream, int64_t at) {
   return static_cast<V*>(data[stream]) + at;
