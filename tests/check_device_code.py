@@ -16,6 +16,7 @@ KERNEL = re.compile(r"Function properties for (\w+)")
 LOCAL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 ENTRY = re.compile(r"\.entry (\w+)\((.*?)^\}", re.DOTALL | re.MULTILINE)
+LOCAL_ACCESS = re.compile(r"\b(?:ld|st)\.local")
 INEXACT = re.compile(r"\b(?:fma|mad)\S*\.f(?:32|64)|\S*\.(?:approx|full|ftz)\S*|\b(?:add|sub|mul)\.f(?:32|64)")
 
 
@@ -39,6 +40,8 @@ def faults_of_text(name, text):
     inexact = sorted(set(INEXACT.findall(text)))
     if inexact:
         yield f"{name} has {', '.join(inexact)}"
+    if LOCAL_ACCESS.search(text):
+        yield f"{name} uses local memory unless ptxas finds a way without"
     for (access, vector), least in vectors_of(name).items():
         count = len(re.findall(rf"\b{access}\.global\.{vector}", text))
         if count < least:

@@ -20,9 +20,9 @@ struct PackedMask {
   int64_t count = 0;  // of weights in the child network
 };
 
-CHILDTUNE_INLINE int count_ones(uint32_t word) {
+CHILDTUNE_INLINE int count_ones(uint64_t word) {
 #if defined(__CUDA_ARCH__)
-  return __popc(word);
+  return __popcll(word);
 #else
   int count = 0;
   for (; word != 0; word &= word - 1) ++count;

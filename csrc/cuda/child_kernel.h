@@ -23,37 +23,29 @@ struct Slots {
   P param[kPiece], grad[kPiece];
 };
 
-static_assert(alignof(Four<uint32_t>) == kMaskAlignment, "the mask is read by sixteen bytes");
-
 // The mask of a piece.
-struct PieceMask {
-  uint32_t word[kPiece / 32];
+struct alignas(kMaskAlignment) PieceMask {
+  uint64_t half[2];
 
   // Bits beyond `numel` weights do not count, whatever they are.
-  CHILDTUNE_MEMBER PieceMask(const uint8_t* bits, int64_t begin, int64_t numel) {
-    const Four<uint32_t> words = *reinterpret_cast<const Four<uint32_t>*>(bits + begin / 8);
-    CHILDTUNE_UNROLLED
-    for (int k = 0; k < 4; ++k) {
-      const int64_t there = numel - begin - 32 * k;
-      word[k] = there >= 32 ? words.of[k] : there <= 0 ? 0 : words.of[k] & ((1u << there) - 1);
-    }
+  CHILDTUNE_MEMBER PieceMask(const uint8_t* bits, int64_t begin, int64_t numel)
+      : PieceMask(*reinterpret_cast<const PieceMask*>(bits + begin / 8)) {
+    half[0] &= first_ones(numel - begin);
+    half[1] &= first_ones(numel - begin - 64);
   }
 
-  CHILDTUNE_MEMBER int count() const {
-    return count_ones(word[0]) + count_ones(word[1]) + count_ones(word[2]) + count_ones(word[3]);
+  CHILDTUNE_MEMBER static uint64_t first_ones(int64_t n) {
+    return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1;
   }
+
+  CHILDTUNE_MEMBER int count() const { return count_ones(half[0]) + count_ones(half[1]); }
 
   // The bits of the lane's four weights, and how many are set before them.
   CHILDTUNE_MEMBER uint32_t of_lane(int lane, int* before) const {
-    uint32_t own = 0;
-    *before = 0;
-    CHILDTUNE_UNROLLED
-    for (int k = 0; k < 4; ++k) {
-      if (k < lane / 8) *before += count_ones(word[k]);
-      if (k == lane / 8) own = word[k];
-    }
-    *before += count_ones(own & ((1u << 4 * (lane % 8)) - 1));
-    return own >> 4 * (lane % 8) & 15;
+    const int place = 4 * (lane % 16);
+    const uint64_t own = lane < 16 ? half[0] : half[1];
+    *before = (lane < 16 ? 0 : count_ones(half[0])) + count_ones(own & first_ones(place));
+    return static_cast<uint32_t>(own >> place) & 15;
   }
 };
 
@@ -70,7 +62,7 @@ struct PieceStep {
 
   const ChildItem& item;
   const AdamWConstants<T>& constants;
-  const PieceMask& mask;
+  PieceMask mask;
   int64_t begin, rank;
   int count;  // of slots
 
