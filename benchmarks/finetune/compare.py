@@ -23,7 +23,9 @@ def by_task(records, part):
         UserError: runs of one task differ in what must be equal: data, model, settings.
     """
     tasks = {}
-    for record in sorted(records, key=lambda r: (list(METHODS).index(r["method"]), r["lr"], r["seed"])):
+    for record in sorted(
+        records, key=lambda r: (r["spec"]["task"], list(METHODS).index(r["method"]), r["lr"], r["seed"])
+    ):
         if record["spec"]["part"] == part:
             tasks.setdefault(record["spec"]["task"], {}).setdefault(record["method"], []).append(record)
     for task, methods in tasks.items():
