@@ -46,9 +46,9 @@ def kernels_for(*tensors: Tensor) -> Any | None:
     Raises:
         BackendError: they are asked for and cannot be had.
     """
-    device = tensors[0].device
     if not (tensors[0].is_cuda and asked_for("auto")):
         return None
+    device = tensors[0].device
     if not all(tensor.device == device and tensor.is_contiguous() for tensor in tensors):
         return None
     return kernels_of(device.index)

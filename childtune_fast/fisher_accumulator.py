@@ -194,8 +194,8 @@ class FisherAccumulator:
 
     def _close(self, finite: dict[str, bool | Tensor], weight: float, where: str) -> None:
         """Counts the gradients just added as one of the given weight; raises if one of them was not finite."""
-        flags = {name: torch.as_tensor(flag) for name, flag in finite.items()}
-        bad = [name for name, flag in zip(flags, fallback.numbers(list(flags.values())), strict=True) if not flag]
+        known = iter(fallback.numbers([flag for flag in finite.values() if isinstance(flag, Tensor)]))
+        bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
         if bad:
             self._damaged = True
             more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_same_run, make_params, set_grads
+from helpers import assert_same_run, make_params, set_grads, train
 from test_child_step import Model, child_adamw, params_of
 
 from childtune_fast import ChildAdamW, _gpu, fallback, optimizer
@@ -113,6 +113,22 @@ def test_a_child_network_goes_to_them_too(gpu, options, monkeypatch):
     masked = [bool(group.child_bits) for group in gpu[0][1]]
     assert sorted(masked) == [False, True]
     assert_same_run(run, expected)
+
+
+def test_masks_follow_a_model_that_moved(monkeypatch):
+    """When the state begins, and when a checkpoint is loaded; without a GPU, a copy stands for the other device."""
+    run, saved = child_adamw(Model()), child_adamw(Model())
+    made = dict(run.child_masks)
+    monkeypatch.setattr(PackedMask, "to", lambda mask, device: PackedMask(mask.shape, mask.bits.clone()))
+    train(run, [0])
+    begun = dict(run.child_masks)
+    assert begun
+    assert not any(begun[p] is mask for p, mask in made.items())
+    assert all(run.state[p]["child_mask"] is mask.bits for p, mask in begun.items())
+    train(run, [1])
+    assert all(run.child_masks[p] is mask for p, mask in begun.items())
+    run.load_state_dict(saved.state_dict())
+    assert not any(run.child_masks[p] is mask for p, mask in begun.items())
 
 
 def test_native_says_why_there_are_no_kernels(monkeypatch):

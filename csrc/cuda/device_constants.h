@@ -27,6 +27,12 @@ CHILDTUNE_INLINE int last_that(int n, const Begins& begins) {
   return low;
 }
 
+// The number of the item that a chunk belongs to, of a table whose items begin at chunks.
+template <class Table>
+CHILDTUNE_INLINE int item_of_chunk(const Table& table, int64_t chunk) {
+  return last_that(static_cast<int>(table.count), [&](int i) { return table.items[i].first_chunk <= chunk; });
+}
+
 // What the parameters of a group share.
 struct DeviceGroup {
   HyperParams hyper;  // grad_factor: without a GradScaler's scale and the clip factor, which are read on the device

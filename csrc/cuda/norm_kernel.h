@@ -73,11 +73,6 @@ CHILDTUNE_INLINE double lane_squares(const NormItem& item, int64_t chunk, int la
   return 0.0;
 }
 
-// The number of the item that a chunk belongs to.
-CHILDTUNE_INLINE int item_of_chunk(const NormTable& table, int64_t chunk) {
-  return last_that(static_cast<int>(table.count), [&](int i) { return table.items[i].first_chunk <= chunk; });
-}
-
 // What warp `warp_number` of block `block` does in `norm_chunks`. `Warp` adds up what its lanes have, by halving.
 template <class Warp>
 CHILDTUNE_INLINE void sum_chunks(const NormTable& table, uint32_t block, int warp_number, const Warp& warp) {

@@ -42,11 +42,6 @@ static_assert(sizeof(ScoreTable) <= kSmallArguments, "an argument's limit");
 
 CHILDTUNE_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunkScores - 1) / kChunkScores; }
 
-// The number of the item that a chunk belongs to.
-CHILDTUNE_INLINE int item_of_chunk(const ScoreTable& table, int64_t chunk) {
-  return last_that(static_cast<int>(table.count), [&](int i) { return table.items[i].first_chunk <= chunk; });
-}
-
 // What block `number` does in `count_digits`. `counts` is shared by its threads. `Block` calls a function with 0 ..
 // n-1, in any order, and waits; and adds to what others may be adding to.
 template <class Block>
