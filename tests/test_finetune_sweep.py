@@ -186,7 +186,7 @@ def test_the_tables_say_what_the_runs_scored(tmp_path):
     assert ["AdamW", "0.1", "3", "66.7", "15.3", "70.0", "50.0", "1", "", "25.0"] in rows
     assert ["ChildAdamW (F)", "0.2", "3", "68.7", "15.3", "72.0", "52.0", "0", "+2.0 [+2.0, +2.0]", "25.0"] in rows
     assert ["ChildAdamW (F)", "0.1: 50.0, **0.2: 60.0** (at an end)"] in rows
-    assert ["AdamW", "10.00", "10 %", "8.0", "", ""] in rows
+    assert ["AdamW", "—", "—", "10.00", "10 %", "8.0"] in rows
 
 
 def test_the_tables_say_what_models_scored_elsewhere(tmp_path):

@@ -9,7 +9,7 @@ from ..markdown import markdown
 from . import runs
 from .data import UserError
 from .methods import METHODS
-from .report import COLOURS, pyplot
+from .report import COLOURS, COSTS, cost_cells, pyplot
 
 MARGIN = 0.01  # a run that scores no more than this above the best constant prediction has collapsed
 RESAMPLES = 9999
@@ -106,19 +106,11 @@ def search_table(methods):
 
 def cost_table(methods):
     """Returns the table of what the methods cost on one task: medians over the runs."""
-    head = ["method", "optimizer ms/step", "of step time", "state MB", "Fisher s", "selection s"]
     rows = []
     for method, group in methods.items():
         own, whole = (median(r[name] for r in group) for name in ("optimizer_seconds", "step_seconds"))
-        once = [[r[name] for r in group if r[name] is not None] for name in ("fisher_seconds", "selection_seconds")]
-        rows.append([
-            METHODS[method].title,
-            f"{1e3 * own:.2f}",
-            f"{100 * own / whole:.0f} %",
-            f"{group[0]['optimizer_bytes'] / 1e6:.1f}",
-            *(f"{median(values):.2f}" if values else "" for values in once),
-        ])  # fmt: skip
-    return markdown(head, rows)
+        rows.append([METHODS[method].title, *cost_cells(group, own, whole)])
+    return markdown(["method", *COSTS], rows)
 
 
 def elsewhere_table(methods, key):

@@ -21,6 +21,7 @@ COLOURS = {
     "d-lowest": "#CC79A7",
     "lora": "#F0E442",
 }
+COSTS = ["Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
 PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -62,12 +63,11 @@ def table(runs):
     """
     first, second = runs[0]["curve"][-1][1]
     head = ["method", "lr", first, "sd", "min..max", second]
-    head += ["Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
+    head += COSTS
     rows = []
     for name, group in by_method(runs).items():
         scores = [100 * score for score in final_scores(group, first)]
-        own = median(value for run in group for value in run["optimizer_seconds"])
-        share = own / median(value for run in group for value in run["step_seconds"])
+        own, whole = (median(v for run in group for v in run[key]) for key in ("optimizer_seconds", "step_seconds"))
         rows.append([
             METHODS[name].title,
             f"{group[0]['lr']:.1e}",
@@ -75,16 +75,23 @@ def table(runs):
             f"{stdev(scores):.1f}" if len(scores) > 1 else "",
             f"{min(scores):.1f}..{max(scores):.1f}",
             f"{100 * mean(final_scores(group, second)):.1f}",
-            seconds(group, "fisher_seconds"),
-            seconds(group, "selection_seconds"),
-            f"{1e3 * own:.2f}",
-            f"{100 * share:.0f} %",
-            f"{group[0]['optimizer_bytes'] / 1e6:.1f}",
+            *cost_cells(group, own, whole),
         ])  # fmt: skip
     return markdown(head, rows)
 
 
-def seconds(runs, key):
+def cost_cells(runs, optimizer_seconds, step_seconds):
+    """Returns the cells of COSTS for the runs of one method, whose steps took so long."""
+    return [
+        _seconds(runs, "fisher_seconds"),
+        _seconds(runs, "selection_seconds"),
+        f"{1e3 * optimizer_seconds:.2f}",
+        f"{100 * optimizer_seconds / step_seconds:.0f} %",
+        f"{runs[0]['optimizer_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _seconds(runs, key):
     """Returns the median over runs of something that is done once a run, as text; a dash where nothing is."""
     values = [run[key] for run in runs if run[key] is not None]
     return f"{median(values):.2f}" if values else "—"
