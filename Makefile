@@ -56,7 +56,7 @@ $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 # The device code without a GPU: the core headers, which must stay free of whatever a GPU lacks, and the kernels, whose
 # machine code tests/check_device_code.py judges.
 NVCC ?= nvcc
-NVCC_FLAGS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/_build.py')['DEVICE_FLAGS'])") \
+NVCC_FLAGS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/native/build.py')['DEVICE_FLAGS'])") \
   -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
 ARCHITECTURES ?= 75 80 90 120
 CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
@@ -85,7 +85,7 @@ $(VENV)/.torch: $(VENV)/.created
 	$(PIP) "$(TORCH)"
 	touch $@
 
-$(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml constraints.txt childtune_fast/_build.py $(NATIVE)
+$(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml constraints.txt childtune_fast/native/build.py $(NATIVE)
 	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 

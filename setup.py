@@ -19,8 +19,8 @@ PACKAGE = "childtune_fast"
 
 
 def load_build_description():
-    """Loads childtune_fast/_build.py by path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / PACKAGE / "_build.py")
+    """Loads childtune_fast/native/build.py by path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("_build", ROOT / PACKAGE / "native/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from childtune_fast import backend
+from childtune_fast.native import load
 
 
 def pytest_addoption(parser):
@@ -33,7 +33,7 @@ def quiet_process():
 def pytest_benchmark_update_machine_info(machine_info):
     """Keeps what explains the numbers; the name of the machine does not."""
     cpu = machine_info["cpu"]
-    native = backend.load_native()
+    native = load.load_native()
     kept = {key: machine_info[key] for key in ("machine", "system", "python_implementation", "python_version")}
     kept["cpu"] = {key: cpu.get(key) for key in ("brand_raw", "family", "model", "stepping", "count", "l3_cache_size")}
     kept["torch"] = torch.__version__

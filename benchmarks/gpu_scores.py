@@ -6,7 +6,7 @@ import torch
 from torch.nn import Parameter, ParameterList
 
 from childtune_fast import ChildAdamW, FisherAccumulator
-from childtune_fast.selection import top_k
+from childtune_fast.ops.select import top_k
 
 from .contestants import HYPER, Contestant, random_child
 from .gpu_race import Clock, race

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from childtune_fast import _build
-from childtune_fast.packed_mask import BLOCK, PackedMask
+from childtune_fast.native import build
+from childtune_fast.ops.packed_mask import BLOCK, PackedMask
 
 from .workloads import Workload
 
@@ -21,8 +21,8 @@ PIECE = 32768  # weights that a thread takes at a time; whole blocks of a mask
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    sources = [Path(__file__).with_name("roof.cpp"), _build.csrc() / "cpu" / "parallel.cpp"]
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", f"-I{_build.csrc()}"]
+    sources = [Path(__file__).with_name("roof.cpp"), build.csrc() / "cpu" / "parallel.cpp"]
+    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", f"-I{build.csrc()}"]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "roof.so")

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.nn import Parameter, ParameterList
 
-from childtune_fast import ChildNetwork, backend
+from childtune_fast import ChildNetwork
+from childtune_fast.native import load
 
 from .costs import resident_growth
 
@@ -42,7 +43,7 @@ def extra_memory(name: str) -> float:
 
     NaN where the system does not tell.
     """
-    backend.load_native()
+    load.load_native()
     scores = make_scores()
     found: list = []
     choose: Callable = CONTESTANTS[name]

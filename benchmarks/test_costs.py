@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from childtune_fast import backend
+from childtune_fast.native import load
 
 from .contestants import make_contestants
 from .costs import (
@@ -41,7 +41,7 @@ def test_python_overhead(benchmark, monkeypatch, rounds, quiet_process):
     """A step's time less that of the compiled call inside it."""
     torch.set_num_threads(1)
     step = make_contestants(make_workload([(1,)] * SINGLES, torch.float32))["ours"].step
-    native = backend.load_native()
+    native = load.load_native()
     compiled = TimedCall(native.step)
     monkeypatch.setattr(native, "step", compiled)
     benchmark.pedantic(step, rounds=rounds(301), warmup_rounds=10)
@@ -74,8 +74,8 @@ def test_cold_build_in_a_new_process(benchmark, rounds, tmp_path):
 
     def process():
         environment = {"CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(next(folders)), "CHILDTUNE_BACKEND": ""}
-        before = "import torch; from childtune_fast import backend"
-        samples.append(seconds_in_new_process(before, "backend.load_native()", **environment))
+        before = "import torch; from childtune_fast.native import load"
+        samples.append(seconds_in_new_process(before, "load.load_native()", **environment))
 
     benchmark.pedantic(process, rounds=rounds(2))
     benchmark.extra_info.update(seconds=spread(samples), samples_s=samples)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from childtune_fast import backend
+from childtune_fast.native import load
 
 from .contestants import Contestant
 from .race import Race
@@ -20,7 +20,7 @@ def test_fisher(benchmark, rounds, quiet_process, threads):
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=generator).mul_(1e-3) for shape in LARGE]
     scores = [torch.zeros(shape) for shape in LARGE]
-    native = backend.load_native()
+    native = load.load_native()
     finite = []
 
     def ours():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import _build, _gpu, backend
+from .native import build, gpu, load
 
 SIZES = (1, 127, 128, 129, 4097)  # of the parameters in the self-check: a mask block is 128 elements
 STEPS = 3
@@ -20,7 +20,7 @@ STEPS = 3
 def main() -> int:
     """Prints the report; returns 1 if the self-check fails, 2 if an environment variable is wrong, else 0."""
     try:
-        native = backend.find_native()
+        native = load.find_native()
         served = list(_devices(native))
     except ValueError as error:
         print(error)
@@ -32,7 +32,7 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def self_check(native: backend.Native) -> tuple[str, bool]:
+def self_check(native: load.Native) -> tuple[str, bool]:
     """Takes the same steps with both backends; returns a sentence, and False if they differ by a single bit."""
     if native.module is None:
         return "skipped: there is no native backend to compare with pure torch", True
@@ -72,7 +72,7 @@ def _steps(name: str) -> list[torch.Tensor]:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    yield "childtune_fast", f"{_build.version()} in {_build.PACKAGE}"
+    yield "childtune_fast", f"{build.version()} in {build.PACKAGE}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "numpy", importlib.metadata.version("numpy")
@@ -82,8 +82,8 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "GPU", ", ".join(gpus) or "none that torch can use"
 
 
-def _native(native: backend.Native) -> Iterator[tuple[str, str]]:
-    from . import _jit
+def _native(native: load.Native) -> Iterator[tuple[str, str]]:
+    from .native import jit
 
     module = native.module
     if module is None:
@@ -98,14 +98,14 @@ def _native(native: backend.Native) -> Iterator[tuple[str, str]]:
         yield "parallel runtime", module.parallel_runtime()
     for note in native.notes:
         yield "  because", note
-    yield "cache folder", str(_jit.cache_folder())
+    yield "cache folder", str(jit.cache_folder())
 
 
-def _devices(native: backend.Native) -> Iterator[tuple[str, str]]:
+def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
     """Says which backend serves which device when the code asks for "auto", and why."""
     asked = os.environ.get("CHILDTUNE_BACKEND")
     if asked:
-        backend.check(asked, "the environment variable CHILDTUNE_BACKEND")
+        load.check(asked, "the environment variable CHILDTUNE_BACKEND")
     if asked == "torch":
         why = "torch (CHILDTUNE_BACKEND=torch asks for it)"
     elif native.module is None:
@@ -122,14 +122,14 @@ def _devices(native: backend.Native) -> Iterator[tuple[str, str]]:
 
 
 def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
-    """Says which backend serves a GPU, and how its kernels are had, whoever serves."""
-    gpu = _gpu.find(device)
-    kernels = f"kernels {gpu.origin}" if gpu.kernels else "no kernels"
+    """Says which backend serves a GPU, and in which way its kernels are made."""
+    found = gpu.find(device)
+    kernels = f"kernels {found.origin}" if found.kernels else "no kernels"
     if asked == "native":
-        yield f"serves cuda:{device}", f"native ({kernels})" if gpu.kernels else "none: it has no kernels"
+        yield f"serves cuda:{device}", f"native ({kernels})" if found.kernels else "none: it has no kernels"
     else:
         yield f"serves cuda:{device}", f"torch ({kernels}; CHILDTUNE_BACKEND=native would ask for them)"
-    for note in gpu.notes:
+    for note in found.notes:
         yield "  because", note
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import STAND_IN
 
-from childtune_fast import _build, _jit, _toolchain, backend
+from childtune_fast.native import build, jit, load, toolchain
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def native():
     """The compiled module; whatever a test changes of it is put back."""
-    module = backend.load_native()
+    module = load.load_native()
     yield module
     module.set_instruction_set(module.supported_instruction_sets()[-1])
     module.force_attribute_access(False)
@@ -48,7 +48,7 @@ def fresh_process(monkeypatch, cache):
     monkeypatch.setenv("CHILDTUNE_CACHE", str(cache))
     monkeypatch.setenv("CHILDTUNE_FORCE_JIT", "1")
     for name in ("_find_native", "_warn_once"):
-        monkeypatch.setattr(backend, name, functools.cache(getattr(backend, name).__wrapped__))
+        monkeypatch.setattr(load, name, functools.cache(getattr(load, name).__wrapped__))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def stand_in(monkeypatch, tmp_path):
     """Puts the stand-in in the place of csrc/ and returns its one source file."""
     folder = tmp_path / "csrc"
     folder.mkdir()
-    monkeypatch.setattr(_build, "csrc", lambda: folder)
+    monkeypatch.setattr(build, "csrc", lambda: folder)
     source = folder / "bindings.cpp"
     source.write_text(STAND_IN)
     return source
@@ -80,16 +80,16 @@ def builds(monkeypatch, stand_in, compiled):
 
     def copy(folder, compiler):
         folders.append(folder)
-        (folder / f"_native{_jit.SUFFIX}").write_bytes(compiled)
+        (folder / f"_native{jit.SUFFIX}").write_bytes(compiled)
 
-    monkeypatch.setattr(_toolchain, "compile_native", copy)
+    monkeypatch.setattr(toolchain, "compile_native", copy)
     return folders
 
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
     """Returns the folder of a stand-in for the CUDA driver, as libcuda.so.1."""
-    folder, root = tmp_path_factory.mktemp("driver"), _build.csrc().parent
+    folder, root = tmp_path_factory.mktemp("driver"), build.csrc().parent
     sources = [
         root / "tests/standin/libcuda.cpp",
         root / "csrc/cuda/launch_plan.cpp",
@@ -105,9 +105,9 @@ def real_build(tmp_path_factory):
     """Builds the real csrc/ in a fresh cache; returns the environment to use it in and what was printed."""
     folder = tmp_path_factory.mktemp("real")
     env = {**os.environ, "CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(folder / "with space")}
-    env.update(PYTHONPATH=str(_build.PACKAGE.parent))
+    env.update(PYTHONPATH=str(build.PACKAGE.parent))
     env.pop("CHILDTUNE_BACKEND", None)
-    code = "from childtune_fast import backend; print(backend.load_native().__file__)"
+    code = "from childtune_fast.native import load; print(load.load_native().__file__)"
     ran = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=600
     )

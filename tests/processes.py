@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from childtune_fast import _build, backend
+from childtune_fast.native import BackendError, build, load
 
 STAND_IN = """
 #include <Python.h>
@@ -31,7 +31,7 @@ def compiler_that(path, does):
     return script(path, f'case "$1" in --version|-v|-dump*) exec c++ "$@";; esac\n{does}\nexec c++ "$@"')
 
 
-def python(code, *, package_in=_build.PACKAGE.parent, **variables):
+def python(code, *, package_in=build.PACKAGE.parent, **variables):
     """Starts another Python on the package in the given folder, its output and errors in pipes."""
     env = {**os.environ, "PYTHONPATH": str(package_in), **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -47,9 +47,9 @@ def result_of(process, timeout=120):
 def load_code(source):
     """Code that loads the backend from other sources."""
     return (
-        f"from pathlib import Path; from childtune_fast import _build, backend\n"
+        f"from pathlib import Path; from childtune_fast.native import BackendError, build, load\n"
         f"_build.csrc = lambda: Path({str(source.parent)!r})\n"
-        f"print(backend.load_native().answer())"
+        f"print(load.load_native().answer())"
     )
 
 
@@ -68,8 +68,8 @@ def wait_until(condition, seconds=60):
 
 
 def cause_of_failure():
-    with pytest.raises(backend.BackendError) as caught:
-        backend.load_native()
+    with pytest.raises(BackendError) as caught:
+        load.load_native()
     return str(caught.value)
 
 

@@ -11,7 +11,7 @@ import torch
 from processes import cause_of_failure, python, result_of
 
 from childtune_fast import __main__ as report
-from childtune_fast import _build, backend
+from childtune_fast.native import BackendError, build, load
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -20,53 +20,53 @@ pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 def test_native_and_auto_give_the_module_and_torch_gives_none(builds):
-    module = backend.resolve("native")
+    module = load.resolve("native")
     assert module.answer() == 42
-    assert backend.resolve("auto") is module
-    assert backend.resolve("torch") is None
+    assert load.resolve("auto") is module
+    assert load.resolve("torch") is None
     assert len(builds) == 1
 
 
 def test_torch_never_builds(builds):
-    assert backend.resolve("torch") is None
+    assert load.resolve("torch") is None
     assert not builds
 
 
 @pytest.mark.parametrize("word", ["", "Native", "cuda", None])
 def test_unknown_backend(word):
     with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'native', 'torch' \(got "):
-        backend.resolve(word)
+        load.resolve(word)
 
 
 def test_environment_decides_for_auto_only(monkeypatch, builds):
     monkeypatch.setenv("CHILDTUNE_BACKEND", "torch")
-    assert backend.resolve("auto") is None
-    assert backend.resolve("native").answer() == 42
+    assert load.resolve("auto") is None
+    assert load.resolve("native").answer() == 42
     monkeypatch.setenv("CHILDTUNE_BACKEND", "")
-    assert backend.resolve("auto").answer() == 42
+    assert load.resolve("auto").answer() == 42
 
 
 def test_environment_native_never_falls_back(monkeypatch):
     monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(backend.BackendError):
-        backend.resolve("auto")
+    with pytest.raises(BackendError):
+        load.resolve("auto")
 
 
 @pytest.mark.parametrize(("name", "value"), [("CHILDTUNE_BACKEND", "fast"), ("CHILDTUNE_FORCE_JIT", "yes")])
 def test_wrong_environment(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=rf"environment variable {name} must be .* \(got '{value}'\)"):
-        backend.resolve("auto")
+        load.resolve("auto")
 
 
 def test_auto_warns_once_with_cause_and_remedy(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     with pytest.warns(UserWarning, match=r"'/nonexistent/c\+\+' .*; install one \(g\+\+\)(.|\n)*pure-torch"):
-        assert backend.resolve("auto") is None
+        assert load.resolve("auto") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.resolve("auto") is None
+        assert load.resolve("auto") is None
 
 
 def test_failure_is_remembered(monkeypatch):
@@ -93,8 +93,8 @@ def test_prebuilt_of_other_sources_is_not_used(monkeypatch, tmp_path, builds, re
     if record is not None:
         (tmp_path / "_native.json").write_text(record)
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so"))
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
-    native = backend.find_native()
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: spec)
+    native = load.find_native()
     assert native.origin == "built just in time"
     assert cause in native.notes[0]
 
@@ -102,32 +102,32 @@ def test_prebuilt_of_other_sources_is_not_used(monkeypatch, tmp_path, builds, re
 def test_prebuilt_that_does_not_load_and_no_compiler_names_both_causes(monkeypatch, tmp_path):
     monkeypatch.delenv("CHILDTUNE_FORCE_JIT")
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    (tmp_path / "_native.json").write_text(json.dumps({"fingerprint": _build.fingerprint()}))
+    (tmp_path / "_native.json").write_text(json.dumps({"fingerprint": build.fingerprint()}))
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so"))
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: spec)
 
     def fail(name):
         raise ImportError("GLIBC_9.9 not found")
 
-    monkeypatch.setattr(backend.importlib, "import_module", fail)
+    monkeypatch.setattr(load.importlib, "import_module", fail)
     cause = cause_of_failure()
     assert "GLIBC_9.9 not found" in cause
     assert "/nonexistent/c++" in cause
 
 
 def test_fingerprint_depends_on_every_file_and_on_the_version(monkeypatch, stand_in):
-    seen = {_build.fingerprint()}
+    seen = {build.fingerprint()}
     header = stand_in.with_name("some.h")
     header.write_text("// new")
-    seen.add(_build.fingerprint())
+    seen.add(build.fingerprint())
     header.write_text("// newer")
-    seen.add(_build.fingerprint())
+    seen.add(build.fingerprint())
     header.rename(stand_in.with_name("other.h"))
-    seen.add(_build.fingerprint())
-    monkeypatch.setattr(_build, "version", lambda: "9.9")
-    seen.add(_build.fingerprint())
-    monkeypatch.setattr(_build, "UNIX_FLAGS", ["-O0"])
-    seen.add(_build.fingerprint())
+    seen.add(build.fingerprint())
+    monkeypatch.setattr(build, "version", lambda: "9.9")
+    seen.add(build.fingerprint())
+    monkeypatch.setattr(build, "UNIX_FLAGS", ["-O0"])
+    seen.add(build.fingerprint())
     assert len(seen) == 6
 
 
@@ -172,7 +172,7 @@ def test_self_check_sees_a_single_bit(monkeypatch, differ):
         return weights
 
     monkeypatch.setattr(report, "_steps", steps)
-    verdict, passed = report.self_check(backend.Native(SimpleNamespace(), "prebuilt", []))
+    verdict, passed = report.self_check(load.Native(SimpleNamespace(), "prebuilt", []))
     assert passed is not differ
     assert verdict.startswith("MISMATCH: 1 of" if differ else "OK")
 
@@ -182,7 +182,7 @@ def test_self_check_survives_an_error(monkeypatch):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(report, "_steps", steps)
-    verdict, passed = report.self_check(backend.Native(SimpleNamespace(), "prebuilt", []))
+    verdict, passed = report.self_check(load.Native(SimpleNamespace(), "prebuilt", []))
     assert not passed
     assert verdict == "FAILED: RuntimeError: no luck"
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from childtune_fast import ChildAdamW, bernoulli_mask
-from childtune_fast.fallback import sum_of_squares
-from childtune_fast.packed_mask import PackedMask
+from childtune_fast.ops.packed_mask import PackedMask
+from childtune_fast.ops.reference import sum_of_squares
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 127, 128, 129, 4097]

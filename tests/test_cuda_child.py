@@ -11,7 +11,7 @@ from test_cuda import DEVICE, assert_same_bits, model_on, no_waiting, optimizer_
 from test_selection import KINDS, tensors
 
 from childtune_fast import ChildNetwork, FisherAccumulator, estimate_fisher
-from childtune_fast.selection import top_k
+from childtune_fast.ops.select import top_k
 
 pytestmark = pytest.mark.cuda
 

@@ -8,8 +8,7 @@ import torch
 from processes import script
 
 from childtune_fast import __main__ as report
-from childtune_fast import _build, _cuda_image, _gpu, _nvrtc, backend
-from childtune_fast.backend import BackendError
+from childtune_fast.native import BackendError, build, device_code, gpu, load
 
 FALSE_NVCC = """
 case "$1" in --version) echo "nvcc of a test"; exit;; esac
@@ -33,18 +32,18 @@ def nvcc(monkeypatch, tmp_path):
 
 
 def way(name):
-    return dict(_cuda_image.images((9, 0)))[name]
+    return dict(device_code.images((9, 0)))[name]
 
 
 def test_the_ways_in_their_order():
-    assert [name for name, _ in _cuda_image.images((9, 0))] == ["prebuilt", "compiled by NVRTC", "compiled by nvcc"]
+    assert [name for name, _ in device_code.images((9, 0))] == ["prebuilt", "compiled by NVRTC", "compiled by nvcc"]
 
 
 # ---- Prebuilt ------------------------------------------------------------------------------------------------------
 
 
 def test_prebuilt_device_code_is_taken_if_it_is_of_these_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "FATBIN", str(tmp_path / "_kernels.fatbin"))
+    monkeypatch.setattr(build, "FATBIN", str(tmp_path / "_kernels.fatbin"))
     with pytest.raises(BackendError, match="none is prebuilt"):
         way("prebuilt")()
     (tmp_path / "_kernels.fatbin").write_bytes(b"fatbin")
@@ -55,7 +54,7 @@ def test_prebuilt_device_code_is_taken_if_it_is_of_these_sources(monkeypatch, tm
     record.write_text(json.dumps({"fingerprint": "of others"}))
     with pytest.raises(BackendError, match="made from other sources"):
         way("prebuilt")()
-    record.write_text(json.dumps({"fingerprint": _build.device_fingerprint()}))
+    record.write_text(json.dumps({"fingerprint": build.device_fingerprint()}))
     assert way("prebuilt")() == b"fatbin"
 
 
@@ -95,12 +94,12 @@ def test_what_nvcc_says_is_told(nvcc, cache):
 
 
 def test_without_nvcc(monkeypatch):
-    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
     with pytest.raises(BackendError, match="there is no nvcc: install a CUDA toolkit, and set CUDA_HOME"):
         way("compiled by nvcc")()
 
 
-@pytest.mark.skipif(_build.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
 def test_a_real_nvcc_gives_a_cubin(cache):
     assert way("compiled by nvcc")().startswith(b"\x7fELF")
 
@@ -108,16 +107,16 @@ def test_a_real_nvcc_gives_a_cubin(cache):
 # ---- NVRTC ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not _nvrtc.libraries(), reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+@pytest.mark.skipif(not device_code.nvrtc_libraries(), reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
 def test_a_real_nvrtc_gives_a_cubin_once(cache, monkeypatch):
     cubin = way("compiled by NVRTC")()
     assert cubin.startswith(b"\x7fELF")
-    monkeypatch.setattr(_nvrtc.Nvrtc, "compile", None)
+    monkeypatch.setattr(device_code.Nvrtc, "compile", None)
     assert way("compiled by NVRTC")() == cubin
 
 
 def test_without_nvrtc(monkeypatch):
-    monkeypatch.setattr(_nvrtc, "libraries", list)
+    monkeypatch.setattr(device_code, "nvrtc_libraries", list)
     with pytest.raises(BackendError, match="there is no NVRTC; run `pip install nvidia-cuda-nvrtc`"):
         way("compiled by NVRTC")()
 
@@ -141,20 +140,20 @@ def ways(monkeypatch):
             return result
 
         made = [(f"way {i}", lambda result=result: make(result)) for i, result in enumerate(results)]
-        monkeypatch.setattr(_cuda_image, "images", lambda capability: made)
-        _gpu._found.clear()
-        return _gpu.find(1)
+        monkeypatch.setattr(device_code, "images", lambda capability: made)
+        gpu._found.clear()
+        return gpu.find(1)
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     module = SimpleNamespace(GpuKernels=kernels)
-    monkeypatch.setattr(backend, "find_native", lambda: backend.Native(module, "prebuilt", []))
+    monkeypatch.setattr(load, "find_native", lambda: load.Native(module, "prebuilt", []))
     yield of
-    _gpu._found.clear()
+    gpu._found.clear()
 
 
 def test_the_first_way_that_leads_there_is_taken(ways):
-    assert ways(b"new", b"newer") == _gpu.Gpu((1, b"new"), "way 0", [])
+    assert ways(b"new", b"newer") == gpu.Gpu((1, b"new"), "way 0", [])
     found = ways(BackendError("none is prebuilt"), b"old", b"new")
     assert found.kernels == (1, b"new")
     assert found.origin == "way 2"
@@ -167,7 +166,7 @@ def test_the_first_way_that_leads_there_is_taken(ways):
 def test_if_none_does_all_causes_are_told(ways):
     ways(BackendError("none is prebuilt"), b"old")
     with pytest.raises(BackendError, match=r"no kernels for GPU 1: way 0: none is prebuilt; way 1: cuModuleLoadData"):
-        _gpu.kernels_of(1)
+        gpu.load_kernels(1)
 
 
 def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
@@ -176,14 +175,14 @@ def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
 
 
 def test_without_a_native_backend_nothing_launches_them(ways, monkeypatch):
-    monkeypatch.setattr(backend, "find_native", lambda: backend.Native(None, "", ["no compiler"]))
+    monkeypatch.setattr(load, "find_native", lambda: load.Native(None, "", ["no compiler"]))
     assert ways(b"new").notes == ["there is no native backend to launch them"]
 
 
 def test_the_report_says_how_kernels_are_had_and_who_serves(ways, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ways(BackendError("none is prebuilt"), b"new")
-    native = backend.Native(SimpleNamespace(), "prebuilt", [])
+    native = load.Native(SimpleNamespace(), "prebuilt", [])
     monkeypatch.delenv("CHILDTUNE_BACKEND", raising=False)
     lines = list(report._devices(native))
     how = "torch (kernels way 1; CHILDTUNE_BACKEND=native would ask for them)"

@@ -112,7 +112,7 @@ def test_foreign_sums_are_refused_whole():
     fisher = accumulate(FisherAccumulator(model), model, batches)
     expected = fisher.scores()
     others = [
-        FisherAccumulator(model, parameters="weight"),
+        FisherAccumulator(model, names="weight"),
         FisherAccumulator(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))),
         FisherAccumulator(model, grad_clip=1.0),
     ]
@@ -198,4 +198,4 @@ def test_a_damaged_checkpoint_is_refused(damage):
 @pytest.mark.parametrize(("parameters", "error"), [(["weight"], TypeError), (5, TypeError), ("(", ValueError)])
 def test_parameters_must_be_a_selector(parameters, error):
     with pytest.raises(error, match="parameters must be a"):
-        FisherAccumulator(make_model(), parameters=parameters)
+        FisherAccumulator(make_model(), names=parameters)

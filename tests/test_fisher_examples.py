@@ -41,7 +41,7 @@ def test_what_vmap_cannot_run_goes_by_single_examples():
 
 
 def test_large_models_go_by_single_examples(monkeypatch):
-    monkeypatch.setattr("childtune_fast.per_example._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 1000)
     monkeypatch.setattr(torch.func, "vmap", None)
     model, batches = make_model(), make_batches()
     expected = estimate(model, examples_of(batches))
@@ -53,7 +53,7 @@ def test_chunks_cover_every_example(monkeypatch):
     model, batches = make_model(), make_batches()
     whole = estimate(model, batches, per_example=True)
     size = sum(4 * p.numel() for p in model.parameters())
-    monkeypatch.setattr("childtune_fast.per_example._CHUNK_BYTES", 3 * size)
+    monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 3 * size)
     for name, score in estimate(model, batches, per_example=True).items():
         torch.testing.assert_close(score, whole[name], rtol=1e-4, atol=1e-9)
 
@@ -63,7 +63,7 @@ def test_vmap_that_fails_half_way(monkeypatch):
     model, batches = make_model(), make_batches()
     expected = estimate(model, examples_of(batches))
     size = sum(4 * p.numel() for p in model.parameters())
-    monkeypatch.setattr("childtune_fast.per_example._CHUNK_BYTES", 2 * size)
+    monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 2 * size)
     vmap = torch.func.vmap
 
     def fails_later(*args, **options):

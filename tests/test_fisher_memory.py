@@ -25,7 +25,7 @@ def test_never_a_second_gradient(monkeypatch):
         return add(self, name, grad, *args)
 
     monkeypatch.setattr(FisherAccumulator, "_add", counting)
-    estimate(model, make_batches(), parameters="weight")
+    estimate(model, make_batches(), names="weight")
     assert len(seen) == 9 * BATCHES
     assert set(alive) == {1}
 

@@ -14,7 +14,7 @@ def test_frozen_and_unselected_parameters_are_left_out():
     model[0].weight.requires_grad_(False)
     assert list(estimate(model, batches)) == ["0.bias", "3.weight", "3.bias"]
     for selection in (r"\.bias$", lambda name: name.endswith("bias")):
-        scores = estimate(model, batches, parameters=selection)
+        scores = estimate(model, batches, names=selection)
         assert list(scores) == ["0.bias", "3.bias"]
         assert all(same_bits(scores[name], everything[name]) for name in scores)
     assert not model[0].weight.requires_grad

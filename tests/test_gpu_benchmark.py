@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from childtune_fast import _build
+from childtune_fast.native import build
 
 
 def test_it_measures_and_reports_everything(tmp_path):
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--scale=64", "--rounds=1", f"--out={tmp_path}"]
-    subprocess.run(command, cwd=_build.csrc().parent, check=True, timeout=300)
+    subprocess.run(command, cwd=build.csrc().parent, check=True, timeout=300)
     data = json.loads((tmp_path / "cpu.json").read_text())
     measured = {(each["workload"], each["dtype"]): each["samples_ms"] for each in data["measured"]}
     assert len(measured) == 8

@@ -7,10 +7,12 @@ import torch
 from helpers import assert_same_run, make_params, set_grads, train
 from test_child_step import Model, child_adamw, params_of
 
-from childtune_fast import ChildAdamW, _gpu, fallback, optimizer
-from childtune_fast.backend import BackendError
-from childtune_fast.collect import clip, unscale
-from childtune_fast.packed_mask import PackedMask
+from childtune_fast import ChildAdamW
+from childtune_fast.native import BackendError
+from childtune_fast.native import gpu as gpu_kernels
+from childtune_fast.ops import reference
+from childtune_fast.ops import step as op
+from childtune_fast.ops.packed_mask import PackedMask
 
 
 class OnGpu(torch.nn.Parameter):
@@ -32,7 +34,7 @@ def gpu(monkeypatch):
 
     def step(groups, stream):
         calls.append(("step", groups, stream))
-        fallback.step(groups)
+        reference.step(groups)
 
     def counted_step(groups, stream, memory_of, grad_scale, found_inf):
         for group in groups:
@@ -41,14 +43,14 @@ def gpu(monkeypatch):
         assert memory_of(100) is memory_of(50)
         calls.append(("counted_step", groups, stream))
         if found_inf is None or not found_inf.item():
-            unscale(groups, grad_scale)
-            clip(None, [], groups)
-            fallback.step(groups)
+            op._unscale(groups, grad_scale)
+            op._clip(None, [], groups)
+            reference.step(groups)
 
     kernels = SimpleNamespace(step=step, counted_step=counted_step)
-    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(kernels, "", []))
-    monkeypatch.setattr(_gpu, "_place", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(optimizer, "check_group", lambda group: None)  # it would find that state is on the CPU
+    monkeypatch.setattr(gpu_kernels, "find", lambda device: gpu_kernels.Gpu(kernels, "", []))
+    monkeypatch.setattr(gpu_kernels, "place", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(op, "check_group", lambda group: None)  # it would find that state is on the CPU
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
     return calls
 
@@ -132,7 +134,8 @@ def test_masks_follow_a_model_that_moved(monkeypatch):
 
 
 def test_native_says_why_there_are_no_kernels(monkeypatch):
-    monkeypatch.setattr(_gpu, "find", lambda device: _gpu.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"]))
+    none = gpu_kernels.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"])
+    monkeypatch.setattr(gpu_kernels, "find", lambda device: none)
     param = on_gpu(torch.ones(3))
     param.grad = torch.ones(3)
     run = ChildAdamW([param], backend="native")
@@ -226,6 +229,6 @@ def test_a_graph_captures_only_what_it_can_replay(gpu, monkeypatch):
         with pytest.raises(RuntimeError, match=r"captures needs capturable=True and one step taken before"):
             run.step()
         assert len(run.state) == 0
-    monkeypatch.setattr(_gpu, "_is_on_cpu", lambda step: False)  # as after a first step
+    monkeypatch.setattr(op, "_is_on_cpu", lambda step: False)  # as after a first step
     run.step()
     assert all(run.state[p]["step"] == 1 for p in params)

@@ -1,6 +1,7 @@
 """Fisher scores and selection on a GPU without one, as test_gpu_step.py has the step: the same bits as on the CPU."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from test_fisher_kernel import SIZES, random_tensor
 from test_gpu_step import IMAGE, STREAM, bytes_of_memory
 from test_selection import KINDS, tensors
 
-from childtune_fast import ChildNetwork, FisherAccumulator, _gpu, backend, selection
+from childtune_fast import ChildNetwork, FisherAccumulator
+from childtune_fast.native import gpu, load
+from childtune_fast.ops import select
+from childtune_fast.ops.squares import SquareKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,14 +22,15 @@ def stand_in(kernels):
     """Has the CPU's tensors served by the stand-in's kernels, where they could be a GPU's; returns how many were."""
     served = []
 
-    def kernels_for(*tensors):
-        if not all(tensor.is_contiguous() for tensor in tensors):
-            return None
-        served.append(tensors)
-        return kernels
+    def accumulate_squares(*arguments):
+        served.append(arguments)
+        kernels.accumulate_squares(*arguments)
 
-    _gpu.kernels_for, _gpu.kernels_of = kernels_for, lambda device: kernels
-    _gpu.stream_of, _gpu.memory = lambda device: STREAM, lambda device, size: bytes_of_memory(size)
+    noting = SimpleNamespace(accumulate_squares=accumulate_squares)
+    of_cpu = torch.zeros(()).get_device()
+    SquareKernels.find = lambda devices: SquareKernels(load.load_native(), {of_cpu: noting})
+    gpu.load_kernels = lambda device: kernels
+    gpu.stream_of, gpu.memory = lambda device: STREAM, lambda device, size: bytes_of_memory(size)
     return served
 
 
@@ -40,13 +45,14 @@ def model_with_grads(dtype, damage=None):
 
 
 def check_fisher():
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
-    of_cpu = vars(_gpu).copy()
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
+    of_cpu = SquareKernels.find
     for dtype, grad_clip in itertools.product(DTYPES, (None, 1e-2)):
         model = model_with_grads(dtype)
         scores = []
         for on_gpu in (False, True):
-            served = stand_in(kernels) if on_gpu else vars(_gpu).update(of_cpu)
+            SquareKernels.find = of_cpu
+            served = stand_in(kernels) if on_gpu else []
             fisher = FisherAccumulator(model, grad_clip=grad_clip)
             for weight in (1.0, 0.3):
                 fisher.update(weight=weight, grad_scale=2.0)
@@ -56,7 +62,7 @@ def check_fisher():
 
 
 def check_what_is_not_finite():
-    stand_in(backend.load_native().GpuKernels(-1, IMAGE))
+    stand_in(load.load_native().GpuKernels(-1, IMAGE))
     for dtype in DTYPES:
         for damage in (1, len(SIZES) - 1, len(SIZES)):
             fisher = FisherAccumulator(model_with_grads(dtype, damage))
@@ -65,38 +71,38 @@ def check_what_is_not_finite():
 
 
 def check_selection():
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     stand_in(kernels)
     for kind, largest in itertools.product(KINDS, (True, False)):
         scores = tensors(kind)
         total = sum(tensor.numel() for tensor in scores.values())
         for k in (0, 1, round(0.3 * total), total):
-            expected = selection.top_k(scores, k, largest=largest)
+            expected = select.top_k(scores, k, largest=largest)
             for gpus in (1, 3):
                 parts = [
-                    selection._OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
+                    select._OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
                     for gpu in range(gpus)
                 ]
-                bits = selection._select_in_parts(parts, k)
+                bits = select._select_in_parts(parts, k)
                 assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
 
 
 def check_selection_from_a_model():
     """As a user calls it, on tensors that say they are on a GPU."""
-    stand_in(backend.load_native().GpuKernels(-1, IMAGE))
+    stand_in(load.load_native().GpuKernels(-1, IMAGE))
     model = torch.nn.Sequential(torch.nn.Linear(40, 70), torch.nn.Linear(70, 3))
     scores = {name: random_tensor(p.shape, torch.float32).square() for name, p in model.named_parameters()}
     expected = ChildNetwork.from_scores(model, scores, reserve_p=0.3, maskable="weight")
     calls = []
-    select = selection._select_on_gpus
-    selection._select_on_gpus = lambda *args: calls.append(args) or select(*args)
+    select_on_gpus = select._select_on_gpus
+    select._select_on_gpus = lambda *args: calls.append(args) or select_on_gpus(*args)
     torch.Tensor.is_cuda, torch.Tensor.is_cpu = True, False
-    _gpu.asked_for = lambda requested: True
+    load.wants_gpu_kernels = lambda requested: True
     kept = sum(mask.count for mask in expected.packed.values())
-    found = selection.top_k({name: scores[name] for name in expected.packed}, kept)
+    found = select.top_k({name: scores[name] for name in expected.packed}, kept)
     broken = {"good": torch.zeros(3), "bad": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match="one or more for 'bad'"):
-        selection.top_k(broken, 1)
+        select.top_k(broken, 1)
     assert len(calls) == 2
     del torch.Tensor.is_cuda, torch.Tensor.is_cpu
     assert expected.packed.keys() == found.keys()
@@ -104,7 +110,7 @@ def check_selection_from_a_model():
 
 
 def check_refusals():
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     score, grad, finite = torch.zeros(8), torch.ones(8), torch.ones((), dtype=torch.uint8)
     good = {"score": score, "grad": grad, "finite": finite, "weight": 1.0, "grad_factor": 1.0, "grad_clip": None}
     good |= {"stream": STREAM, "memory_of": bytes_of_memory}
@@ -144,7 +150,7 @@ def check_refusals():
 
 
 def check_nonsense():
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     things = [None, 1, -1, 1 << 70, "x", [], (), object(), torch, torch.ones(0), torch.ones(8, device="meta")]
     things += [torch.ones(8).to_sparse(), torch.ones(8, dtype=torch.cfloat), [torch.ones(8)], [None], [1, 2]]
     score, flag = torch.zeros(8), torch.ones(1, dtype=torch.uint8)

@@ -10,7 +10,8 @@ from test_child_step import OPTIONS as CHILD_OPTIONS
 from test_child_step import Model, child_adamw, params_of
 
 from childtune_fast import ChildAdamW
-from childtune_fast.collect import collect
+from childtune_fast.ops.step import StepKernels
+from childtune_fast.optimizer.collect import collect
 
 IMAGE = b"device code of the stand-in"
 STREAM = 5
@@ -19,15 +20,20 @@ SHAPES = [(40, 70), (129,), (), (0,), (4097,), *[(33,)] * 300]  # more than one 
 
 def step_as_a_gpu(kernels, optimizer):
     """`optimizer.step()`, all of it by the kernels of a GPU."""
-    on_native, _, on_torch = collect(optimizer, True, False, {})
-    assert not on_torch
-    kernels.step(on_native, STREAM)
+    kernels.step(groups_of(optimizer), STREAM)
+
+
+def groups_of(optimizer):
+    """What a step of the optimizer is of, all of it for kernels."""
+    groups = collect(optimizer.param_groups, optimizer.state, optimizer.child_masks, StepKernels.find("native"), {})
+    assert list(groups) == ["cpu"]
+    return groups["cpu"]
 
 
 def check_steps():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     options = [{}, {"reserve_p": 1.0}, {"amsgrad": True, "variant": "torch"}, {"variant": "hf", "weight_decay": 0.5}]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for option in options:
@@ -57,9 +63,9 @@ COUNTED = {  # options, a GradScaler's scale and what it found, the learning rat
 
 
 def check_counted_steps():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options, grad_scale, found_inf, lr in COUNTED.values():
             runs = []
@@ -69,7 +75,7 @@ def check_counted_steps():
             for _ in range(3):
                 for run in runs:
                     set_grads(run.param_groups[0]["params"], 1)
-                on_native, _, _ = collect(runs[0], True, False, {})
+                on_native = groups_of(runs[0])
                 on_native[0].lr_on_device = lr
                 kernels.counted_step(on_native, STREAM, bytes_of_memory, grad_scale, found_inf)
                 if lr is not None:
@@ -85,9 +91,9 @@ def bytes_of_memory(count):
 
 
 def check_child_steps():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in CHILD_OPTIONS.values():
             for counted in {"max_grad_norm" in options, True}:
@@ -95,7 +101,7 @@ def check_child_steps():
                 for step in range(3):
                     for run in runs:
                         set_grads(params_of(run), step)
-                    groups, _, _ = collect(runs[0], True, False, {})
+                    groups = groups_of(runs[0])
                     assert any(group.child_bits for group in groups)
                     if counted:
                         kernels.counted_step(groups, STREAM, bytes_of_memory, None, None)
@@ -106,9 +112,9 @@ def check_child_steps():
 
 
 def check_refusals_of_child_steps():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     run = child_adamw(Model(shapes=((3000,), (3,))), backend="native")
     before = [p.clone() for p in params_of(run)]
 
@@ -124,7 +130,7 @@ def check_refusals_of_child_steps():
     }
     for message, damage in broken.items():
         set_grads(params_of(run), 0)
-        groups, _, _ = collect(run, True, False, {})
+        groups = groups_of(run)
         damage(next(group for group in groups if group.child_bits))
         with pytest.raises(ValueError, match=message):
             kernels.step(groups, STREAM)
@@ -132,23 +138,23 @@ def check_refusals_of_child_steps():
 
 
 def check_a_step_that_is_not_taken():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     runs = [ChildAdamW(make_params(), seed=7, backend="native") for _ in range(2)]
     for run in runs:
         set_grads(run.param_groups[0]["params"], 0)
         run.step()
-    on_native, _, _ = collect(runs[0], True, False, {})
+    on_native = groups_of(runs[0])
     for found_inf in (1.0, float("inf"), float("nan")):
         kernels.counted_step(on_native, STREAM, bytes_of_memory, None, torch.tensor(found_inf))
     assert_same_run(*runs)
 
 
 def check_refusals_of_counted_steps():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    kernels = backend.load_native().GpuKernels(-1, IMAGE)
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
     run = ChildAdamW([torch.nn.Parameter(torch.ones(4, 6))], backend="native")
     param = run.param_groups[0]["params"][0]
     good = {"memory_of": bytes_of_memory, "grad_scale": None, "found_inf": None}
@@ -166,7 +172,7 @@ def check_refusals_of_counted_steps():
     ]
     for wrong, message in broken:
         param.grad = torch.ones(4, 6)
-        on_native, _, _ = collect(run, True, False, {})
+        on_native = groups_of(run)
         on_native[0].lr_on_device = wrong.pop("lr", None)
         if "step" in wrong:
             on_native[0].steps[0] = wrong.pop("step")
@@ -176,9 +182,9 @@ def check_refusals_of_counted_steps():
 
 
 def check_refusals():
-    from childtune_fast import backend
+    from childtune_fast.native import load
 
-    native = backend.load_native()
+    native = load.load_native()
     with pytest.raises(RuntimeError, match=r"^cuModuleLoadData failed: device kernel image is invalid \(.* 200\)"):
         native.GpuKernels(-1, b"of another architecture")
     with pytest.raises(RuntimeError, match=r"^cuDeviceGet failed: .* \(CUDA error 101\)$"):
@@ -188,7 +194,7 @@ def check_refusals():
         param = torch.nn.Parameter(torch.ones(4, 6))
         param.grad = torch.ones(6, 4).T if broken == "strided" else torch.ones(4, 6)
         optimizer = ChildAdamW([param], backend="native")
-        on_native, _, _ = collect(optimizer, True, False, {})
+        on_native = groups_of(optimizer)
         if broken == "dtype":
             on_native[0].exp_avgs[0] = torch.ones(4, 6, dtype=torch.float64)
         with pytest.raises(RuntimeError if broken == "stream" else ValueError):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from processes import STAND_IN, alive, cause_of_failure, compiler_that, load_code, python, result_of, script, wait_until
 
-from childtune_fast import _build, _jit, _toolchain, backend
+from childtune_fast.native import BackendError, build, jit, load, toolchain
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -35,12 +35,12 @@ def test_no_compiler(monkeypatch, tmp_path):
 )
 def test_avx512_kernels_are_built_where_they_run(monkeypatch, machine, capability, skips):
     """And a binary without them is not taken for one with them."""
-    monkeypatch.setattr(_toolchain.platform, "machine", lambda: machine)
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert _toolchain.local_flags() == ["-DCHILDTUNE_NO_AVX512"] * skips
-    key = _jit._key(_toolchain.find_compiler())
-    monkeypatch.setattr(_toolchain, "local_flags", lambda: ["-DCHILDTUNE_NO_AVX512"] * (1 - skips))
-    assert _jit._key(_toolchain.find_compiler()) != key
+    assert toolchain.local_flags() == ["-DCHILDTUNE_NO_AVX512"] * skips
+    key = jit._key(toolchain.find_compiler())
+    monkeypatch.setattr(toolchain, "local_flags", lambda: ["-DCHILDTUNE_NO_AVX512"] * (1 - skips))
+    assert jit._key(toolchain.find_compiler()) != key
 
 
 def test_compiler_that_fails_at_once(monkeypatch, tmp_path):
@@ -50,7 +50,7 @@ def test_compiler_that_fails_at_once(monkeypatch, tmp_path):
 
 
 def test_compiler_that_never_answers(monkeypatch, tmp_path):
-    monkeypatch.setattr(_toolchain, "PROBE_TIMEOUT", 0.5)
+    monkeypatch.setattr(toolchain, "PROBE_TIMEOUT", 0.5)
     monkeypatch.setenv("CXX", script(tmp_path / "cc", "sleep 300"))
     assert "does not answer" in cause_of_failure()
 
@@ -79,7 +79,7 @@ def test_binary_that_crashes_when_loaded_crashes_the_child_only(stand_in):
 def test_compiler_that_hangs_while_compiling(monkeypatch, stand_in, tmp_path):
     log = tmp_path / "log"
     log.touch()
-    monkeypatch.setattr(_toolchain, "BUILD_TIMEOUT", 5.0)
+    monkeypatch.setattr(toolchain, "BUILD_TIMEOUT", 5.0)
     monkeypatch.setenv("CXX", compiler_that(tmp_path / "cc", f"echo $$ >>{log}; exec sleep 300"))
     assert "was stopped after 5 s of building" in cause_of_failure()
     wait_until(lambda: not any(map(alive, log.read_text().split())), seconds=5)
@@ -88,12 +88,12 @@ def test_compiler_that_hangs_while_compiling(monkeypatch, stand_in, tmp_path):
 def test_time_limit_ends_the_children_too(tmp_path):
     pid_file = tmp_path / "pid"
     with pytest.raises(subprocess.TimeoutExpired):
-        _toolchain.run(["sh", "-c", f"sleep 300 & echo $! >{pid_file}; wait"], timeout=0.5)
+        toolchain.run(["sh", "-c", f"sleep 300 & echo $! >{pid_file}; wait"], timeout=0.5)
     wait_until(lambda: not alive(pid_file.read_text().strip()), seconds=5)
 
 
 def test_last_lines_only():
-    quoted = _toolchain.quoted("".join(f"line {i}\n" for i in range(100)) + "ninja: build stopped\n")
+    quoted = toolchain.quoted("".join(f"line {i}\n" for i in range(100)) + "ninja: build stopped\n")
     assert quoted.splitlines()[1:] == [f"    line {i}" for i in range(88, 100)]
 
 
@@ -101,18 +101,18 @@ def test_missing_ninja(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(backend.BackendError, match="ninja is needed and not installed; run `pip install ninja`"):
-        _toolchain.environment(_toolchain.Compiler("c++", "/usr/bin/c++", ""))
+    with pytest.raises(BackendError, match="ninja is needed and not installed; run `pip install ninja`"):
+        toolchain.environment(toolchain.Compiler("c++", "/usr/bin/c++", ""))
 
 
 def test_ninja_of_a_virtual_environment_that_is_not_activated(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = _toolchain.environment(_toolchain.Compiler("c++", "/usr/bin/c++", ""))
+    found = toolchain.environment(toolchain.Compiler("c++", "/usr/bin/c++", ""))
     assert found["PATH"].startswith(str(tmp_path) + os.pathsep)
 
 
 def test_missing_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "csrc", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr(build, "csrc", lambda: tmp_path / "nowhere")
     assert "the C++ sources are not at" in cause_of_failure()
 
 
@@ -120,13 +120,13 @@ def test_missing_sources(monkeypatch, tmp_path):
 
 
 def binaries(cache):
-    return sorted(cache.glob(f"*{_jit.SUFFIX}"))
+    return sorted(cache.glob(f"*{jit.SUFFIX}"))
 
 
 def test_second_load_takes_the_cached_binary(builds, cache, capfd):
-    assert _jit.load().answer() == 42
+    assert jit.load().answer() == 42
     assert capfd.readouterr().err.count("\n") == 1
-    assert _jit.load().answer() == 42
+    assert jit.load().answer() == 42
     assert len(builds) == 1
     assert capfd.readouterr().err == ""
     assert [path.name for path in cache.glob("build-*")] == []
@@ -134,12 +134,12 @@ def test_second_load_takes_the_cached_binary(builds, cache, capfd):
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5])
 def test_truncated_binary_is_built_again(builds, cache, keep):
-    _jit.load()
+    jit.load()
     (path,) = binaries(cache)
     content = path.read_bytes()
     path.unlink()  # this process has it loaded: cutting that very file short would crash it
     path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    assert _jit.load().answer() == 42
+    assert jit.load().answer() == 42
     assert len(builds) == 2
     assert binaries(cache)[0].read_bytes() == content
 
@@ -148,53 +148,53 @@ def test_whole_binary_that_does_not_load_is_built_again(builds, cache):
     cache.mkdir()
     impostor = cache / "impostor"
     impostor.write_bytes(b"no library")
-    key = _jit._key(_toolchain.find_compiler())
-    impostor.rename(cache / f"{key}-{_jit._digest(impostor)}{_jit.SUFFIX}")
-    assert _jit.load().answer() == 42
+    key = jit._key(toolchain.find_compiler())
+    impostor.rename(cache / f"{key}-{jit._digest(impostor)}{jit.SUFFIX}")
+    assert jit.load().answer() == 42
     assert len(binaries(cache)) == 1
 
 
 def test_other_sources_compilers_and_versions_of_torch_have_other_binaries(
     monkeypatch, builds, cache, stand_in, tmp_path
 ):
-    _jit.load()
+    jit.load()
     stand_in.write_text(STAND_IN + "// changed\n")
-    _jit.load()
+    jit.load()
     monkeypatch.setenv("CXX", compiler_that(tmp_path / "cc", ""))
-    _jit.load()
+    jit.load()
     monkeypatch.setattr(torch, "__version__", "9.9")
-    _jit.load()
+    jit.load()
     assert len(builds) == len(binaries(cache)) == 4
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    assert _jit.cache_folder() == tmp_path / "cache"
+    assert jit.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("CHILDTUNE_CACHE")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    assert _jit.cache_folder() == tmp_path / "extensions" / "childtune_fast"
+    assert jit.cache_folder() == tmp_path / "extensions" / "childtune_fast"
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    assert _jit.cache_folder().parts[-2:] == ("torch_extensions", "childtune_fast")
+    assert jit.cache_folder().parts[-2:] == ("torch_extensions", "childtune_fast")
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/childtune"])
 def test_unusable_cache_folder_builds_for_this_process(monkeypatch, builds, tmp_path, capfd, place):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CHILDTUNE_CACHE", str(tmp_path / place))
-    assert backend.load_native().answer() == 42
+    assert load.load_native().answer() == 42
     assert f"cannot write to the cache folder {tmp_path / place}" in capfd.readouterr().err
     assert not builds[0].exists()
     assert not builds[0].parent.exists()
 
 
 def test_read_only_cache_with_a_binary_is_used(monkeypatch, builds, cache):
-    _jit.load()
+    jit.load()
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    assert _jit.load().answer() == 42
+    assert jit.load().answer() == 42
     assert len(builds) == 1
 
 
@@ -222,27 +222,27 @@ def test_no_folder_at_all(monkeypatch, builds, tmp_path):
 
 def test_lock_file_of_a_dead_process_does_not_block(builds, cache, capfd):
     cache.mkdir()
-    (cache / f"{_jit._key(_toolchain.find_compiler())}.lock").write_text("12345")
-    assert _jit.load().answer() == 42
+    (cache / f"{jit._key(toolchain.find_compiler())}.lock").write_text("12345")
+    assert jit.load().answer() == 42
     assert "waiting" not in capfd.readouterr().err
 
 
 def test_lock_that_is_held_too_long_is_not_waited_for(monkeypatch, builds, cache, capfd):
-    monkeypatch.setattr(_jit, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(jit, "LOCK_TIMEOUT", 0.2)
     cache.mkdir()
-    with filelock.FileLock(cache / f"{_jit._key(_toolchain.find_compiler())}.lock"):
-        assert _jit.load().answer() == 42
+    with filelock.FileLock(cache / f"{jit._key(toolchain.find_compiler())}.lock"):
+        assert jit.load().answer() == 42
     assert "waiting for another process" in capfd.readouterr().err
 
 
 def test_folders_of_killed_builds_are_removed_once_nobody_can_own_them(builds, cache):
-    for name, age in (("build-old", 2 * _jit.STALE_AFTER), ("build-young", 0)):
+    for name, age in (("build-old", 2 * jit.STALE_AFTER), ("build-young", 0)):
         (cache / name).mkdir(parents=True)
         (cache / name / "left.o").touch()
         os.utime(cache / name, (time.time() - age,) * 2)
-    _jit.load()
+    jit.load()
     assert [path.name for path in cache.glob("build-*")] == ["build-young"]
-    assert _jit.STALE_AFTER > 2 * _toolchain.BUILD_TIMEOUT
+    assert jit.STALE_AFTER > 2 * toolchain.BUILD_TIMEOUT
 
 
 def test_processes_that_start_together_build_once(monkeypatch, stand_in, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from childtune_fast import bernoulli_mask
-from childtune_fast.backend import load_native
-from childtune_fast.mask import KEEP_ALL, keep_threshold, philox4x32_10
+from childtune_fast.native.load import load_native
+from childtune_fast.ops.random_mask import KEEP_ALL, keep_threshold, philox4x32_10
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -56,7 +56,7 @@ def test_a_piece_has_the_mask_of_its_place(offset, count):
 
 def test_chunks_are_seamless(monkeypatch):
     whole = mask((10_000,), offset=77)
-    monkeypatch.setattr("childtune_fast.mask._CHUNK_BLOCKS", 3)
+    monkeypatch.setattr("childtune_fast.ops.random_mask._CHUNK_BLOCKS", 3)
     assert torch.equal(mask((10_000,), offset=77), whole)
 
 

@@ -6,7 +6,7 @@ import pytest
 from models import FAMILIES, Block, Tiny, family
 from torch import nn
 
-from childtune_fast.maskable import block_lists, head_parameters, maskable_parameters
+from childtune_fast.child.maskable import block_lists, head_parameters, maskable_parameters
 
 
 @pytest.mark.parametrize("name", FAMILIES)

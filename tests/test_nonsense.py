@@ -6,9 +6,9 @@ from processes import python, result_of
 FUZZ = """
 import random, sys, torch
 sys.path.insert(0, "tests")
-from childtune_fast import backend
-from childtune_fast.step_group import StepGroup
-native = backend.load_native()
+from childtune_fast.native import load
+from childtune_fast.ops.step_group import StepGroup
+native = load.load_native()
 chance = random.Random(0)
 GOOD = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, amsgrad=True, grad_factor=1.0,
             keep_threshold=20000, published_code=False, seed=3, max_grad_norm=None)

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 
-from childtune_fast import _nvrtc
-from childtune_fast.backend import BackendError
+from childtune_fast.native import BackendError, device_code
 
-LIBRARIES = _nvrtc.libraries()
+LIBRARIES = device_code.nvrtc_libraries()
 KERNELS = [
     "step_" + "_".join(filter(None, parts))
     for parts in itertools.product(
@@ -22,12 +21,12 @@ pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs NVRTC: pip install 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda path: path.name)
 def nvrtc(request):
-    return _nvrtc.Nvrtc(request.param)
+    return device_code.Nvrtc(request.param)
 
 
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_compiles_every_kernel(nvrtc, architecture):
-    source, headers = _nvrtc.kernel_source()
+    source, headers = device_code.kernel_source()
     cubin = nvrtc.compile(source, headers, architecture)
     assert cubin.startswith(b"\x7fELF")
     expected = KERNELS if nvrtc.version() >= (12, 1) else [name for name in KERNELS if not name.endswith("large")]
@@ -42,4 +41,4 @@ def test_says_what_does_not_compile(nvrtc):
 
 def test_says_which_library_does_not_load(tmp_path):
     with pytest.raises(BackendError, match="NVRTC could not be loaded from"):
-        _nvrtc.Nvrtc(tmp_path / "libnvrtc.so")
+        device_code.Nvrtc(tmp_path / "libnvrtc.so")

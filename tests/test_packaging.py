@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import STAND_IN, python, result_of, script
 
-from childtune_fast import _build
+from childtune_fast.native import build
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = f"childtune_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -73,7 +73,7 @@ def names(archive):
 
 
 def test_wheel_holds_everything_and_nothing_else(wheel):
-    python_files = {f"childtune_fast/{path.relative_to(_build.PACKAGE)}" for path in _build.PACKAGE.rglob("*.py")}
+    python_files = {f"childtune_fast/{path.relative_to(build.PACKAGE)}" for path in build.PACKAGE.rglob("*.py")}
     expected = python_files | SHIPPED_SOURCES | {"childtune_fast/py.typed", BINARY, "childtune_fast/_native.json"}
     assert {name for name in names(wheel) if ".dist-info/" not in name} == expected
 
@@ -82,7 +82,7 @@ def test_wheel_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = archive.read(name).decode()
-    assert f"\nVersion: {_build.version()}\n" in metadata
+    assert f"\nVersion: {build.version()}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
     assert "\nRequires-Dist: torch>=2.9\n" in metadata
@@ -91,14 +91,14 @@ def test_wheel_metadata(wheel):
 def test_prebuilt_binary_of_an_installed_wheel_is_used(wheel, tmp_path):
     """The installed package computes the fingerprint from what it ships; it must be that of the build."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer(), n.notes)"
+    code = "from childtune_fast.native import load; n = load.find_native(); print(n.origin, n.module.answer(), n.notes)"
     output, errors = result_of(python(code, package_in=tmp_path, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))
     assert output == "prebuilt 42 []\n", errors
 
 
 def test_installed_package_can_build_just_in_time(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer(), n.notes)"
+    code = "from childtune_fast.native import load; n = load.find_native(); print(n.origin, n.module.answer(), n.notes)"
     env = {"CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(tmp_path / "cache")}
     output, errors = result_of(python(code, package_in=tmp_path / "site", **env))
     assert output == "built just in time 42 []\n", errors
@@ -166,12 +166,12 @@ def test_editable_install_leaves_binary_and_record_in_the_tree(tree, tmp_path):
     make("editable", copy, tmp_path)
     record = json.loads((copy / "childtune_fast" / "_native.json").read_text())
     assert (copy / BINARY).exists()
-    code = "from childtune_fast import backend; n = backend.find_native(); print(n.origin, n.module.answer())"
+    code = "from childtune_fast.native import load; n = load.find_native(); print(n.origin, n.module.answer())"
     assert (
         result_of(python(code, package_in=copy, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))[0] == "prebuilt 42\n"
     )
     (copy / "csrc" / "core" / "empty.h").write_text("// changed since\n")
-    code = "from childtune_fast import _build, backend; print(_build.fingerprint(), backend.find_native().notes)"
+    code = "from childtune_fast.native import build, load; print(build.fingerprint(), load.find_native().notes)"
     output, _ = result_of(python(code, package_in=copy, CXX="/nonexistent/c++", CHILDTUNE_FORCE_JIT="0"))
     assert record["fingerprint"] not in output
     assert "was made from other sources" in output

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from childtune_fast.packed_mask import BLOCK, PackedMask, fingerprint, packed_size
+from childtune_fast.ops.packed_mask import BLOCK, PackedMask, fingerprint, packed_size
 
 SIZES = [0, 1, 3, 7, 8, 9, 127, 128, 129, 1023, 1024, 1025, 4097]
 

@@ -7,7 +7,6 @@ from helpers import assert_same_run, both_backends, same_bits, same_snapshot, sn
 from models import Tiny, child_of, random_scores
 
 from childtune_fast import ChildAdamW, ChildNetwork
-from childtune_fast.child_state import replace_child
 
 
 def another_child(model):
@@ -22,7 +21,7 @@ def test_masked_parameters_begin_anew_and_others_go_on(backend):
     before = [p.detach().clone() for p in model.parameters()]
     untouched = copy.deepcopy(optimizer.state[model.classifier.weight])
     child = another_child(model)
-    replace_child(optimizer, child)
+    optimizer.replace_child(child)
     assert all(map(same_bits, before, model.parameters()))
     assert same_bits(optimizer.state[model.classifier.weight]["exp_avg"], untouched["exp_avg"])
 
@@ -42,7 +41,7 @@ def test_masked_parameters_begin_anew_and_others_go_on(backend):
 def test_a_checkpoint_after_it_holds_the_new_child_network():
     model = Tiny()
     optimizer = ChildAdamW(model.parameters(), child=child_of(model))
-    replace_child(optimizer, another_child(model))
+    optimizer.replace_child(another_child(model))
     train(optimizer, range(2))
     twin = copy.deepcopy(model)
     resumed = ChildAdamW(twin.parameters())
@@ -58,6 +57,6 @@ def test_one_of_another_model_is_refused_and_changes_nothing():
     train(optimizer, range(2))
     before, masks = snapshot(optimizer), dict(optimizer.child_masks)
     with pytest.raises(ValueError, match="must mask a parameter of the optimizer"):
-        replace_child(optimizer, child_of(Tiny()))
+        optimizer.replace_child(child_of(Tiny()))
     assert same_snapshot(snapshot(optimizer), before)
     assert optimizer.child_masks == masks

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import both_backends
 
-from childtune_fast import backend
-from childtune_fast.packed_mask import PackedMask
-from childtune_fast.selection import top_k
+from childtune_fast.native import load
+from childtune_fast.ops.packed_mask import PackedMask
+from childtune_fast.ops.select import top_k
 
 SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
 DENORMAL = 1e-45
@@ -186,7 +186,7 @@ NONSENSE = {
 @pytest.mark.parametrize("forced", [False, True], ids=["exchange", "attributes"])
 @pytest.mark.parametrize(("scores", "bits", "k", "error"), NONSENSE.values(), ids=NONSENSE)
 def test_the_compiled_function_refuses_what_it_cannot_take(scores, bits, k, error, forced):
-    native = backend.load_native()
+    native = load.load_native()
     native.force_attribute_access(forced)
     try:
         native.select_top([FLOATS], [BITS.clone()], 5, True, 2)

@@ -67,7 +67,7 @@ def test_options_of_the_estimation_reach_it(tmp_path, monkeypatch, options, expe
 
     estimate = integration.estimate_fisher
     monkeypatch.setattr(integration, "estimate_fisher", spy)
-    monkeypatch.setattr("childtune_fast.per_example._CHUNK_BYTES", 0)  # vmap warns of BERT's attention
+    monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 0)  # vmap warns of BERT's attention
     trainer = make_trainer(tmp_path, ChildTuningConfig(mode="D", **options))
     state = trainer.accelerator.gradient_state
     before = state.active_dataloader

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from ..mask import check_seed, keep_threshold
-from ..selector import Selector, predicate
+from ..arguments import Selector, check_seed, predicate
+from ..ops.random_mask import keep_threshold
 
 _ONLY_D = ("fisher_batches", "per_example", "grad_clip", "train_mode", "scope", "maskable", "refresh_every")
 _ONLY_F = ("seed",)

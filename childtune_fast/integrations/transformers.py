@@ -23,12 +23,11 @@ except ImportError as error:
         f"{error}); pip install 'childtune-fast[transformers]'"
     ) from error
 
-from ..as_it_was import leaving_as_it_was
-from ..checks import check_type
-from ..child_network import ChildNetwork
-from ..child_state import replace_child
+from ..arguments import check_type
+from ..child import ChildNetwork
+from ..child.maskable import maskable_parameters
 from ..fisher import estimate_fisher
-from ..maskable import maskable_parameters
+from ..fisher.restore import leaving_as_it_was
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
 
@@ -204,7 +203,7 @@ class ChildTuningTrainer(Trainer):
                     max_batches=config.fisher_batches,
                     per_example=config.per_example,
                     grad_clip=config.grad_clip,
-                    parameters=maskable.__contains__,
+                    names=maskable.__contains__,
                     train_mode=config.train_mode,
                     progress=self.is_local_process_zero() and not self.args.disable_tqdm,
                 )
@@ -230,7 +229,7 @@ class ChildTuningTrainer(Trainer):
         epoch = self.state.epoch or 0
         if epoch and epoch == int(epoch):
             self.child_network = self._chosen_child(int(epoch))
-            replace_child(getattr(self.optimizer, "optimizer", self.optimizer), self.child_network)
+            getattr(self.optimizer, "optimizer", self.optimizer).replace_child(self.child_network)
 
 
 class _Refresh(TrainerCallback):

@@ -1,0 +1,5 @@
+"""The child network of Child-Tuning_D: which weights it trains, how they are chosen, and its files."""
+
+from .network import ChildNetwork
+
+__all__ = ["ChildNetwork"]

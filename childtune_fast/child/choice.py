@@ -1,0 +1,76 @@
+"""How a child network is chosen: which share of which scores, and what is required of them."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..arguments import check_seed, check_type
+from ..ops.packed_mask import PackedMask
+from ..ops.select import top_k
+
+
+def choose(scores: dict[str, Tensor], reserve_p: float, scope: str, *, largest: bool = True) -> dict[str, PackedMask]:
+    """Returns masks of exactly the share `reserve_p` of all weights, or of each tensor's weights.
+
+    Raises:
+        ValueError, TypeError: as `ChildNetwork.from_scores` says.
+    """
+    if isinstance(reserve_p, bool) or not isinstance(reserve_p, (int, float)):
+        raise TypeError(f"reserve_p must be a float in (0, 1] (got {type(reserve_p).__name__})")
+    if not 0 < reserve_p <= 1:
+        raise ValueError(f"reserve_p, the share of weights in the child network, must lie in (0, 1] (got {reserve_p})")
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"scope must be 'global' or 'tensor' (got {scope!r})")
+    groups: Iterable[dict[str, Tensor]] = [scores] if scope == "global" else ({n: t} for n, t in scores.items())
+    packed: dict[str, PackedMask] = {}
+    for group in groups:
+        packed |= top_k(group, round(reserve_p * sum(t.numel() for t in group.values())), largest=largest)
+    if not any(mask.count for mask in packed.values()):
+        raise ValueError(f"reserve_p={reserve_p} with scope='{scope}' keeps none of the maskable weights; raise it")
+    return packed
+
+
+def check_scores(scores: Mapping[str, Tensor], params: Mapping[str, Parameter], model: nn.Module) -> None:
+    """Raises unless `scores` are right for `model` and complete for `params`, its maskable parameters."""
+    check_tensors("scores", scores, dict(model.named_parameters()), (torch.float32, torch.bfloat16, torch.float16))
+    missing = [name for name in params if name not in scores]
+    if missing:
+        raise ValueError(
+            f"scores must be given for every maskable parameter (got none for {len(missing)} of {len(params)}, the "
+            f"first '{missing[0]}'); estimate them for this model, or exclude those parameters with maskable="
+        )
+
+
+def check_tensors(
+    what: str, tensors: Mapping[str, Tensor], params: Mapping[str, Parameter], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raises if there is a tensor for no parameter, or one of another dtype or shape; `what` begins the sentence."""
+    check_type(what, tensors, Mapping, "a mapping from parameter names to tensors")
+    for name, tensor in tensors.items():
+        if name not in params:
+            raise ValueError(
+                f"{what} must be for parameters of the model (got '{name}', which model.named_parameters() does not "
+                "have; a tied parameter goes by its first name)"
+            )
+        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            allowed = " or ".join(str(dtype) for dtype in dtypes)
+            raise TypeError(f"{what} must be tensors of {allowed} (got {got} for '{name}'); convert them with .to()")
+        if tensor.shape != params[name].shape:
+            raise ValueError(
+                f"{what} must have the parameter's shape (got {tuple(tensor.shape)} for '{name}' of shape "
+                f"{tuple(params[name].shape)}); they are of another model"
+            )
+
+
+def random_scores(params: Mapping[str, Parameter], seed: int) -> dict[str, Tensor]:
+    """Returns 24 random bits per weight, as float32: of the raw Philox stream, which numpy promises not to change."""
+    generator = np.random.Philox(key=check_seed(seed))
+    scores = {}
+    for name, param in params.items():
+        words = generator.random_raw(-(-param.numel() // 2)).view(np.uint32)[: param.numel()] >> 8
+        scores[name] = torch.from_numpy(words.astype(np.float32)).view(param.shape)
+    return scores

@@ -1,0 +1,131 @@
+"""Files of child networks and deltas: safetensors files with a description, written whole or not at all.
+
+A file's metadata holds its kind, a description in JSON, and a SHA-256 of the description and of every tensor with its
+name, dtype and shape, by which damaged and foreign files are refused. Any safetensors reader can open it.
+
+The file of a child network holds each mask's bits by parameter name; its description has shapes and fingerprint.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.packed_mask import PackedMask, fingerprint
+
+_CHILD = "child network"  # the kind of file
+
+
+def digest(tensor: Tensor) -> str:
+    """Returns a SHA-256, in hexadecimal, of a tensor's dtype, shape and bits, in logical order."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    found.update(raw(tensor).numpy())
+    return found.hexdigest()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """Returns a tensor's bytes in logical order, as uint8 on the CPU."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Writes a file beside `path` and renames it, so that there is never half of one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    contents = {name: _own(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+    metadata = _metadata(kind, json.dumps(description), contents)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb"):
+            pass  # safetensors has errors of its own for a folder that is not there, or may not be written
+        save_file(contents, unfinished, metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors and the description of a file that `write` made, in memory of their own.
+
+    Raises:
+        ValueError: the file is damaged, or of another kind.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb"):
+        pass  # safetensors has errors of its own for a path that is no file, or may not be read
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("childtune_fast")
+            contents = {name: file.get_tensor(name).clone() for name in file.keys()} if found == kind else {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{os.fspath(path)}' must be a {kind} file of childtune_fast (got one that is truncated, altered or no "
+            f"safetensors file at all: {error}); write it again"
+        ) from None
+    if found != kind:
+        raise ValueError(
+            f"'{os.fspath(path)}' must be a {kind} file of childtune_fast (got {found or 'another safetensors'} file)"
+        )
+    if metadata != _metadata(kind, metadata.get("description", ""), contents):
+        raise ValueError(f"'{os.fspath(path)}' has been altered or damaged since it was written; write it again")
+    return contents, json.loads(metadata["description"])
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own; safetensors refuses tensors that share one."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _metadata(kind: str, description: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    parts = [description, *(f"{name} {digest(tensors[name])}" for name in sorted(tensors))]
+    sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return {"format": "pt", "childtune_fast": kind, "description": description, "sha256": sha256}
+
+
+# ---- Child networks ------------------------------------------------------------------------------------------------
+
+
+def save_masks(path: str | os.PathLike, packed: Mapping[str, PackedMask]) -> None:
+    """Writes masks by parameter name."""
+    bits = {name: mask.bits for name, mask in packed.items()}
+    shapes = {name: mask.shape for name, mask in packed.items()}
+    write(path, _CHILD, bits, {"shapes": shapes, "fingerprint": fingerprint(packed.values())})
+
+
+def load_masks(path: str | os.PathLike, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
+    """Reads masks for a model that has parameters `params`.
+
+    Raises:
+        ValueError: the file is damaged, of another kind, or for other parameters.
+    """
+    bits, description = read(path, _CHILD)
+    shapes = description["shapes"]
+    check_shapes(path, shapes, params)
+    packed = {name: PackedMask(shapes[name], bits[name]) for name in params if name in shapes}
+    if fingerprint(packed.values()) != description["fingerprint"]:
+        raise ValueError(f"'{os.fspath(path)}' holds masks of another fingerprint than it says; write it again")
+    return packed
+
+
+def check_shapes(path: str | os.PathLike, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the model has, among `tensors`, one of each name and shape that the file speaks of."""
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
+            got = f"one of shape {tuple(tensors[name].shape)}" if name in tensors else "none of that name"
+            raise ValueError(
+                f"'{os.fspath(path)}' is for a model with '{name}' of shape {tuple(shape)} (got {got}); it is of "
+                "another model, or of this one inside or outside a wrapper, such as torch.compile's, that changes names"
+            )

@@ -1,0 +1,179 @@
+"""FisherAccumulator: running sums of squared gradients, one float32 tensor for each parameter."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Selector, check_type
+from .sums import SquareSums
+
+
+class FisherAccumulator:
+    """The diagonal of the empirical Fisher information, for those who own their training loop.
+
+    Call `update()` after the backward passes whose summed gradient is to be squared; `scores()` returns the weighted
+    mean of the squares so far. Gradients are only read.
+
+        fisher = FisherAccumulator(model)
+        for batch in batches:
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            fisher.update()
+        child = ChildNetwork.from_scores(model, fisher.scores(), reserve_p=0.3)
+
+    The parameters that require a gradient when this is made are scored, tied ones once, by their first name.
+    docs/numerics.md says how exact the sums are.
+
+    Args:
+        model: torch.nn.Module whose gradients are squared; float32, float64, bfloat16 or float16, on any devices.
+        grad_clip: scales the gradient of each tensor, on its own, by `min(1, grad_clip / (norm + 1e-6))`, as the
+            published code does; None does not clip (default: None).
+        names: selects the parameters to score: a predicate over names, or a regular expression that is searched in
+            them; None scores all (default: None).
+        offload: "cpu" keeps the sums in the CPU's memory and squares there, for a model that leaves no room for its
+            scores on a GPU; each gradient is then copied. None keeps the sums on the parameters' devices
+            (default: None).
+
+    Raises:
+        ValueError: `grad_clip` is not above 0, `offload` is another word, no parameter is left, or one is sharded (a
+            DTensor) or not real.
+        TypeError: `model` is no module, or `names` is neither a string, nor a pattern, nor a function.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        grad_clip: float | None = None,
+        names: Selector = None,
+        offload: str | None = None,
+    ) -> None:
+        self._sums = SquareSums(model, grad_clip=grad_clip, names=names, offload=offload)
+
+    @property
+    def grad_clip(self) -> float | None:
+        """The limit of each gradient's 2-norm before it is squared; None does not clip."""
+        return self._sums.grad_clip
+
+    def reset(self) -> None:
+        """Begins again, as if nothing had been accumulated."""
+        self._sums.reset()
+
+    @torch.no_grad()
+    def update(self, *, weight: float = 1.0, grad_scale: float = 1.0) -> None:
+        """Adds the squares of the present gradients. A parameter whose `grad` is None adds 0.
+
+        Args:
+            weight: weight of these squares in the mean (default: 1).
+            grad_scale: number that the loss was multiplied by, such as `scaler.get_scale()`; gradients are divided by
+                it before they are clipped and squared (default: 1).
+
+        Raises:
+            ValueError: an argument is not above 0 or not finite, no parameter has a gradient, or a gradient is not
+                finite. In the last case the sums hold a part of it: `scores()` raises until `reset()`.
+        """
+        for name, value in (("weight", weight), ("grad_scale", grad_scale)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {value!r})")
+        self._check_usable("update")
+        grads = {name: param.grad for name, param in self._sums.params.items() if param.grad is not None}
+        if not grads:
+            raise ValueError(
+                "FisherAccumulator.update: no parameter has a gradient; call it after backward() and before zero_grad()"
+            )
+        kernels = self._sums.kernels()
+        finite = {name: self._sums.add(kernels, name, grad, weight, 1.0 / grad_scale) for name, grad in grads.items()}
+        self._sums.close(finite, weight, "FisherAccumulator.update: ")
+
+    def scores(self) -> dict[str, Tensor]:
+        """Returns {parameter name: mean of its squared gradient}, new float32 tensors of the parameters' shapes.
+
+        Raises:
+            ValueError: nothing has been accumulated, or a gradient was not finite.
+        """
+        self._check_usable("scores")
+        if self._sums.weight == 0:
+            raise ValueError("FisherAccumulator.scores: nothing has been accumulated yet; call update() first")
+        return self._sums.means()
+
+    @torch.no_grad()
+    def merge(self, other: "FisherAccumulator") -> None:
+        """Adds what `other` has accumulated, over another part of the data.
+
+        Args:
+            other: FisherAccumulator of the same parameters and `grad_clip`, on any devices; it is only read.
+
+        Raises:
+            ValueError: `other` scores other parameters, clips otherwise, or either holds a gradient that was not
+                finite. Nothing has been added then.
+        """
+        check_type("FisherAccumulator.merge: other", other, FisherAccumulator, "a FisherAccumulator")
+        self._check_usable("merge")
+        other._check_usable("merge")
+        self._check_matches(other._sums.sums, other.grad_clip, "merge")
+        for name, sums in other._sums.sums.items():
+            self._sums.sums[name] += sums.to(self._sums.sums[name].device)
+        self._sums.weight += other._sums.weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what has been accumulated. As in torch, the tensors are the ones in use, not copies."""
+        self._check_usable("state_dict")
+        return {"sums": dict(self._sums.sums), "weight": self._sums.weight, "grad_clip": self.grad_clip}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replaces what has been accumulated by a copy of what another accumulator's `state_dict` returned.
+
+        Args:
+            state_dict: of a FisherAccumulator of the same parameters and `grad_clip`.
+
+        Raises:
+            ValueError: it holds no sums, sums of other parameters, sums that were clipped otherwise, or damaged ones.
+                Nothing has been loaded then.
+            TypeError: it is no mapping.
+        """
+        check_type("FisherAccumulator.load_state_dict: state_dict", state_dict, Mapping, "a mapping")
+        missing = {"sums", "weight", "grad_clip"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                "FisherAccumulator.load_state_dict: what FisherAccumulator.state_dict() returned is required (got one "
+                f"without {', '.join(sorted(missing))}); load a whole checkpoint"
+            )
+        sums, weight = state_dict["sums"], state_dict["weight"]
+        check_type("FisherAccumulator.load_state_dict: sums", sums, Mapping, "a mapping")
+        whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in sums.values())
+        if not (whole and isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(
+                "FisherAccumulator.load_state_dict: sums and weight must be numbers from 0 on (got "
+                f"others, or weight {weight!r}); the checkpoint is damaged"
+            )
+        self._check_matches(sums, state_dict["grad_clip"], "load_state_dict")
+        self.reset()
+        for name, tensor in sums.items():
+            self._sums.sums[name].copy_(tensor)
+        self._sums.weight = float(weight)
+
+    def _check_usable(self, method: str) -> None:
+        if self._sums.damaged:
+            raise ValueError(
+                f"FisherAccumulator.{method}: the sums must be whole (they hold a part of a gradient that was not "
+                "finite); call reset() and begin anew"
+            )
+
+    def _check_matches(self, sums: dict[str, Tensor], grad_clip: float | None, method: str) -> None:
+        got = {name: tuple(tensor.shape) for name, tensor in sums.items()}
+        required = {name: tuple(tensor.shape) for name, tensor in self._sums.sums.items()}
+        wrong = sorted(name for name in got.keys() | required.keys() if got.get(name) != required.get(name))
+        if wrong:
+            raise ValueError(
+                f"FisherAccumulator.{method}: both must score the same parameters (got {len(wrong)} that differ, the "
+                f"first is '{wrong[0]}': shape {required.get(wrong[0])} here, {got.get(wrong[0])} there); make both "
+                "with the same model and `names`"
+            )
+        if grad_clip != self.grad_clip:
+            raise ValueError(
+                f"FisherAccumulator.{method}: both must have one grad_clip (got {self.grad_clip} here, {grad_clip} "
+                "there)"
+            )

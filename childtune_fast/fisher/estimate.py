@@ -1,0 +1,224 @@
+"""estimate_fisher: how much each weight matters to a task, as the mean of its squared gradient."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Selector, check_model, check_type
+from .examples import PerExampleGrads, examples_in, map_tensors, tensors_of, with_tensors
+from .restore import leaving_as_it_was
+from .sums import SquareSums
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def estimate_fisher(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    max_batches: int | None = None,
+    per_example: bool = False,
+    grad_clip: float | None = None,
+    names: Selector = None,
+    train_mode: bool = False,
+    offload: str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Estimates the diagonal of the Fisher information: Child-Tuning_D's scores (Xu, Luo et al., EMNLP 2021, sec. 2.3).
+
+    By default, the mean over batches of the squared gradient of the batch's loss; with `per_example`, the mean over
+    examples of each example's own, which is the paper's formula. Each gradient is squared and freed as soon as
+    backward has it, so there is never a second full set of them. Afterwards, also when this raises, these are what they
+    were: training flags, buffers, gradients, hooks and the random states of torch, Python and numpy.
+
+    Args:
+        model: on any device, in float32, bfloat16, float16 or float64. Frozen parameters are left out, tied ones are
+            scored once, by their first name.
+        dataloader: yields batches: tensors in any nesting of mappings, lists and tuples, which are moved to the
+            model's device.
+        loss_fn: from (model, batch) to the loss, one number. None takes `model(**batch).loss` of mappings with
+            `labels`, as transformers' models have it (default: None).
+        max_batches: uses no more batches than this; None uses all (default: None).
+        per_example: squares each example's gradient; examples are split along dimension 0 of every tensor in the
+            batch, and what is no tensor goes to each of them. Small models go through `torch.func.vmap` in chunks whose
+            gradients take up to 256 MiB; others, and what vmap cannot run, example by example (default: False).
+        grad_clip: scales the gradient of each tensor, on its own, by `min(1, grad_clip / (norm + 1e-6))`; None does not
+            (default: None). The published code's recipe is `grad_clip=1.0, train_mode=True`.
+        names: selects the parameters to score: a predicate over names, or a regular expression that is searched in
+            them; None scores all (default: None).
+        train_mode: keeps dropout and the like on (default: False).
+        offload: "cpu" keeps the scores in the CPU's memory and squares there, for models whose scores do not fit beside
+            them on a GPU: each gradient is copied. None keeps them on the parameters' devices (default: None).
+        progress: shows a progress bar (default: True).
+
+    Returns:
+        {parameter name: float32 tensor of its shape, on its device, or on the CPU with `offload`}. A parameter that got
+        no gradient scores 0.
+
+    Raises:
+        ValueError: a batch whose loss or gradient is not finite (the message has its index, from 0), no batch at all,
+            or an argument that cannot be honoured.
+        TypeError: the loss of a batch is unknown; pass `loss_fn`.
+        RuntimeError: backward reached a parameter twice, as reentrant checkpointing of shared weights makes it.
+    """
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise ValueError(
+            f"estimate_fisher: max_batches must be a whole number above 0, or None for all (got {max_batches!r})"
+        )
+    check_model(model)
+    check_type("loss_fn", loss_fn, (Callable, type(None)), "a function of model and batch, or None")
+    check_type("dataloader", dataloader, Iterable, "an iterable of batches")
+    _check_no_hooks(model)
+    sums = SquareSums(model, grad_clip=grad_clip, names=names, offload=offload)
+    estimate = _Estimate(model, loss_fn or _loss_of_output, sums)
+    take = estimate.examples if per_example else estimate.whole
+    with leaving_as_it_was(model), torch.inference_mode(False), torch.enable_grad(), estimate.hooks():
+        model.train(train_mode)
+        for index, batch in enumerate(
+            _shown(itertools.islice(dataloader, max_batches), dataloader, max_batches, progress)
+        ):
+            take(index, map_tensors(batch, lambda tensor: tensor.to(estimate.device)))
+    if estimate.count == 0:
+        raise ValueError("estimate_fisher: dataloader must yield at least one batch (got none)")
+    return sums.take_means()
+
+
+class _Estimate:
+    """One estimation under way: its hooks, and what they have added so far."""
+
+    def __init__(self, model: nn.Module, loss: LossFn, sums: SquareSums) -> None:
+        self.model = model
+        self.loss = loss
+        self.sums = sums
+        self.kernels = sums.kernels()  # once for the whole pass
+        self.names = {param: name for name, param in sums.params.items()}
+        self.device = next(iter(self.names)).device
+        self.per_example = PerExampleGrads(model, sums.params, loss)
+        self.finite: dict[str, bool | Tensor] = {}  # of each gradient of the present backward
+        self.count = 0  # of gradients squared
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Has every gradient squared and freed as soon as it is whole, those of parameters without a score freed."""
+        handles = [
+            param.register_post_accumulate_grad_hook(self._take)
+            for param in self.model.parameters()
+            if param.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, param: nn.Parameter) -> None:
+        grad, param.grad = param.grad, None
+        name = self.names.get(param)
+        if name is None:
+            return
+        if name in self.finite:  # the first part of its gradient is squared and gone
+            raise RuntimeError(
+                f"estimate_fisher: backward must reach each parameter once (it reached '{name}' twice, as reentrant "
+                "activation checkpointing of shared weights makes it); use checkpointing with use_reentrant=False"
+            )
+        with torch.no_grad():
+            self.finite[name] = self.sums.add(self.kernels, name, grad)
+
+    def whole(self, index: int, batch: Any) -> None:
+        """Adds the squared gradient of the loss of a batch, or of one example."""
+        loss = self.loss(self.model, batch)
+        _check_loss(loss, index)
+        self.finite = {}
+        loss.backward()
+        self._close(index)
+
+    def examples(self, index: int, batch: Any) -> None:
+        """Adds the squared gradient of each example's loss."""
+        tensors = tensors_of(batch)
+        total, done = examples_in(tensors, index), 0
+        if self.per_example.worthwhile:
+            for losses, grads in self.per_example.of_batch(batch, tensors):
+                _check_finite(losses, index)
+                for of_one in grads:
+                    self.finite = {name: self.sums.add(self.kernels, name, grad) for name, grad in of_one.items()}
+                    self._close(index)
+                done += len(grads)
+        for i in range(done, total):
+            self.whole(index, with_tensors(batch, [tensor[i : i + 1] for tensor in tensors]))
+
+    def _close(self, index: int) -> None:
+        self.sums.close(self.finite, 1.0, f"estimate_fisher: batch {index}: ")
+        self.count += 1
+
+
+def _check_no_hooks(model: nn.Module) -> None:
+    """A user's hooks of this kind do things with a gradient once it is there, such as stepping an optimizer."""
+    for name, param in model.named_parameters():
+        if param._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"estimate_fisher: parameters must have no post-accumulate-grad hooks (got one on '{name}'), for they "
+                "may change weights; remove them for the estimation"
+            )
+
+
+def _shown(batches: Iterable[Any], dataloader: Iterable[Any], max_batches: int | None, progress: bool) -> Iterable[Any]:
+    """The batches, with a progress bar if there is to be one."""
+    if not progress:
+        return batches
+    from tqdm import tqdm  # here: an import of this package costs milliseconds
+
+    known = [count for count in (_length(dataloader), max_batches) if count is not None]
+    return tqdm(batches, total=min(known, default=None), desc="Fisher", unit="batch")
+
+
+def _length(dataloader: Iterable[Any]) -> int | None:
+    try:
+        return len(dataloader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # an iterable dataset, or a sampler that does not know
+        return None
+
+
+# ---- The loss of a batch -------------------------------------------------------------------------------------------
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that transformers' models compute themselves."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        got = f"keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(
+            f"estimate_fisher: without loss_fn a batch must be a mapping with 'labels' (got {got}); pass "
+            "loss_fn=lambda model, batch: ..., which returns the loss"
+        )
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise TypeError(
+            f"estimate_fisher: without loss_fn the model must return an output with a loss (got "
+            f"{type(output).__name__}); pass loss_fn=lambda model, batch: ..., which returns the loss"
+        )
+    return loss
+
+
+def _check_loss(loss: Any, index: int) -> None:
+    """Raises ValueError if the loss of batch number `index` is not one finite number that has a graph."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"shape {tuple(loss.shape)}, {loss.requires_grad=}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"estimate_fisher: batch {index}: the loss must be a tensor of one number with a graph (got {got}); reduce "
+            "it by .mean(), and do not detach it"
+        )
+    _check_finite(loss.detach(), index)
+
+
+def _check_finite(losses: Tensor, index: int) -> None:
+    """Raises ValueError if a loss of batch number `index` is not finite."""
+    if not torch.isfinite(losses).all():
+        raise ValueError(
+            f"estimate_fisher: batch {index}: the loss must be finite (got {losses.flatten().tolist()}); look for the "
+            "cause in that batch"
+        )

@@ -1,0 +1,133 @@
+"""The running sums of squared gradients that FisherAccumulator and estimate_fisher both add to."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..arguments import Selector, check_model, is_sharded, predicate
+from ..ops.reference import numbers
+from ..ops.squares import SquareKernels
+
+
+class SquareSums:
+    """One float32 sum for each scored weight, and the weight that the squares in them have together.
+
+    Attributes:
+        params: the scored parameters, by name.
+        grad_clip: limit of each gradient's 2-norm before it is squared; None does not clip.
+        sums: by the parameters' names, float32 tensors of their shapes.
+        weight: of the squares in the sums.
+        damaged: whether the sums hold a part of a gradient that was not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, grad_clip: float | None = None, names: Selector = None, offload: str | None = None
+    ) -> None:
+        """Checks the arguments as FisherAccumulator documents them, and begins with zeros."""
+        if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
+            raise ValueError(
+                f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
+                "would be 0 and select nothing"
+            )
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
+        self.params = _scored(model, names)
+        self.grad_clip = grad_clip
+        self.offload = None if offload is None else torch.device(offload)
+        self.kernels()  # a build, or the reason why there is none, comes now and not amid a backward pass
+        self.reset()
+
+    @torch.inference_mode(False)  # sums made in inference mode could not be written outside of it
+    def reset(self) -> None:
+        """Begins again from zeros."""
+        self.sums = {
+            name: torch.zeros(param.shape, dtype=torch.float32, device=self.offload or param.device)
+            for name, param in self.params.items()
+        }
+        self.weight = 0.0
+        self.damaged = False
+
+    def kernels(self) -> SquareKernels:
+        """Returns the kernels for one pass over the gradients, on the devices where the parameters are now."""
+        return SquareKernels.find({self.offload or param.device for param in self.params.values()})
+
+    def add(
+        self, kernels: SquareKernels, name: str, grad: Tensor, weight: float = 1.0, grad_factor: float = 1.0
+    ) -> bool | Tensor:
+        """Adds `weight * (grad * grad_factor)**2` to one parameter's sum, without waiting for a GPU.
+
+        Returns:
+            Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
+        """
+        grad = _readable(grad)
+        if self.offload is not None:
+            grad = grad.to(self.offload)
+        elif self.sums[name].device != grad.device:  # the model has moved
+            self.sums[name] = self.sums[name].to(grad.device)
+        return kernels.add(self.sums[name], grad, weight, grad_factor, self.grad_clip)
+
+    def close(self, finite: dict[str, bool | Tensor], weight: float, where: str) -> None:
+        """Counts the gradients just added as one of the given weight.
+
+        Args:
+            finite: by the parameters' names, what `add` returned.
+            weight: that the gradients were added with.
+            where: begins the error's sentence.
+
+        Raises:
+            ValueError: a gradient was not finite. The sums are damaged then.
+        """
+        known = iter(numbers([flag for flag in finite.values() if isinstance(flag, Tensor)]))
+        bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
+        if bad:
+            self.damaged = True
+            more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise ValueError(
+                f"{where}the gradient of '{bad[0]}'{more} must be finite (it has NaN or infinity); look for the cause "
+                "in the batch or the loss, or use a smaller GradScaler scale"
+            )
+        self.weight += weight
+
+    def means(self) -> dict[str, Tensor]:
+        """Returns the weighted means of the squares, as new tensors."""
+        return {name: _mean(sums.clone(), self.weight) for name, sums in self.sums.items()}
+
+    def take_means(self) -> dict[str, Tensor]:
+        """Returns the weighted means of the squares in the memory of the sums, which are no longer there."""
+        return {name: _mean(self.sums.pop(name), self.weight) for name in list(self.sums)}
+
+
+def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
+    """Returns the parameters to score, by name: those that require a gradient and are selected."""
+    check_model(model)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    chosen = None if names is None else predicate(names, "names")
+    found = {name: param for name, param in trained.items() if chosen is None or chosen(name)}
+    if not found:
+        listed = ", ".join(list(trained)[:5]) or "none"
+        raise ValueError(
+            "Fisher scores: `names` must select at least one parameter that requires a gradient (got none of "
+            f"{len(trained)}: {listed}{', ...' if len(trained) > 5 else ''}); change `names` or unfreeze some"
+        )
+    for name, param in found.items():
+        if is_sharded(param):
+            raise ValueError(
+                f"Fisher scores: parameters must be whole (got '{name}', a DTensor); estimate before fully_shard()"
+            )
+        if not param.is_floating_point():
+            raise ValueError(
+                f"Fisher scores: parameters must be real numbers (got '{name}', {param.dtype}); leave it out by `names`"
+            )
+    return found
+
+
+def _readable(grad: Tensor) -> Tensor:
+    """Returns the gradient as the kernels read it: dense, and not lazily negated."""
+    if grad.layout != torch.strided:
+        return grad.to_dense()
+    return grad.resolve_neg() if grad.is_neg() else grad
+
+
+def _mean(sums: Tensor, weight: float) -> Tensor:
+    """Divides sums by their weight, in place; by a number, torch on CUDA would multiply with the reciprocal."""
+    return sums.div_(torch.full((), weight, dtype=sums.dtype, device=sums.device))

@@ -1,0 +1,94 @@
+"""The kernels of each GPU: device code made in one of three ways, loaded once and kept for the process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import BackendError, load
+
+
+class Gpu(NamedTuple):
+    """The kernels of a GPU, or why there are none.
+
+    Attributes:
+        kernels: the compiled module's GpuKernels; None if there are none.
+        origin: the way in which their device code was made; empty without kernels.
+        notes: why the ways tried before it failed, one line each.
+    """
+
+    kernels: Any
+    origin: str
+    notes: list[str]
+
+
+def stream_of(device: int) -> int:
+    """Returns torch's current stream on a GPU, as the kernels take it."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def load_kernels(device: int) -> Any:
+    """Returns the kernels of a GPU.
+
+    Raises:
+        BackendError: there are none. The first failure holds for the process.
+    """
+    gpu = find(device)
+    if gpu.kernels is None:
+        raise BackendError(
+            f"childtune_fast has no kernels for GPU {device}: {'; '.join(gpu.notes)}; repair one of these ways, or "
+            'choose backend="torch"'
+        )
+    return gpu.kernels
+
+
+def find(device: int) -> Gpu:
+    """Returns the kernels of a GPU, compiled and loaded at the first call, or the causes of their absence."""
+    if device not in _found:
+        with _lock:  # Threads wait for the one that compiles.
+            if device not in _found:
+                _found[device] = _look(device)
+    return _found[device]
+
+
+_found: dict[int, Gpu] = {}
+_lock = threading.Lock()
+
+
+def _look(device: int) -> Gpu:
+    from .device_code import images
+
+    if torch.version.cuda is None:
+        return Gpu(None, "", ["this torch was built without CUDA"])
+    native = load.find_native().module
+    if native is None:
+        return Gpu(None, "", ["there is no native backend to launch them"])
+    notes: list[str] = []
+    for origin, make in images(torch.cuda.get_device_capability(device)):
+        with _noting(origin, notes):
+            return Gpu(native.GpuKernels(device, make()), origin, notes)
+    return Gpu(None, "", notes)
+
+
+@contextlib.contextmanager
+def _noting(origin: str, notes: list[str]) -> Iterator[None]:
+    """Notes why one way fails, in the words of the compiler or of the driver."""
+    try:
+        yield
+    except (BackendError, RuntimeError) as error:
+        notes.append(f"{origin}: {error}")
+
+
+def memory(device: int, size: int) -> Tensor:
+    """Returns a uint8 tensor of `size` bytes on a GPU, uninitialised."""
+    return torch.empty(size, dtype=torch.uint8, device=place(device))
+
+
+def place(device: int) -> torch.device:
+    """Returns a GPU as torch names it."""
+    return torch.device("cuda", device)

@@ -1,0 +1,154 @@
+"""The compiled module: what the word `backend` asks for, and how the module is found, when it is first needed.
+
+The module is prebuilt by `pip install`, else built just in time (`jit.py`). The outcome, success or failure, holds for
+the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import threading
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple, cast, get_args
+
+from . import BackendError, build
+
+Backend = Literal["auto", "native", "torch"]
+CHOICES = get_args(Backend)
+
+
+class Native(NamedTuple):
+    """The compiled module, or why there is none.
+
+    Attributes:
+        module: the compiled module; None if there is none.
+        origin: "prebuilt" or "built just in time"; empty without a module.
+        notes: what went wrong on the way, one line per attempt; empty if the first one succeeded.
+    """
+
+    module: ModuleType | None
+    origin: str
+    notes: list[str]
+
+
+def resolve(requested: Backend) -> ModuleType | None:
+    """Returns the compiled module that a request for a backend asks for; None stands for pure torch.
+
+    Args:
+        requested: "native" raises if there is no compiled module, "torch" does not look for one, "auto" takes it if
+            there is one, else pure torch, with one warning per process. The environment variable CHILDTUNE_BACKEND, if
+            set, replaces "auto".
+
+    Raises:
+        ValueError: the argument or CHILDTUNE_BACKEND is another word.
+        BackendError: "native" was requested and there is no compiled module.
+    """
+    choice = chosen(requested)
+    if choice == "torch":
+        return None
+    if choice == "native":
+        return load_native()
+    native = find_native()
+    if native.module is None:
+        _warn_once(_sentence(native.notes))
+    return native.module
+
+
+def chosen(requested: Backend) -> Backend:
+    """Returns the request itself, or for "auto" what CHILDTUNE_BACKEND says; raises ValueError for another word."""
+    choice = check(requested, "backend")
+    if choice == "auto":
+        choice = check(os.environ.get("CHILDTUNE_BACKEND") or "auto", "the environment variable CHILDTUNE_BACKEND")
+    return choice
+
+
+def wants_gpu_kernels(requested: Backend) -> bool:
+    """Returns whether a request for a backend includes the kernels on GPUs.
+
+    "auto" does not, because no GPU has run these kernels yet: it leaves parameters on a GPU to torch.
+    """
+    return chosen(requested) == "native"
+
+
+def load_native() -> ModuleType:
+    """Returns the compiled module: prebuilt, else from the cache of earlier builds, else built now.
+
+    Raises:
+        BackendError: all three fail. The first failure holds for the process and is raised again.
+        ValueError: CHILDTUNE_FORCE_JIT is neither 0 nor 1.
+    """
+    native = find_native()
+    if native.module is None:
+        raise BackendError(_sentence(native.notes))
+    return native.module
+
+
+def find_native() -> Native:
+    """Returns the compiled module, or the causes of its absence instead of raising them."""
+    with _lock:  # Threads wait for the one that loads.
+        return _find_native()
+
+
+_lock = threading.RLock()
+
+
+@functools.cache
+def _find_native() -> Native:
+    notes: list[str] = []
+    if not _force_jit():
+        try:
+            return Native(_load_prebuilt(), "prebuilt", notes)
+        except ModuleNotFoundError:
+            pass  # the usual case in a source tree: nothing worth telling
+        except (BackendError, ImportError) as error:
+            notes.append(f"the prebuilt binary is unusable ({error})")
+    from . import jit
+
+    try:
+        return Native(jit.load(), "built just in time", notes)
+    except BackendError as error:
+        return Native(None, "", [*notes, str(error)])
+
+
+def _force_jit() -> bool:
+    value = os.environ.get("CHILDTUNE_FORCE_JIT") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable CHILDTUNE_FORCE_JIT must be 0 or 1 (got {value!r})")
+    return value == "1"
+
+
+def _load_prebuilt() -> ModuleType:
+    """Imports `childtune_fast._native`, if it was made from the very sources of this package."""
+    name = f"childtune_fast.{build.MODULE}"
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name)
+    try:
+        record = json.loads(Path(spec.origin).with_name(build.RECORD).read_text(encoding="utf-8"))
+        found = record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BackendError(f"{spec.origin} has no readable {build.RECORD} beside it; run `pip install` again") from None
+    if found != build.fingerprint():
+        raise BackendError(f"{spec.origin} was made from other sources than this package's; run `pip install` again")
+    return importlib.import_module(name)
+
+
+def check(choice: str, what: str) -> Backend:
+    """Returns `choice`, or raises ValueError if it is no backend; `what` begins the sentence."""
+    if choice not in CHOICES:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, CHOICES))} (got {choice!r})")
+    return cast(Backend, choice)
+
+
+def _sentence(notes: list[str]) -> str:
+    return "childtune_fast has no native backend: " + "; ".join(notes)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"{message}\nThe slower pure-torch backend, with the same results, runs instead.", stacklevel=4)

@@ -1,0 +1,217 @@
+"""The four operations in pure torch, on any device: the readable specification of the compiled kernels.
+
+The results have the same bits. Each line rounds as csrc/core does: no fused multiply-add, no reciprocal, constants
+computed in double and rounded once.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .packed_mask import pack, unpack
+from .random_mask import KEEP_ALL, bernoulli_mask
+from .step_group import StepGroup, compute_dtype
+
+_NORM_CHUNK = 1024
+
+
+class AdamWConstants(NamedTuple):
+    """Everything in a step that does not depend on the element, as csrc/core/constants.h has it."""
+
+    grad_factor: float
+    decay_before: float
+    step_size: float
+    bias_correction2_sqrt: float
+    decay_after: float
+
+
+def integer_power(base: float, exponent: int) -> float:
+    """`base**exponent` by repeated squaring, which has the same bits on every machine (libm's `pow` has not)."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def step_constants(group: StepGroup, step: int) -> AdamWConstants:
+    """Computes the constants of the step number `step`, 1 for the first, in double."""
+    bias_correction1 = 1 - integer_power(group.beta1, step)
+    bias_correction2_sqrt = math.sqrt(1 - integer_power(group.beta2, step))
+    step_size = group.lr / bias_correction1
+    decay = 1 - group.lr * group.weight_decay
+    grad_factor = group.grad_factor / (group.keep_threshold / KEEP_ALL)
+    if group.published_code:
+        return AdamWConstants(grad_factor, 1.0, step_size * bias_correction2_sqrt, 1.0, decay)
+    return AdamWConstants(grad_factor, decay, step_size, bias_correction2_sqrt, 1.0)
+
+
+def step(groups: list[StepGroup]) -> None:
+    """Takes one step for every parameter of every group, in place."""
+    for group in groups:
+        for i in range(len(group.params)):
+            _step_param(group, i)
+
+
+def _step_param(group: StepGroup, i: int) -> None:
+    param, grad, exp_avg, exp_avg_sq = group.params[i], group.grads[i], group.exp_avgs[i], group.exp_avg_sqs[i]
+    step = int(group.steps[i].item()) + 1
+    c = step_constants(group, step)
+
+    child = unpack(group.child_bits[i], param.shape) if group.child_bits else None
+    weights = param
+    if child is not None:  # `weights` and `grad` become those of the child network, as the state is
+        weights, grad = param[child], grad[child]
+        if group.decay_outside:
+            param.copy_(param.to(exp_avg.dtype) * c.decay_before * c.decay_after)
+
+    grad = grad.to(exp_avg.dtype) * c.grad_factor
+    if group.keep_threshold < KEEP_ALL:
+        grad = torch.where(_mask(group, i, step), grad, 0.0)
+    exp_avg.copy_(exp_avg * group.beta1 + grad * (1 - group.beta1))
+    exp_avg_sq.copy_(exp_avg_sq * group.beta2 + grad * (1 - group.beta2) * grad)
+    second_moment = exp_avg_sq
+    if group.amsgrad:
+        second_moment = group.max_exp_avg_sqs[i]
+        second_moment.copy_(torch.where(exp_avg_sq <= second_moment, second_moment, exp_avg_sq))
+    # A divisor in a tensor on the device: by a number, torch multiplies with the reciprocal on CUDA.
+    bias_correction2_sqrt = torch.full((), c.bias_correction2_sqrt, dtype=exp_avg.dtype, device=exp_avg.device)
+    denom = _sqrt(second_moment) / bias_correction2_sqrt + group.eps
+    decayed = weights.to(exp_avg.dtype) * c.decay_before
+    updated = (decayed - exp_avg * c.step_size / denom) * c.decay_after
+    if child is None:
+        param.copy_(updated)
+    else:
+        param[child] = updated.to(param.dtype)
+    group.steps[i].fill_(step)
+
+
+def _mask(group: StepGroup, i: int, step: int) -> Tensor:
+    """Returns the mask of a parameter, or of the part of a sharded parameter that this rank holds."""
+    grad = group.grads[i]
+    offset, run, stride = (0, grad.numel(), 0) if group.slices is None else group.slices[i]
+    runs = [
+        bernoulli_mask(
+            (run,),
+            group.keep_threshold / KEEP_ALL,
+            seed=group.seed,
+            step=step,
+            param_index=group.indices[i],
+            offset=offset + k * stride,
+            device=grad.device,
+        )
+        for k in range(grad.numel() // max(run, 1))
+    ]
+    return torch.cat(runs).view(grad.shape) if runs else torch.empty(grad.shape, dtype=torch.bool, device=grad.device)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Returns the correctly rounded square root; on the CPU, torch's (MKL's) is off by an ulp for a tenth of floats."""
+    return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.is_cpu else torch.sqrt(x)
+
+
+def clip_factor(max_norm: float, squares: float, grad_factor: float) -> float:
+    """Returns the factor that limits the 2-norm of gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
+
+    Args:
+        max_norm: the limit.
+        squares: the sum of the gradients' squares, before they are multiplied by `grad_factor`.
+        grad_factor: what the gradients are multiplied by before they are clipped.
+    """
+    factor = max_norm / (math.sqrt(squares) * abs(grad_factor) + 1e-6)
+    return 1.0 if factor >= 1.0 else factor  # a NaN gets through, as in clip_grad_norm_
+
+
+def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
+    """Returns the sum of the squares of all elements, in double and in a fixed order.
+
+    In each tensor, chunks of 1024 elements in logical order are summed by halving; then the chunks' sums are summed by
+    halving, as if padded with zeros to a power of two. The tensors' sums are added one after the other.
+
+    Args:
+        tensors: gradients of any dtype and shape.
+        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+    """
+    totals: list[Tensor] = []
+    for tensor, bits in zip(tensors, child_bits, strict=True):
+        if tensor.numel() == 0:
+            continue
+        squares = tensor.double().square()
+        if bits is not None:
+            squares = torch.where(unpack(bits, tensor.shape), squares, 0.0)
+        squares = squares.flatten()
+        chunks = -(-squares.numel() // _NORM_CHUNK)
+        padded = torch.nn.functional.pad(squares, (0, chunks * _NORM_CHUNK - squares.numel()))
+        sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))
+        sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
+        totals.append(_sum_by_halving(sums))
+    return sum(numbers(totals), 0.0)
+
+
+def numbers(scalars: list[Tensor]) -> list[float]:
+    """Returns the values of 0-dim tensors; waits for each device once, and not once for each tensor."""
+    values: dict[int, float] = {}
+    for device in {scalar.device for scalar in scalars}:
+        of_device = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        values.update(zip(of_device, torch.stack([scalars[i] for i in of_device]).tolist(), strict=True))
+    return [values[i] for i in range(len(scalars))]
+
+
+def _sum_by_halving(x: Tensor) -> Tensor:
+    while x.shape[-1] > 1:
+        low, high = x.chunk(2, dim=-1)
+        x = low + high
+    return x.squeeze(-1)
+
+
+def accumulate_squares(score: Tensor, grad: Tensor, weight: float, grad_factor: float) -> Tensor:
+    """Adds `weight * (grad * grad_factor)**2` to the float32 tensor `score`, in place, as csrc/core/fisher.h does.
+
+    Returns:
+        bool tensor of shape [], on the gradient's device: whether every element of the gradient was finite.
+    """
+    dtype = compute_dtype(grad)
+    scaled = grad.to(dtype) * grad_factor
+    score.copy_(score.to(dtype) + scaled * weight * scaled)
+    return torch.isfinite(grad).all()
+
+
+def select(names: list[str], scores: list[Tensor], k: int, largest: bool) -> list[Tensor]:
+    """Returns the packed masks of the `k` highest or lowest of all scores; of equal ones, the earlier index.
+
+    Args:
+        names: of the tensors, for the error.
+        scores: float32 tensors, contiguous.
+        k: how many scores to select.
+        largest: whether the highest scores are selected.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    keys = []  # integers of the same order as the scores
+    for name, tensor in zip(names, scores, strict=True):
+        if tensor.isnan().any():
+            refuse_nan(name)
+        float_bits = tensor.reshape(-1).view(torch.int32)
+        magnitude = float_bits & 0x7FFFFFFF
+        keys.append(torch.where(float_bits < 0, -magnitude, magnitude).to(scores[0].device))
+    if not keys:
+        return []
+    order = torch.cat(keys).argsort(descending=largest, stable=True)
+    chosen = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
+    chosen[order[:k]] = True
+    ends = itertools.accumulate(tensor.numel() for tensor in scores)
+    pieces = [chosen[end - tensor.numel() : end] for tensor, end in zip(scores, ends, strict=True)]
+    return [pack(piece.to(tensor.device)) for piece, tensor in zip(pieces, scores, strict=True)]
+
+
+def refuse_nan(name: str) -> NoReturn:
+    """Raises the ValueError for scores that have a NaN."""
+    raise ValueError(f"scores must not be NaN (got one or more for '{name}'); find the batch that made them")

@@ -1,0 +1,92 @@
+"""Sums of squares and squared gradients: the CPU's kernels, a GPU's or torch compute them.
+
+The choice is made once for a step, or once for a pass over a model's gradients, and not once for each gradient.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..native import gpu, load
+from . import reference
+
+
+def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
+    """Returns the sum of the squares of all elements of gradients; see `reference.sum_of_squares`.
+
+    Args:
+        native: the compiled module, if every tensor is on the CPU; None computes it in torch, on any device.
+        tensors: gradients of any dtype and shape.
+        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+    """
+    if native is None:
+        return reference.sum_of_squares(tensors, child_bits)
+    return native.sum_of_squares(list(tensors), list(child_bits), torch.get_num_threads())
+
+
+class SquareKernels(NamedTuple):
+    """The kernels that add squared gradients to scores, found once for a pass over a model's gradients.
+
+    Attributes:
+        native: the compiled module; None if torch squares what is on the CPU.
+        gpus: by a GPU's number, its kernels; torch squares what is on any other device.
+    """
+
+    native: ModuleType | None
+    gpus: dict[int, Any]
+
+    @classmethod
+    def find(cls, devices: Iterable[torch.device]) -> "SquareKernels":
+        """Returns the kernels for gradients on these devices, which CHILDTUNE_BACKEND decides, if it is set.
+
+        Raises:
+            BackendError: CHILDTUNE_BACKEND is "native", and there are no kernels for one of the devices.
+        """
+        devices = set(devices)
+        native = load.resolve("auto") if any(device.type == "cpu" for device in devices) else None
+        on_gpus = [device.index for device in devices if device.type == "cuda"]
+        if not (on_gpus and load.wants_gpu_kernels("auto")):
+            return cls(native, {})
+        return cls(native, {index: gpu.load_kernels(index) for index in on_gpus})
+
+    def add(
+        self, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None
+    ) -> bool | Tensor:
+        """Adds `weight * (grad * grad_factor)**2` to a score, in place, without waiting for a GPU.
+
+        Args:
+            score: float32, of the gradient's shape and on its device; contiguous.
+            grad: float32, float64, bfloat16 or float16, any strides; not lazily negated.
+            weight: of the squares.
+            grad_factor: what the gradient is multiplied by before it is clipped and squared.
+            grad_clip: the limit of its 2-norm; None does not clip.
+
+        Returns:
+            Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
+        """
+        kernels = self.gpus.get(grad.get_device()) if self.gpus else None
+        if kernels is not None and grad.is_contiguous() and score.is_contiguous():
+            return _add_on_gpu(kernels, score, grad, weight, grad_factor, grad_clip)
+        native = self.native if grad.is_cpu else None
+        if grad_clip is not None:
+            squares = sum_of_squares(native, [grad], [None])
+            grad_factor *= reference.clip_factor(grad_clip, squares, grad_factor)
+        if native is not None:
+            return native.accumulate_squares(score, grad, weight, grad_factor, torch.get_num_threads())
+        return reference.accumulate_squares(score, grad, weight, grad_factor)
+
+
+def _add_on_gpu(
+    kernels: Any, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None
+) -> Tensor:
+    """Adds squares on the GPU that holds both tensors, on its current stream, which in a hook is the gradient's."""
+    device = grad.get_device()
+    finite = torch.ones((), dtype=torch.uint8, device=grad.device)
+    memory_of = functools.partial(gpu.memory, device)
+    stream = gpu.stream_of(device)
+    kernels.accumulate_squares(score, grad, weight, grad_factor, grad_clip, finite, stream, memory_of)
+    return finite

@@ -1,0 +1,130 @@
+"""What one step does to parameters of one group: the struct that every backend's `step` takes, and its requirements.
+
+The compiled step checks its tensors by itself, in a few nanoseconds and without sentences. `check_group` runs when the
+compiled step has refused a group, and before every step in torch.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .packed_mask import PackedMask
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class StepGroup:
+    """The parameters of a group that have a gradient, their state, and the group's hyper-parameters as plain numbers.
+
+    The lists run in parallel: entry `i` of each belongs to the same parameter. csrc/python/step_items.h reads these
+    names.
+    """
+
+    lr: float  # NaN if `lr_on_device` replaces it
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    grad_factor: float  # clip factor / GradScaler's scale, negative if maximize
+    keep_threshold: int  # round(reserve_p * 65536); 65536 keeps every weight
+    published_code: bool  # variant="hf"
+    seed: int  # of the random masks, unsigned, 64 bits
+    max_grad_norm: float | None
+    lr_on_device: Tensor | None = None  # the learning rate as a tensor on the GPU that steps the group
+    capturable: bool = False  # a CUDA graph may replay the step
+    decay_outside: bool = False  # decay weights outside the child network too
+    child_norm: bool = False  # norm_of="child": count only the child network's gradient in the norm
+    slices: list[tuple[int, int, int]] | None = None  # where shards lie in their parameters; None if all are whole
+    params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
+    grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
+    # The parameter's shape, or with a child network [number of its weights]; float32, or float64 for float64.
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # empty without amsgrad
+    steps: list[Tensor] = field(default_factory=list)  # [], float32 or float64: steps taken so far; counted up
+    indices: list[int] = field(default_factory=list)  # the parameter's number in the optimizer, through all groups
+    # The three fields of packed_mask.PackedMask; empty without a child network.
+    child_bits: list[Tensor] = field(default_factory=list)
+    child_ranks: list[Tensor] = field(default_factory=list)
+    child_counts: list[int] = field(default_factory=list)
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's state and of its step's arithmetic: float64 for float64, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def check_mask(mask: PackedMask, param: Tensor) -> None:
+    """Raises ValueError if a parameter has another shape than when its mask was made."""
+    if mask.shape != param.shape:
+        raise ValueError(
+            f"ChildAdamW: a masked parameter must keep its shape {mask.shape} (got {tuple(param.shape)}); make child "
+            "network and optimizer after the model has its final shapes"
+        )
+
+
+def check_group(group: StepGroup) -> None:
+    """Raises if a step over the group would be wrong or unsafe.
+
+    Raises:
+        RuntimeError: a sparse gradient (as torch.optim.AdamW raises).
+        TypeError: a dtype that is not supported, or a thing that is no tensor.
+        ValueError: shapes or devices that differ, or a step count that is none.
+    """
+    states = {"exp_avg": group.exp_avgs, "exp_avg_sq": group.exp_avg_sqs}
+    if group.amsgrad:
+        states["max_exp_avg_sq"] = group.max_exp_avg_sqs
+    for i, (param, grad, step) in enumerate(zip(group.params, group.grads, group.steps, strict=True)):
+        name = f"parameter {group.indices[i]} of shape {tuple(param.shape)}"
+        _check_grad(name, param, grad)
+        shape = tuple(param.shape) if not group.child_bits else (group.child_counts[i],)
+        for key, values in states.items():
+            _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param), shape)
+        _check_step(name, step)
+
+
+def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"ChildAdamW does not support sparse gradients, please consider SparseAdam instead, or sparse=False in the "
+            f"embedding (got a gradient of layout {grad.layout} for {name})"
+        )
+    if param.dtype not in _DTYPES:
+        raise TypeError(
+            f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); for "
+            "complex ones pass torch.view_as_real of them"
+        )
+    shape = tuple(param.shape)
+    _check_like(name, "the value", param, param, param.dtype, shape)
+    _check_like(name, "the gradient", grad, param, param.dtype, shape)
+
+
+def _check_like(
+    name: str, what: str, tensor: Tensor, param: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"ChildAdamW: {what} of {name} must be a tensor (got {type(tensor).__name__})")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"ChildAdamW: {what} of {name} must be a strided tensor (got {tensor.layout})")
+    if tensor.dtype != dtype:
+        raise TypeError(f"ChildAdamW: {what} of {name} must be {dtype} (got {tensor.dtype}); convert it with .to()")
+    if tensor.shape != shape:
+        raise ValueError(f"ChildAdamW: {what} of {name} must have the shape {shape} (got {tuple(tensor.shape)})")
+    if tensor.device != param.device:
+        raise ValueError(
+            f"ChildAdamW: {what} of {name} must be on the parameter's device {param.device} (got {tensor.device}); "
+            "move the model before the backward pass, and load_state_dict after moving it"
+        )
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(f"ChildAdamW: {what} of {name} has no memory any more; its storage was resized to 0")
+
+
+def _check_step(name: str, step: Tensor) -> None:
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"ChildAdamW: state 'step' of {name} must be a tensor of one float32 or float64 (got {step!r})")
+    value = step.item()
+    if not 0 <= value < 2**32 - 1 or value != int(value):
+        raise ValueError(f"ChildAdamW: state 'step' of {name} must be a whole number below 2**32 - 1 (got {value})")

@@ -1,0 +1,271 @@
+"""ChildAdamW: torch.optim.AdamW that updates a child network, in one pass over memory."""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import PLAIN_TENSORS
+from ..child import ChildNetwork
+from ..native import load
+from ..ops.packed_mask import Masks
+from ..ops.random_mask import MASK_VERSION
+from ..ops.step import StepKernels, take_step
+from .checkpoint import CheckpointedAdamW
+from .checks import (
+    agreed_seed,
+    check_masks,
+    check_no_lazy_negation,
+    check_overlap,
+    check_ranks_agree,
+    checked_child,
+    refuse_reserve_p,
+)
+from .collect import Decay, NormOf, Variant, check_options, collect, settle_options
+from .state import mark_child, masks_of
+
+_RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
+
+
+class ChildAdamW(CheckpointedAdamW):
+    """AdamW that updates a child network of the weights: Child-Tuning (Xu, Luo et al., EMNLP 2021, section 2).
+
+    Without `child`, each step draws a random child network (Child-Tuning_F): it keeps every weight's gradient with
+    probability `reserve_p`, divided by it, and takes the others as zero. Momentum and weight decay move every weight.
+    The mask is a pure function of the seed, the parameter's own step count, its index in the optimizer and the
+    element's flat index; see `bernoulli_mask`. Nothing is drawn from torch's random state, no mask is stored, and
+    `p.grad` is not written.
+
+    With `child`, all steps train one child network (Child-Tuning_D): its weights are updated as by plain AdamW, the
+    others are not touched. The state holds the values of the child network alone: `exp_avg` and `exp_avg_sq` of a
+    masked parameter have the shape [weights of it in the child network], ordered by flat index. Parameters that
+    `child` does not know are trained in full. Checkpoints hold the masks.
+
+    What is not listed here is as in `torch.optim.AdamW`, errors included. The differences:
+
+    - State is float32 for bfloat16 and float16 parameters, which are rounded once, when stored (float64 for float64).
+    - `max_grad_norm`, a GradScaler's unscaling and its skip of a step are part of the step.
+    - A step that raises has written nothing.
+
+    Args:
+        params: parameters, named parameters, or parameter groups; float32, float64, bfloat16 or float16, of any shape
+            and strides. Every argument below except `seed`, `foreach`, `fused`, `child` and `backend` may differ per
+            group.
+        lr: learning rate, a float or a tensor of one element (default: 1e-3).
+        betas: decay rates of the running averages of gradient and squared gradient (default: (0.9, 0.999)).
+        eps: number added to the denominator (default: 1e-8).
+        weight_decay: decoupled weight decay (default: 1e-2).
+        amsgrad: use the running maximum of the squared average (default: False).
+        reserve_p: share of weights whose gradient each step uses, in (0, 1]; 1 is plain AdamW. Not with `child`
+            (default: 0.3).
+        child: ChildNetwork of the model whose parameters these are (default: None).
+        seed: integer of 64 bits that determines the random masks; None takes `torch.initial_seed()`. In an initialised
+            process group all ranks take rank 0's, so every rank must construct the optimizer (default: None).
+        maximize: ascend instead of descend (default: False).
+        foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
+        capturable: allow a CUDA graph to capture the step, after one step outside of it. Step counts are then on the
+            GPU, and a replay reads an `lr` that is a tensor there. Needs backend="native" and GPUs (default: False).
+        differentiable: must be False.
+        decay: "all" decays every weight, "child" only those in `child`; "auto" is "child" with `child`, else "all"
+            (default: "auto").
+        variant: "torch" is torch.optim.AdamW's arithmetic; "hf" is that of the published code, which adds eps before
+            the bias correction and decays after the update (default: "torch").
+        max_grad_norm: limit of the gradients' 2-norm: this group's are multiplied by
+            `min(1, max_grad_norm / (norm + 1e-6))`, where `norm` is that of all gradients of all groups, before
+            masking; None does not clip (default: None).
+        norm_of: "child" counts only the gradient of the weights in `child` in that norm, "all" every gradient
+            (default: "all").
+        backend: "native" uses the compiled kernels, on a GPU too, though no GPU has run them yet; "torch" uses pure
+            torch; "auto" uses the kernels on the CPU if there are any, else pure torch with one warning, and pure torch
+            on a GPU. The environment variable CHILDTUNE_BACKEND replaces "auto" (default: "auto").
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.optim.AdamW does; for `reserve_p` outside (0, 1] or beside
+            `child`, for parameters that share memory, and for arguments that cannot be honoured.
+        BackendError: backend="native", and there is no compiled module.
+    """
+
+    _step_supports_amp_scaling = True  # tells GradScaler to leave unscaling and skipping to step()
+    _child_defaults: Mapping[str, Any] = MappingProxyType({})  # a copy has them in its `defaults`
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        reserve_p: float = _RESERVE_P,
+        child: ChildNetwork | None = None,
+        seed: int | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decay: Decay = "auto",
+        variant: Variant = "torch",
+        max_grad_norm: float | None = None,
+        norm_of: NormOf = "all",
+        backend: load.Backend = "auto",
+    ) -> None:
+        self.backend = load.check(backend, "backend")
+        self.child_masks: Masks = {}
+        self._gpu_memory: dict[int, Tensor] = {}
+        self._child = checked_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
+        options = {
+            "reserve_p": reserve_p,
+            "decay": decay,
+            "variant": variant,
+            "max_grad_norm": max_grad_norm,
+            "norm_of": norm_of,
+            "seed": agreed_seed(seed),
+            "mask_version": MASK_VERSION,
+        }
+        settle_options(options, self._child is not None)
+        self._child_defaults = options
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        if self._child is not None:
+            check_masks(self._child, self.child_masks, "those passed")
+        check_ranks_agree(self.child_masks)
+        if self.backend == "native":
+            load.resolve("native")
+
+    @property
+    def seed(self) -> int:
+        """The seed of the random masks, unsigned, 64 bits; see `bernoulli_mask`."""
+        return self.param_groups[0]["seed"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does. Raises as the constructor does, and then has added nothing."""
+        self.defaults = {**self._child_defaults, **self.defaults}  # the base class's constructor lacks ours
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_options(group, self.defaults["seed"])
+            plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
+            check_no_lazy_negation(plain)
+            check_overlap(plain)
+            masks = self._masks_of(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        settle_options(group, self._child is not None or bool(self.child_masks))
+        self._mark(masks)
+
+    def _masks_of(self, group: dict[str, Any]) -> Masks:
+        """Returns the child network's masks of a group's parameters."""
+        if self._child is None:
+            return {}
+        if group.get("reserve_p", 1.0) != 1.0:
+            refuse_reserve_p(group["reserve_p"], " in a group")
+        return masks_of(self._child, group)
+
+    def _mark(self, masks: Masks) -> None:
+        self.child_masks.update(masks)
+        for param, mask in masks.items():
+            mark_child(self.state[param], mask)
+
+    def replace_child(self, child: ChildNetwork) -> None:
+        """Gives the optimizer another child network, between two steps.
+
+        The state of every parameter that either child network masks begins anew, step count included; the state of
+        others stays.
+
+        Args:
+            child: ChildNetwork of the model whose parameters the optimizer has.
+
+        Raises:
+            ValueError: the child network masks no parameter of the optimizer, or differs between ranks. Nothing has
+                been changed then.
+        """
+        masks: Masks = {}
+        for group in self.param_groups:
+            masks.update(masks_of(child, group))
+        check_masks(child, masks, "the optimizer")
+        check_ranks_agree(masks)
+        for param in self.child_masks.keys() | masks.keys():
+            self.state.pop(param, None)
+        for options in (self.defaults, *self.param_groups):
+            settle_options(options, True)
+        self._child, self.child_masks = child, {}
+        self._mark(masks)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with gradients enabled, before the step.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a mask has been written to.
+            TypeError, ValueError: a gradient or a state does not fit its parameter. Nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        states_before: dict[Tensor, dict[str, Any]] = {}
+        taken = False
+        try:
+            taken = self._step(states_before)
+        finally:
+            if not taken:
+                for param, state in states_before.items():
+                    self.state[param].clear()
+                    self.state[param].update(state)
+                    if not state:
+                        del self.state[param]
+        return loss
+
+    @torch._disable_dynamo  # compiled, the reference would round otherwise; the kernels cannot be traced
+    def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
+        """Takes the step; returns whether it was taken, as far as the host knows."""
+        kernels = StepKernels.find(self.backend)
+        groups = collect(self.param_groups, self.state, self.child_masks, kernels, states_before)
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # by a GradScaler
+        return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if not self.child_masks:
+            return text
+        count, numel = (sum(getattr(mask, key) for mask in self.child_masks.values()) for key in ("count", "numel"))
+        return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "backend": self.backend,
+            "child_masks": self.child_masks,
+            "_child": self._child,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_gpu_memory", {})
+        for group in self.param_groups:
+            for name in ("reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "seed", "mask_version"):
+                if name in self.defaults:
+                    group.setdefault(name, self.defaults[name])
+            settle_options(group, bool(self.child_masks))

@@ -1,0 +1,166 @@
+"""Checkpoints of an AdamW with masks: saved with what they need to resume, loaded from and for torch's own AdamW."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_seed, check_type
+from ..ops.packed_mask import Masks, PackedMask, fingerprint
+from ..ops.random_mask import MASK_VERSION
+from .collect import check_options, settle_options
+from .state import check_saved_state, dense_state, restored_state
+
+FINGERPRINT = "child_fingerprint"  # in each param group of a checkpoint with a child network
+
+
+class CheckpointedAdamW(torch.optim.AdamW):
+    """The checkpoints of ChildAdamW, which is its only subclass.
+
+    Attributes:
+        child_masks: {parameter: its mask} of the child network; {} without one.
+    """
+
+    child_masks: Masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the checkpoint, as torch does; with a child network, it holds the masks and their fingerprint."""
+        state_dict = super().state_dict()
+        if self.child_masks:
+            identity = fingerprint(self.child_masks.values())
+            for group in state_dict["param_groups"]:
+                group[FINGERPRINT] = identity
+        return state_dict
+
+    def dense_state_dict(self) -> dict[str, Any]:
+        """Returns the checkpoint as torch.optim.AdamW has it: state of every weight, zero outside the child network."""
+        dense = self.state_dict()
+        masks = self._by_number(dense["param_groups"], self.child_masks)
+        states = {i: dense_state(state, masks.get(i)) for i, state in dense["state"].items()}
+        for group in dense["param_groups"]:
+            group.pop(FINGERPRINT, None)
+            if group["decay"] == "child":
+                group["decay"] = "auto"  # who loads this decides whether there is a child network
+        return {**dense, "state": {i: state for i, state in states.items() if state}}
+
+    def _by_number(self, packed_groups: list[dict[str, Any]], of: Mapping[Tensor, Any]) -> dict[int, Any]:
+        """Returns the values of `of`, which maps parameters, by the parameters' numbers in a checkpoint."""
+        numbers = itertools.chain.from_iterable(group["params"] for group in packed_groups)
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return {i: of[p] for i, p in zip(numbers, params, strict=True) if p in of}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of torch.optim.AdamW.
+
+        State keeps its precision: it is float32 for bfloat16 and float16 parameters too (torch casts it to the
+        parameter's dtype), and it is copied, never shared with `state_dict`. What a checkpoint of torch.optim.AdamW
+        does not hold (`reserve_p`, `seed`, ...) stays as it is.
+
+        A checkpoint with a child network makes it this optimizer's. One without, loaded into an optimizer with a child
+        network, gives the values inside it.
+
+        Raises:
+            ValueError: as torch does; also for a checkpoint whose masks were placed by another version, are damaged, or
+                are not those of the child network that this optimizer was built with.
+            TypeError: it is no checkpoint, or a state is no tensor. Whatever is raised, nothing has been loaded then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            for state in state_dict["state"].values():
+                check_saved_state(state)
+            loaded.update(state_dict, param_groups=self._complete_groups(state_dict["param_groups"]))
+            return loaded
+
+        def after(_: torch.optim.Optimizer) -> None:
+            params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
+            masks = adopt(self.child_masks, saved_masks(params, loaded))
+            for i, param in params.items():
+                if i in loaded["state"] or param in masks:
+                    self.state[param] = restored_state(param, loaded["state"].get(i, {}), masks.get(param))
+            for group in self.param_groups:
+                group.pop(FINGERPRINT, None)
+                settle_options(group, bool(masks))
+            self.child_masks = masks
+            self.defaults["seed"] = self.param_groups[0]["seed"]  # of groups that are added later
+
+        check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
+        check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")
+        check_type("load_state_dict: 'param_groups' in state_dict", state_dict.get("param_groups"), list, "a list")
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        present = self.state, self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = present
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the saved groups, completed by the present ones with what a checkpoint lacks or does not decide."""
+        groups = []
+        for i, saved in enumerate(saved_groups):
+            present = self.param_groups[min(i, len(self.param_groups) - 1)]
+            kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
+            group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
+            check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
+            if group["mask_version"] != MASK_VERSION:
+                raise ValueError(
+                    f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {group['mask_version']}, "
+                    f"those of this childtune_fast of version {MASK_VERSION}; resume with the release that saved it"
+                )
+            groups.append(group)
+        return groups
+
+
+def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
+    """Returns the masks in a checkpoint, {} if it has none.
+
+    Args:
+        params: the optimizer's parameters, by their numbers in the checkpoint.
+        state_dict: the checkpoint, of a ChildAdamW or of another optimizer.
+
+    Raises:
+        ValueError: a mask is damaged or does not fit its parameter.
+    """
+    masks = {}
+    for i, state in state_dict["state"].items():
+        bits = state.get("child_mask") if isinstance(state, dict) else None
+        if bits is not None and i in params:
+            if not isinstance(bits, Tensor):
+                raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor (got {type(bits).__name__})")
+            masks[params[i]] = PackedMask(params[i].shape, bits.detach().to(params[i].device, copy=True))
+    expected = state_dict["param_groups"][0].get(FINGERPRINT) if state_dict["param_groups"] else None
+    found = fingerprint(masks.values()) if masks else None
+    if expected != found:
+        raise ValueError(
+            f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that "
+            f"was saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed"
+        )
+    return masks
+
+
+def adopt(present: Masks, saved: Masks) -> Masks:
+    """Returns the checkpoint's masks, else those that the optimizer was built with.
+
+    Raises:
+        ValueError: both have a child network, and not the same.
+    """
+    present = {param: mask.to(param.device) for param, mask in present.items()}  # the model may have moved
+    if not saved:
+        return present
+    same = present.keys() == saved.keys() and all(torch.equal(m.bits, saved[p].bits) for p, m in present.items())
+    if present and not same:
+        raise ValueError(
+            "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
+            f"{fingerprint(present.values())} and {fingerprint(saved.values())}); build the optimizer without child=, "
+            "which takes the checkpoint's, or with the child network that was saved"
+        )
+    return present or saved

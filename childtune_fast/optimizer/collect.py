@@ -1,0 +1,220 @@
+"""What is to be stepped: the optimizer's parameters and options, turned into the structs that `ops.step` takes."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor, float32, float64
+from torch.nn import Parameter
+
+from ..arguments import check_seed, is_sharded
+from ..ops.packed_mask import Masks, PackedMask
+from ..ops.random_mask import KEEP_ALL, keep_threshold
+from ..ops.step import StepKernels, Where
+from ..ops.step_group import StepGroup, check_mask
+from .state import has_begun, init_state
+
+Decay = Literal["auto", "all", "child"]
+Variant = Literal["torch", "hf"]
+NormOf = Literal["all", "child"]
+_DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
+_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # of AdamW
+    *("decay", "variant", "max_grad_norm", "norm_of", "seed"),
+)
+_LR_DTYPES = (float32, float64)  # of a learning rate that the kernels of a GPU read
+
+# What a row holds of one parameter: the names of a StepGroup's lists, in the order of the row.
+_FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
+_AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
+_MASK_FIELDS = ("child_bits", "child_ranks", "child_counts")
+_NOT_ON_DEVICE = ("steps", "indices")
+
+
+def collect(
+    param_groups: list[dict[str, Any]],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    masks: Masks,
+    kernels: StepKernels,
+    states_before: dict[Tensor, dict[str, Any]],
+) -> dict[Where, list[StepGroup]]:
+    """Sorts the parameters that have a gradient by who steps them.
+
+    Args:
+        param_groups: the optimizer's.
+        states: the optimizer's, which begin here where they have not begun.
+        masks: of the child network, by parameter; {} without one. They move to where their parameters are.
+        kernels: what may step the parameters.
+        states_before: receives, for each parameter whose state this call begins or extends, what the state was.
+
+    Raises:
+        ValueError: an option cannot be honoured, or a group or the state of a parameter lacks an entry.
+        BackendError: there are no kernels for a GPU, and they were asked for.
+    """
+    by_where: defaultdict[Where, list[StepGroup]] = defaultdict(list)
+    index = itertools.count()
+    for group in param_groups:
+        amsgrad = group.get("amsgrad", False)  # `_options` raises if it is missing
+        fields = _AMSGRAD_FIELDS if amsgrad else _FIELDS
+        rows = _rows(group["params"], index, fields, states, masks, kernels, states_before)
+        for (where, sharded, masked), of_kind in rows.items():
+            if of_kind:
+                target = _options(group, param_groups[0], bool(masks), where)
+                _check_capturable(target, where, kernels, of_kind[0][0])
+                _fill(target, fields + _MASK_FIELDS if masked else fields, of_kind, sharded)
+                by_where[where].append(target)
+    return by_where
+
+
+def _rows(
+    params: list[Tensor],
+    index: Iterator[int],
+    fields: tuple[str, ...],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    masks: Masks,
+    kernels: StepKernels,
+    states_before: dict[Tensor, dict[str, Any]],
+) -> dict[tuple[Where, bool, bool], list[tuple[Any, ...]]]:
+    """Returns the rows of a group's parameters, by who steps them, whether they are sharded and whether masked."""
+    rows: defaultdict[tuple[Where, bool, bool], list[tuple[Any, ...]]] = defaultdict(list)
+    plain_rows = rows[kernels.on_cpu, False, False]
+    amsgrad = fields is _AMSGRAD_FIELDS
+    for param, i in zip(params, index):  # noqa: B905 - `index` is endless
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.is_neg():  # a lazily negated view, whose memory holds the negated values
+            grad = grad.resolve_neg()
+        state = states[param]
+        mask = masks.get(param) if masks else None
+        if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # mostly without the call
+            states_before[param] = dict(state)
+            mask = _begin(state, param, masks, amsgrad)
+        try:
+            row: tuple[Any, ...] = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
+            if amsgrad:
+                row = (*row, state["max_exp_avg_sq"])
+        except KeyError as error:
+            raise _incomplete(error) from error
+        if mask is not None:
+            check_mask(mask, param)
+            rows[_where(kernels, fields, row), False, True].append((*row, mask.bits, mask.ranks, mask.count))
+        elif type(param) is Parameter and param.is_cpu:  # most of them; a step has under 1 us for each
+            plain_rows.append(row)
+        else:
+            rows[_where(kernels, fields, row), is_sharded(param), False].append(row)
+    return rows
+
+
+def _incomplete(error: KeyError) -> ValueError:
+    return ValueError(
+        f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, or delete "
+        "that parameter's state to begin anew"
+    )
+
+
+def _begin(state: dict[str, Any], param: Tensor, masks: Masks, amsgrad: bool) -> PackedMask | None:
+    """Begins or extends a parameter's state; returns its mask, moved to where the model may have moved since."""
+    mask = masks.get(param)
+    if mask is not None:
+        mask = masks[param] = mask.to(param.device)
+    init_state(state, param, mask, amsgrad)
+    return mask
+
+
+def _where(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:
+    """Returns who steps the parameter of a row."""
+    tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
+    if is_sharded(tensors[0]):
+        from .sharding import local_tensor
+
+        tensors = list(map(local_tensor, tensors))
+    return kernels.where(tensors)
+
+
+def _fill(target: StepGroup, fields: tuple[str, ...], rows: list[tuple[Any, ...]], sharded: bool) -> None:
+    """Turns rows into the lists of a StepGroup, and DTensors into what this rank holds of them."""
+    if sharded:
+        from .sharding import local_tensor, mask_slice
+
+        target.slices = [mask_slice(row[0]) for row in rows]
+        rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
+    for field, column in zip(fields, zip(*rows, strict=True), strict=True):
+        setattr(target, field, list(column))
+
+
+def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, where: Where) -> StepGroup:
+    """Returns a StepGroup of a group's options, without parameters; the first group has the optimizer's seed."""
+    try:
+        options = {name: group[name] for name in (_OPTIONS if masked else (*_OPTIONS, "reserve_p"))}
+        seed = first_group["seed"]
+    except KeyError as error:
+        raise _incomplete(error) from error
+    check_options(options, seed)  # options may have been changed since they were given
+    lr = options["lr"]
+    on_its_gpu = isinstance(lr, Tensor) and lr.is_cuda and lr.get_device() == where and lr.dtype in _LR_DTYPES
+    return StepGroup(
+        lr=math.nan if on_its_gpu else float(lr),  # float() would wait for the GPU
+        lr_on_device=lr if on_its_gpu else None,
+        capturable=bool(options["capturable"]),
+        beta1=float(options["betas"][0]),
+        beta2=float(options["betas"][1]),
+        eps=float(options["eps"]),
+        weight_decay=float(options["weight_decay"]),
+        amsgrad=bool(options["amsgrad"]),
+        grad_factor=-1.0 if options["maximize"] else 1.0,
+        keep_threshold=KEEP_ALL if masked else keep_threshold(options["reserve_p"]),
+        published_code=options["variant"] == "hf",
+        seed=check_seed(options["seed"]),
+        max_grad_norm=options["max_grad_norm"],
+        decay_outside=options["decay"] == "all",
+        child_norm=options["norm_of"] == "child",
+    )
+
+
+def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, first: Tensor) -> None:
+    """Raises ValueError if a group says that a CUDA graph captures its step, and no GPU steps `first`, one of it."""
+    if group.capturable and not isinstance(where, int):
+        raise ValueError(
+            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, with "
+            f"backend='native' (got one of shape {tuple(first.shape)} on {first.device}, "
+            f"{'with' if kernels.use_gpus else 'without'} backend='native'); use capturable=False"
+        )
+
+
+def check_options(options: dict[str, Any], seed: int) -> None:
+    """Raises for options of a group that ChildAdamW adds to AdamW's, or cannot honour.
+
+    Args:
+        options: of a group; without `reserve_p` where there is a child network.
+        seed: the optimizer's, which every group must have.
+    """
+    if "reserve_p" in options:
+        keep_threshold(options["reserve_p"])
+    if options["seed"] != seed:
+        raise ValueError("ChildAdamW: seed is one for the whole optimizer; pass it to the constructor, not in a group")
+    if options["decay"] not in _DECAYS:
+        raise ValueError(f"decay must be 'auto', 'all' or 'child' (got {options['decay']!r})")
+    if options["norm_of"] not in _NORMS_OF:
+        raise ValueError(f"norm_of must be 'all' or 'child' (got {options['norm_of']!r})")
+    if options["variant"] not in _VARIANTS:
+        raise ValueError(
+            f"variant must be 'torch' or 'hf', the published code's arithmetic (got {options['variant']!r})"
+        )
+    if options["variant"] == "hf" and options["amsgrad"]:
+        raise ValueError("variant='hf' has no amsgrad; use amsgrad=False or variant='torch'")
+    max_grad_norm = options["max_grad_norm"]
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm must be a number above 0, or None for no clipping (got {max_grad_norm!r})")
+    if options["differentiable"]:
+        raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
+
+
+def settle_options(group: dict[str, Any], masked: bool) -> None:
+    """Makes a group say what its steps do: with a child network, the resolved decay and no reserve_p."""
+    if masked:
+        group.pop("reserve_p", None)
+        if group["decay"] == "auto":
+            group["decay"] = "child"
