@@ -54,18 +54,18 @@ $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 
 # The device code without a GPU: the core headers, which must stay free of whatever a GPU lacks, and the kernels, whose
-# machine code tests/check_device_code.py judges.
+# machine code tests/support/check_device_code.py judges.
 NVCC ?= nvcc
 NVCC_FLAGS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/native/build.py')['DEVICE_FLAGS'])") \
   -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
 ARCHITECTURES ?= 75 80 90 120
 CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
 cuda: $(CUBINS) $(OUT)/core_compiles.o
-$(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/check_device_code.py
+$(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/check_device_code.py
 	mkdir -p $(OUT)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -ptx $< -o $(@:cubin=ptx)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $< -o $@.new 2>$@.log || { cat $@.log; exit 1; }
-	@echo sm_$*; $(PYTHON) tests/check_device_code.py $(@:cubin=ptx) <$@.log
+	@echo sm_$*; $(PYTHON) tests/support/check_device_code.py $(@:cubin=ptx) <$@.log
 	mv $@.new $@
 $(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)
 	mkdir -p $(OUT)

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def self_check(native: load.Native) -> tuple[str, bool]:
     )
 
 
-def _steps(name: str) -> list[torch.Tensor]:
+def _steps(name: load.Backend) -> list[torch.Tensor]:
     """Returns float32 parameters after a few steps with the named backend, from a fixed start: by F, then by D."""
     from . import ChildAdamW, ChildNetwork
 
@@ -62,7 +63,8 @@ def _steps(name: str) -> list[torch.Tensor]:
     model = torch.nn.ParameterList(torch.randn(size, generator=random) for size in SIZES)
     masks = {key: torch.rand(param.shape, generator=random) < 0.3 for key, param in model.named_parameters()}
     child = ChildNetwork.from_masks(model, masks)
-    for options in ({"reserve_p": 0.3, "seed": 0}, {"child": child}):
+    runs: tuple[dict[str, Any], ...] = ({"reserve_p": 0.3, "seed": 0}, {"child": child})
+    for options in runs:
         optimizer = ChildAdamW(model.parameters(), lr=1e-2, backend=name, **options)
         for _ in range(STEPS):
             for param in model.parameters():

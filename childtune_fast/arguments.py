@@ -1,5 +1,6 @@
 """What a public argument must be, and the sentence that a user gets if it is something else."""
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+FilePath = str | os.PathLike[str]
 PLAIN_TENSORS = (Parameter, Tensor)  # A tensor of any other class may be a DTensor.
 Selector = str | re.Pattern[str] | Callable[[str], bool] | None  # Which parameters, by their names.
 

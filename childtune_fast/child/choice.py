@@ -1,6 +1,7 @@
 """How a child network is chosen: which share of which scores, and what is required of them."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from ..arguments import check_seed, check_type
 from ..ops.packed_mask import PackedMask
 from ..ops.select import top_k
 
+Scope = Literal["global", "tensor"]  # Among which weights the share is kept.
 
-def choose(scores: dict[str, Tensor], reserve_p: float, scope: str, *, largest: bool = True) -> dict[str, PackedMask]:
+
+def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest: bool = True) -> dict[str, PackedMask]:
     """Returns masks of exactly the share `reserve_p` of all weights, or of each tensor's weights.
 
     Raises:
@@ -22,7 +25,7 @@ def choose(scores: dict[str, Tensor], reserve_p: float, scope: str, *, largest: 
         raise TypeError(f"reserve_p must be a float in (0, 1] (got {type(reserve_p).__name__})")
     if not 0 < reserve_p <= 1:
         raise ValueError(f"reserve_p, the share of weights in the child network, must lie in (0, 1] (got {reserve_p})")
-    if scope not in ("global", "tensor"):
+    if scope not in get_args(Scope):
         raise ValueError(f"scope must be 'global' or 'tensor' (got {scope!r})")
     groups: Iterable[dict[str, Tensor]] = [scores] if scope == "global" else ({n: t} for n, t in scores.items())
     packed: dict[str, PackedMask] = {}

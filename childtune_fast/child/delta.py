@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..arguments import FilePath
 from ..ops.packed_mask import PackedMask
 from . import files
 from .files import check_shapes
@@ -19,7 +20,7 @@ _KIND = "delta"
 
 
 def save(
-    path: str | os.PathLike,
+    path: FilePath,
     packed: Mapping[str, PackedMask],
     model: nn.Module,
     base: nn.Module | Mapping[str, Tensor],
@@ -44,7 +45,7 @@ def save(
     files.write(path, _KIND, contents, {"shapes": shapes, "base": digests})
 
 
-def apply(path: str | os.PathLike, base_model: nn.Module) -> dict[str, PackedMask]:
+def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     """Turns a base model into the fine-tuned one and returns the masks; see `ChildNetwork.apply_delta`."""
     contents, description = files.read(path, _KIND)
     shapes = description["shapes"]
@@ -115,7 +116,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_base(
-    path: str | os.PathLike,
+    path: FilePath,
     name: str,
     tensor: Tensor,
     packed: Mapping[str, PackedMask],

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import FilePath
 from ..ops.packed_mask import PackedMask, fingerprint
 
 _CHILD = "child network"  # the kind of file
@@ -24,7 +25,7 @@ _CHILD = "child network"  # the kind of file
 def digest(tensor: Tensor) -> str:
     """Returns a SHA-256, in hexadecimal, of a tensor's dtype, shape and bits, in logical order."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(raw(tensor).numpy())
+    found.update(raw(tensor).numpy().data)
     return found.hexdigest()
 
 
@@ -33,7 +34,7 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
-def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Writes a file beside `path` and renames it, so that there is never half of one.
 
     Raises:
@@ -54,7 +55,7 @@ def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], des
         unfinished.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the description of a file that `write` made, in memory of their own.
 
     Raises:
@@ -98,14 +99,14 @@ def _metadata(kind: str, description: str, tensors: Mapping[str, Tensor]) -> dic
 # ---- Child networks ------------------------------------------------------------------------------------------------
 
 
-def save_masks(path: str | os.PathLike, packed: Mapping[str, PackedMask]) -> None:
+def save_masks(path: FilePath, packed: Mapping[str, PackedMask]) -> None:
     """Writes masks by parameter name."""
     bits = {name: mask.bits for name, mask in packed.items()}
     shapes = {name: mask.shape for name, mask in packed.items()}
     write(path, _CHILD, bits, {"shapes": shapes, "fingerprint": fingerprint(packed.values())})
 
 
-def load_masks(path: str | os.PathLike, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
+def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
     """Reads masks for a model that has parameters `params`.
 
     Raises:
@@ -120,7 +121,7 @@ def load_masks(path: str | os.PathLike, params: Mapping[str, Tensor]) -> dict[st
     return packed
 
 
-def check_shapes(path: str | os.PathLike, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> None:
+def check_shapes(path: FilePath, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the model has, among `tensors`, one of each name and shape that the file speaks of."""
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):

@@ -66,7 +66,7 @@ def block_lists(model: nn.Module) -> list[str]:
 def _is_block_list(module: nn.Module) -> bool:
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
-    members = [member for member in module if any(True for _ in member.parameters())]
+    members = [member for member in module.children() if any(True for _ in member.parameters())]
     if not members or not all(map(_is_composite, members)):
         return False
     if all(isinstance(member, nn.Sequential) and not any(map(_is_composite, member)) for member in members):
@@ -84,7 +84,7 @@ def _holds_models(blocks: nn.Module) -> bool:
     return any(
         any(isinstance(module, nn.Embedding) for module in member.modules())
         and any(_is_block_list(module) for module in member.modules())
-        for member in blocks
+        for member in blocks.children()
     )
 
 

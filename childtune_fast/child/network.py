@@ -1,6 +1,5 @@
 """ChildNetwork: which weights of a model Child-Tuning_D trains, chosen once and kept for the whole run."""
 
-import os
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..arguments import Selector, check_model, check_type
+from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, fingerprint, packed_size
 from . import delta, files
-from .choice import check_scores, check_tensors, choose, random_scores
+from .choice import Scope, check_scores, check_tensors, choose, random_scores
 from .maskable import head_parameters, maskable_parameters
 from .report import Summary, plot_density, summarize
 
@@ -44,7 +43,7 @@ class ChildNetwork:
         scores: Mapping[str, Tensor],
         *,
         reserve_p: float,
-        scope: str = "global",
+        scope: Scope = "global",
         maskable: Selector = None,
     ) -> "ChildNetwork":
         """Keeps exactly `round(reserve_p * n)` of the n maskable weights: those with the highest scores.
@@ -78,7 +77,7 @@ class ChildNetwork:
         scores: Mapping[str, Tensor],
         *,
         reserve_p: float,
-        scope: str = "global",
+        scope: Scope = "global",
         maskable: Selector = None,
     ) -> "ChildNetwork":
         """Keeps the lowest scores instead of the highest (the paper's ablation); else as `from_scores`."""
@@ -88,7 +87,7 @@ class ChildNetwork:
 
     @classmethod
     def random(
-        cls, model: nn.Module, *, reserve_p: float, seed: int, scope: str = "global", maskable: Selector = None
+        cls, model: nn.Module, *, reserve_p: float, seed: int, scope: Scope = "global", maskable: Selector = None
     ) -> "ChildNetwork":
         """Keeps exactly `round(reserve_p * n)` maskable weights at random (the paper's ablation).
 
@@ -234,12 +233,12 @@ class ChildNetwork:
 
     # ---- Files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: FilePath) -> None:
         """Writes the masks to a safetensors file, all of it or nothing."""
         files.save_masks(path, self.packed)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: nn.Module) -> "ChildNetwork":
+    def load(cls, path: FilePath, model: nn.Module) -> "ChildNetwork":
         """Reads what `save` wrote.
 
         Raises:
@@ -250,7 +249,7 @@ class ChildNetwork:
         params = dict(model.named_parameters())
         return cls(files.load_masks(path, params), params)
 
-    def save_delta(self, path: str | os.PathLike, model: nn.Module, base: nn.Module | Mapping[str, Tensor]) -> None:
+    def save_delta(self, path: FilePath, model: nn.Module, base: nn.Module | Mapping[str, Tensor]) -> None:
         """Writes what turns `base` into `model`, to a safetensors file, all of it or nothing.
 
         That is the masks, the child network's values, and whatever other parameters and buffers differ from the base's
@@ -270,7 +269,7 @@ class ChildNetwork:
         delta.save(path, self.packed, model, base)
 
     @classmethod
-    def apply_delta(cls, path: str | os.PathLike, base_model: nn.Module) -> "ChildNetwork":
+    def apply_delta(cls, path: FilePath, base_model: nn.Module) -> "ChildNetwork":
         """Turns a base model into the fine-tuned one that `save_delta` saw, bit for bit, and returns the child network.
 
         Args:

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     name: str
     layer: str
     kind: str
-    count: int
+    count: int  # type: ignore[assignment]  # a field, in the place of tuple.count
     numel: int
 
     @property

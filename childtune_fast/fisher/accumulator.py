@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Selector, check_type
-from .sums import SquareSums
+from .sums import Offload, SquareSums
 
 
 class FisherAccumulator:
@@ -49,7 +49,7 @@ class FisherAccumulator:
         *,
         grad_clip: float | None = None,
         names: Selector = None,
-        offload: str | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self._sums = SquareSums(model, grad_clip=grad_clip, names=names, offload=offload)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import Selector, check_model, check_type
 from .examples import PerExampleGrads, examples_in, map_tensors, tensors_of, with_tensors
 from .restore import leaving_as_it_was
-from .sums import SquareSums
+from .sums import Offload, SquareSums
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -26,7 +26,7 @@ def estimate_fisher(
     grad_clip: float | None = None,
     names: Selector = None,
     train_mode: bool = False,
-    offload: str | None = None,
+    offload: Offload | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Estimates the diagonal of the Fisher information: Child-Tuning_D's scores (Xu, Luo et al., EMNLP 2021, sec. 2.3).
@@ -71,7 +71,8 @@ def estimate_fisher(
             f"estimate_fisher: max_batches must be a whole number above 0, or None for all (got {max_batches!r})"
         )
     check_model(model)
-    check_type("loss_fn", loss_fn, (Callable, type(None)), "a function of model and batch, or None")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of model and batch, or None (got {type(loss_fn).__name__})")
     check_type("dataloader", dataloader, Iterable, "an iterable of batches")
     _check_no_hooks(model)
     sums = SquareSums(model, grad_clip=grad_clip, names=names, offload=offload)
@@ -119,7 +120,7 @@ class _Estimate:
     def _take(self, param: nn.Parameter) -> None:
         grad, param.grad = param.grad, None
         name = self.names.get(param)
-        if name is None:
+        if name is None or grad is None:
             return
         if name in self.finite:  # the first part of its gradient is squared and gone
             raise RuntimeError(

@@ -21,7 +21,9 @@ class PerExampleGrads:
         loss: from (model, batch) to the loss.
     """
 
-    def __init__(self, model: nn.Module, params: dict[str, Tensor], loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, Tensor], loss: Callable[[nn.Module, Any], Tensor]
+    ) -> None:
         self._loss = _Loss(model, loss)
         self._params = {f"model.{name}": param for name, param in params.items()}
         size = sum(param.numel() * param.element_size() for param in params.values())
@@ -126,8 +128,8 @@ def examples_in(tensors: list[Tensor], index: int) -> int:
     Raises:
         ValueError: there is no tensor, one has no dimensions, or sizes differ.
     """
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {tensor.shape[0] if tensor.ndim else -1 for tensor in tensors}
+    if len(sizes) != 1 or -1 in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
         raise ValueError(
             f"estimate_fisher: batch {index}: with per_example=True every tensor must have the examples in dimension 0 "

@@ -61,7 +61,7 @@ def _buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, values in before:
                 module._buffers[name] = buffer
-                if buffer is not None and not torch.equal(buffer, values):
+                if buffer is not None and values is not None and not torch.equal(buffer, values):
                     buffer.copy_(values)
 
 

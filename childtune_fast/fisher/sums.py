@@ -1,5 +1,7 @@
 """The running sums of squared gradients that FisherAccumulator and estimate_fisher both add to."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -7,6 +9,8 @@ from torch.nn import Parameter
 from ..arguments import Selector, check_model, is_sharded, predicate
 from ..ops.reference import numbers
 from ..ops.squares import SquareKernels
+
+Offload = Literal["cpu"]
 
 
 class SquareSums:
@@ -21,7 +25,12 @@ class SquareSums:
     """
 
     def __init__(
-        self, model: nn.Module, *, grad_clip: float | None = None, names: Selector = None, offload: str | None = None
+        self,
+        model: nn.Module,
+        *,
+        grad_clip: float | None = None,
+        names: Selector = None,
+        offload: Offload | None = None,
     ) -> None:
         """Checks the arguments as FisherAccumulator documents them, and begins with zeros."""
         if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):

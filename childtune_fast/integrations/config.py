@@ -1,10 +1,14 @@
 """ChildTuningConfig: what a trainer needs to know of Child-Tuning, checked when it is made."""
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from ..arguments import Selector, check_seed, predicate
+from ..child.choice import Scope
 from ..ops.random_mask import keep_threshold
+from ..optimizer.collect import Decay, Variant
 
+Mode = Literal["F", "D"]
 _ONLY_D = ("fisher_batches", "per_example", "grad_clip", "train_mode", "scope", "maskable", "refresh_every")
 _ONLY_F = ("seed",)
 
@@ -37,24 +41,22 @@ class ChildTuningConfig:
         ValueError, TypeError: an option is unknown, out of its range, of another kind, or not of this mode.
     """
 
-    mode: str
+    mode: Mode
     reserve_p: float = 0.3
-    decay: str = "auto"
-    variant: str = "torch"
+    decay: Decay = "auto"
+    variant: Variant = "torch"
     seed: int | None = None
     fisher_batches: int | None = None
     per_example: bool = False
     grad_clip: float | None = None
     train_mode: bool = False
-    scope: str = "global"
+    scope: Scope = "global"
     maskable: Selector = None
-    refresh_every: str | None = None
+    refresh_every: Literal["epoch"] | None = None
 
     def __post_init__(self) -> None:
-        self._check_choice("mode", "F", "D")
-        self._check_choice("decay", "auto", "all", "child")
-        self._check_choice("variant", "torch", "hf")
-        self._check_choice("scope", "global", "tensor")
+        for name, choices in (("mode", Mode), ("decay", Decay), ("variant", Variant), ("scope", Scope)):
+            self._check_choice(name, *get_args(choices))
         self._check_choice("refresh_every", None, "epoch")
         self._check_options_of_mode()
         keep_threshold(self.reserve_p)

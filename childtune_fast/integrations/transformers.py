@@ -23,7 +23,7 @@ except ImportError as error:
         f"{error}); pip install 'childtune-fast[transformers]'"
     ) from error
 
-from ..arguments import check_type
+from ..arguments import FilePath, check_type
 from ..child import ChildNetwork
 from ..child.maskable import maskable_parameters
 from ..fisher import estimate_fisher
@@ -70,7 +70,7 @@ class ChildTuningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.child_tuning = child_tuning
         self.child_network: ChildNetwork | None = None
-        self._checkpoint: str | os.PathLike | None = None  # that the present training resumes from
+        self._checkpoint: FilePath | None = None  # that the present training resumes from
         self._check_supported()
         if child_tuning.refresh_every is not None:
             self.add_callback(_Refresh(self))
@@ -107,7 +107,7 @@ class ChildTuningTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes the ChildAdamW, over Trainer's parameter groups; before it, with mode "D", the child network."""
         if self.optimizer is None:
-            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._model)
             if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
                 raise ValueError(
                     "ChildTuningTrainer: TrainingArguments(optim=) must be one of torch's AdamW, which ChildAdamW "
@@ -134,10 +134,14 @@ class ChildTuningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves the model, as Trainer does, and the child network beside it."""
         if self.child_network is not None and self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
+            folder = str(self.args.output_dir if output_dir is None else output_dir)
             os.makedirs(folder, exist_ok=True)
             self.child_network.save(os.path.join(folder, CHILD_FILE))
         super().save_model(output_dir, *args, **kwargs)
+
+    @property
+    def _model(self) -> Any:
+        return self.model  # which Trainer's annotations allow to be None
 
     # ---- The child network -----------------------------------------------------------------------------------------
 
@@ -169,7 +173,7 @@ class ChildTuningTrainer(Trainer):
                 "for one that is chosen now would be another; resume with the mode that saved it, or begin a new run "
                 "from the checkpoint's model"
             )
-        return ChildNetwork.load(path, self.model)
+        return ChildNetwork.load(path, self._model)
 
     def _chosen_child(self, epoch: int) -> ChildNetwork:
         """Estimates scores with the present weights and chooses; the same for the same weights, seed and epoch."""
@@ -181,7 +185,7 @@ class ChildTuningTrainer(Trainer):
             )
         scores = self._scores(epoch)
         child = ChildNetwork.from_scores(
-            self.model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
+            self._model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
         )
         logger.info(f"Child network of epoch {epoch}: {child!r}")
         return child
@@ -189,15 +193,15 @@ class ChildTuningTrainer(Trainer):
     def _scores(self, epoch: int) -> dict[str, Tensor]:
         """The Fisher scores of the maskable weights, the mean over all processes."""
         config = self.child_tuning
-        maskable = maskable_parameters(self.model, config.maskable)
-        with leaving_as_it_was(self.model):
+        maskable = maskable_parameters(self._model, config.maskable)
+        with leaving_as_it_was(self._model):
             set_seed(self.args.seed + epoch)  # a resumed run is here with another random state than one that went on
             batches = self.get_train_dataloader()
             if hasattr(batches, "set_epoch"):
                 batches.set_epoch(epoch)
             try:
                 scores = estimate_fisher(
-                    self.model,
+                    self._model,
                     batches,
                     loss_fn=self._fisher_loss,
                     max_batches=config.fisher_batches,
@@ -229,7 +233,8 @@ class ChildTuningTrainer(Trainer):
         epoch = self.state.epoch or 0
         if epoch and epoch == int(epoch):
             self.child_network = self._chosen_child(int(epoch))
-            getattr(self.optimizer, "optimizer", self.optimizer).replace_child(self.child_network)
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            optimizer.replace_child(self.child_network)
 
 
 class _Refresh(TrainerCallback):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class PackedMask:
         return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
 
 
-def _popcounts(packed: np.ndarray) -> np.ndarray:
+def _popcounts(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """How many bits are set in each eight bytes."""
     if hasattr(np, "bitwise_count"):  # numpy 2, several times faster
         return np.bitwise_count(packed.view(np.uint64))
@@ -144,6 +145,6 @@ def fingerprint(masks: Iterable[PackedMask]) -> str:
     digests = []
     for mask in masks:
         digest = hashlib.sha256(repr(mask.shape).encode())
-        digest.update(mask.bits.cpu().numpy())
+        digest.update(mask.bits.cpu().numpy().data)
         digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -71,7 +71,8 @@ def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
     """What the host does between the passes of csrc/cuda/selection_kernel.h; None if a score is NaN."""
     left, key, wanted_shift = k, 0, 32
     for shift in (21, 10, 0):  # of 11, 11 and 10 bits
-        counts, nan = sum(part.count_digits(key, wanted_shift, shift) for part in parts).split([_DIGITS, 1])
+        found = torch.stack([part.count_digits(key, wanted_shift, shift) for part in parts]).sum(dim=0)
+        counts, nan = found.split([_DIGITS, 1])
         if nan:
             return None
         counts = counts[: 1 << (wanted_shift - shift)]

@@ -104,7 +104,8 @@ def take_step(
             kernels.native.step(on_cpu, torch.get_num_threads())
         for device, on_gpu in on_gpus.items():
             _step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
-    reference.step(on_torch)
+    if on_torch:
+        reference.step(on_torch)
     for group in on_cpu + of_gpus:
         increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
     return True

@@ -238,7 +238,9 @@ class ChildAdamW(CheckpointedAdamW):
                         del self.state[param]
         return loss
 
-    @torch._disable_dynamo  # compiled, the reference would round otherwise; the kernels cannot be traced
+    # Compiled, the reference would round otherwise; the kernels cannot be traced. torch.compiler.disable does the same,
+    # but importing it takes a second.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
         """Takes the step; returns whether it was taken, as far as the host knows."""
         kernels = StepKernels.find(self.backend)

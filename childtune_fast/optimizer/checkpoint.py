@@ -105,7 +105,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
     def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the saved groups, completed by the present ones with what a checkpoint lacks or does not decide."""
-        groups = []
+        groups: list[dict[str, Any]] = []
         for i, saved in enumerate(saved_groups):
             present = self.param_groups[min(i, len(self.param_groups) - 1)]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()

@@ -1,17 +1,16 @@
-"""On a GPU: a step, clipping and checkpoints have the bits that they have on the CPU. test_cuda_child.py has D."""
+"""On a GPU: a step, clipping and checkpoints have the bits that they have on the CPU. test_child_on_gpu.py has D."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
-from helpers import both_backends, every_dtype, same_bits, set_grads
-from test_child_step import Model
+from child_models import Model
+from gpu_runs import DEVICE, assert_same_bits, model_on, no_waiting, optimizer_of, set_cpu_grads, train
+from helpers import both_backends, every_dtype
 
-from childtune_fast import ChildAdamW, bernoulli_mask
+from childtune_fast import bernoulli_mask
 
 pytestmark = pytest.mark.cuda
-DEVICE = "cuda"
 SHAPES = ((40, 70), (129,), (), (0,), (3, 1030), (4097,))
 MANY = (*SHAPES, *[(33,)] * 400, (1 << 22,))  # more than a small table holds, and many blocks
 OPTIONS = {
@@ -21,39 +20,6 @@ OPTIONS = {
     "hf": {"variant": "hf", "weight_decay": 0.5},
     "clipped": {"max_grad_norm": 1e-2},
 }
-
-
-def model_on(device, dtype=torch.float32, **options):
-    return Model(dtype, **options).to(device)
-
-
-def optimizer_of(model, **options):
-    return ChildAdamW(model.parameters(), **{"lr": 1e-2, "seed": 7, **options})
-
-
-def set_cpu_grads(model, step):
-    """Gradients that were drawn on the CPU."""
-    params = list(model.parameters())
-    given = [torch.empty_like(p, device="cpu") for p in params]
-    set_grads(given, step)
-    for p, q in zip(params, given, strict=True):
-        p.grad = q.grad.to(p.device)
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        set_cpu_grads(model, step)
-        optimizer.step()
-
-
-def assert_same_bits(one, other):
-    """Of the parameters of two models, and of everything in the state of their optimizers."""
-    (model_a, a), (model_b, b) = one, other
-    for p, q in zip(model_a.parameters(), model_b.parameters(), strict=True):
-        assert same_bits(p.cpu(), q.cpu())
-        assert a.state[p].keys() == b.state[q].keys()
-        for key, value in a.state[p].items():
-            assert same_bits(value.cpu(), b.state[q][key].cpu()), key
 
 
 @both_backends
@@ -137,16 +103,6 @@ def test_a_grad_scaler_unscales_and_skips(backend):
         assert optimizer.state[model.p0]["step"].item() == 2
         runs.append((model, optimizer))
     assert_same_bits(*runs)
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """In it, torch raises if the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("lr_on_gpu", [False, True])

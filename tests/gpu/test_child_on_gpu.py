@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from child_models import every_option
+from gpu_runs import DEVICE, assert_same_bits, model_on, no_waiting, optimizer_of, set_cpu_grads, train
 from helpers import both_backends, every_dtype, same_bits
 from models import Tiny, random_scores
-from test_child_step import every_option
-from test_cuda import DEVICE, assert_same_bits, model_on, no_waiting, optimizer_of, set_cpu_grads, train
-from test_selection import KINDS, tensors
+from scores import KINDS, tensors
 
 from childtune_fast import ChildNetwork, FisherAccumulator, estimate_fisher
 from childtune_fast.ops.select import top_k

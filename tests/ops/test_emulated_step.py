@@ -4,17 +4,16 @@ loops on the CPU.
 
 import pytest
 import torch
+from child_models import OPTIONS as CHILD_OPTIONS
+from child_models import Model, child_adamw, params_of
 from helpers import assert_same_run, make_params, set_grads
 from processes import in_a_process_with
-from test_child_step import OPTIONS as CHILD_OPTIONS
-from test_child_step import Model, child_adamw, params_of
+from stand_in import IMAGE, STREAM, bytes_of_memory
 
 from childtune_fast import ChildAdamW
 from childtune_fast.ops.step import StepKernels
 from childtune_fast.optimizer.collect import collect
 
-IMAGE = b"device code of the stand-in"
-STREAM = 5
 SHAPES = [(40, 70), (129,), (), (0,), (4097,), *[(33,)] * 300]  # more than one small table holds
 
 
@@ -84,10 +83,6 @@ def check_counted_steps():
                     runs[1].grad_scale, runs[1].found_inf = grad_scale, found_inf
                 runs[1].step()
             assert_same_run(*runs)
-
-
-def bytes_of_memory(count):
-    return torch.full((count,), 255, dtype=torch.uint8)
 
 
 def check_child_steps():

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from child_models import Model, child_adamw, params_of
 from helpers import assert_same_run, make_params, set_grads, train
-from test_child_step import Model, child_adamw, params_of
 
 from childtune_fast import ChildAdamW
 from childtune_fast.native import BackendError

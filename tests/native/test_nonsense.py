@@ -5,7 +5,7 @@ from processes import python, result_of
 
 FUZZ = """
 import random, sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 from childtune_fast.native import load
 from childtune_fast.ops.step_group import StepGroup
 native = load.load_native()

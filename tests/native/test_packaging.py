@@ -18,7 +18,7 @@ from processes import STAND_IN, python, result_of, script
 
 from childtune_fast.native import build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BINARY = f"childtune_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 SHIPPED_SOURCES = {f"childtune_fast/csrc/{name}" for name in ("bindings.cpp", "core/empty.h", "cuda/kernels.cu")}
 # pip does the same in a process of its own. Without torch: setup.py must not need it.

@@ -83,7 +83,7 @@ def run_checks(rank, port, folder):
     for check in (ranks_agree, scores_are_of_all_data):
         check(folder)
     dist.barrier()
-    os._exit(0)  # as in test_distributed.py
+    os._exit(0)  # as in optimizer/test_distributed.py
 
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.finetune import compare, methods, model, runs, sweep
 from benchmarks.finetune.data import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = methods.Settings(lr=0.2, head_lr=0.4, reserve_p=0.25)
 SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("epochs", 3),))
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from child_models import Model, child_adamw, params_of
 from helpers import assert_same_run, both_backends, same_bits, set_grads, train
-from test_child_step import Model, child_adamw, params_of
 
 from childtune_fast import ChildAdamW, ChildNetwork
 
@@ -43,7 +43,7 @@ def test_a_new_process_resumes(tmp_path):
     train(first, range(2))
     torch.save([first.state_dict(), [p.detach() for p in params_of(first)]], tmp_path / "run.pt")
     code = f"""
-import sys, torch; sys.path[:0] = ["tests", "."]
+import sys, torch; sys.path[:0] = ["tests/support", "."]
 from helpers import train; from childtune_fast import ChildAdamW
 state, params = torch.load(r"{tmp_path / "run.pt"}", weights_only=True)
 params = [torch.nn.Parameter(p) for p in params]

@@ -1,4 +1,4 @@
-"""Fisher scores and selection on a GPU without one, as test_gpu_step.py has the step: the same bits as on the CPU."""
+"""Fisher scores and selection by the stand-in for a GPU, as test_emulated_step.py has the step: the CPU's bits."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import in_a_process_with
-from test_fisher_kernel import SIZES, random_tensor
-from test_gpu_step import IMAGE, STREAM, bytes_of_memory
-from test_selection import KINDS, tensors
+from scores import KINDS, SIZES, random_tensor, tensors
+from stand_in import IMAGE, STREAM, bytes_of_memory
 
 from childtune_fast import ChildNetwork, FisherAccumulator
 from childtune_fast.native import gpu, load

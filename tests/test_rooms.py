@@ -1,0 +1,199 @@
+"""The layout: which folder may import which, no loops, one place that chooses who computes, and the reading order."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import childtune_fast
+from childtune_fast import ChildAdamW, FisherAccumulator
+from childtune_fast.native import load
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "childtune_fast"
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+# A folder, and the folders that it may import; `arguments` is open to all of them.
+BELOW = {
+    "integrations": {"optimizer", "child", "fisher", "ops"},
+    "optimizer": {"child", "ops", "native"},
+    "fisher": {"ops"},
+    "child": {"ops"},
+    "ops": {"native"},
+    "native": set(),
+}
+READING_LIMIT = 600  # lines
+
+
+def imports_of(name):
+    """Every module of the package that a module imports, at its top, in a function, or for types alone."""
+    path = MODULES[name]
+    folder = path.parent.relative_to(PACKAGE).parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [
+                alias.name.removeprefix("childtune_fast.") for alias in node.names if "childtune_fast" in alias.name
+            ]
+            found.update(names)
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("childtune_fast")):
+            base = list(folder[: len(folder) - node.level + 1]) if node.level else []
+            base += [part for part in (node.module or "").split(".") if part and part != "childtune_fast"]
+            for alias in node.names:
+                module = ".".join([*base, alias.name])
+                found.add(module if module in MODULES or f"{module}.__init__" in MODULES else ".".join(base))
+    return {module if module in MODULES else f"{module}.__init__" if module else "__init__" for module in found}
+
+
+def room_of(name):
+    return name.partition(".")[0] if "." in name else ""
+
+
+def test_folders_import_only_those_below_them():
+    for name in MODULES:
+        room = room_of(name)
+        if not room:
+            continue  # the package's face, and its report, which may show everything
+        for imported in imports_of(name):
+            assert imported in MODULES, f"{name} imports {imported}, which is no module"
+            other = room_of(imported)
+            assert other in {room, *BELOW[room]} or imported == "arguments", f"{name} must not import {imported}"
+
+
+def test_what_all_import_imports_nothing_of_the_package():
+    assert imports_of("arguments") == set()
+    assert imports_of("_version") == set()
+
+
+def test_there_is_no_loop_of_imports():
+    edges = {name: imports_of(name) for name in MODULES}
+    for name in edges:
+        if not name.endswith("__init__"):  # whoever imports from a folder loads its face first
+            edges[name] |= {f"{room_of(i)}.__init__" for i in edges[name] if room_of(i) not in ("", room_of(name))}
+    while free := {name for name, imported in edges.items() if not imported & edges.keys()}:
+        edges = {name: imported for name, imported in edges.items() if name not in free}
+    assert not edges, f"these import each other: {sorted(edges)}"
+
+
+def test_setup_can_read_the_build_description_without_the_package():
+    tree = ast.parse(MODULES["native.build"].read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_only_ops_asks_which_kernels_to_use():
+    asking = re.compile(r"\b(load\.resolve|wants_gpu_kernels|load_kernels|find_native)\(")
+    askers = {name for name, path in MODULES.items() if asking.search(path.read_text(encoding="utf-8"))}
+    allowed = {"ops.step", "ops.squares", "ops.select"}
+    assert {name for name in askers if room_of(name) not in ("native", "")} - {"optimizer.adamw"} == allowed
+    resolving = [line for line in MODULES["optimizer.adamw"].read_text().splitlines() if asking.search(line)]
+    assert [line.strip() for line in resolving] == ['load.resolve("native")']  # in the constructor, to raise early
+
+
+def files_run_by(function):
+    """The files of the package whose code a call runs."""
+    seen = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            seen.add(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sorted(str(Path(path).relative_to(PACKAGE)) for path in seen if path.startswith(str(PACKAGE)))
+
+
+def test_a_step_of_f_goes_through_six_files():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = ChildAdamW(params, backend="native")
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    files = files_run_by(optimizer.step)
+    assert "ops/step.py" in files
+    assert len(files) <= 6, files
+
+
+class Counting:
+    """Stands for a lock, or for os.environ, and counts how often it is used."""
+
+    def __init__(self, of):
+        self.of, self.count = of, 0
+
+    def get(self, *arguments):
+        self.count += 1
+        return self.of.get(*arguments)
+
+    def __getitem__(self, name):
+        self.count += 1
+        return self.of[name]
+
+    def __enter__(self):
+        self.count += 1
+        return self.of.__enter__()
+
+    def __exit__(self, *details):
+        return self.of.__exit__(*details)
+
+
+@pytest.mark.parametrize("pass_over", ["update", "estimate"])
+def test_a_gradient_in_the_fisher_pass_reads_no_environment_and_takes_no_lock(pass_over, monkeypatch):
+    """Their number in a pass does not depend on how many gradients it squares."""
+    counts = []
+    for layers in (1, 9):
+        model = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(layers)])
+        fisher = FisherAccumulator(model)
+        model(torch.ones(2, 3)).sum().backward()
+        environment, lock = Counting(load.os.environ), Counting(load._lock)
+        monkeypatch.setattr(load.os, "environ", environment)
+        monkeypatch.setattr(load, "_lock", lock)
+        if pass_over == "update":
+            fisher.update()
+        else:
+            loss = {"loss_fn": lambda model, batch: model(batch).sum(), "progress": False}
+            childtune_fast.estimate_fisher(model, [torch.ones(2, 3)] * layers, **loss)
+        monkeypatch.undo()
+        counts.append((environment.count, lock.count))
+    assert counts[0] == counts[1]
+    assert 0 < sum(counts[0]) <= 8
+
+
+def lines_to_read(path, part):
+    """How many lines a part of a file has: a heading's text before it, a definition, or all of it."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if part.startswith("to "):
+        return text.splitlines().index(part.removeprefix("to ").strip('"')) + 1
+    if not part:
+        return len(text.splitlines())
+    named = {node.name: node for node in ast.parse(text).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    wanted = [named[name.strip("` ")] for name in part.split(",")]
+    return sum(node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1 for node in wanted)
+
+
+def test_the_reading_order_is_short():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\d+\. `([^`]+)`(?:, (to \"[^\"]+\"|`[^`]+`(?:, `[^`]+`)*))?", contributing, re.MULTILINE)
+    assert len(rows) >= 7
+    total = sum(
+        lines_to_read(path, part.replace("`", "") if not part.startswith("to ") else part) for path, part in rows
+    )
+    assert total <= READING_LIMIT, f"the reading order has {total} lines"
+    assert f"{total} lines" in contributing
+
+
+def test_contributing_opens_with_the_tree():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```\n")[2].partition("```")[0]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name not in ("__init__.py",) and "csrc" not in path.parts:
+            assert path.name in tree, f"CONTRIBUTING's tree lacks {path.relative_to(ROOT)}"
+
+
+def test_no_file_name_stands_in_both_tests_and_benchmarks():
+    names = [{path.name for path in (ROOT / folder).rglob("*.py")} for folder in ("tests", "benchmarks")]
+    assert names[0] & names[1] <= {"conftest.py", "__init__.py"}
