@@ -70,7 +70,7 @@ def collect(
                 row = (*row, state["max_exp_avg_sq"])
             if mask is not None:
                 check_mask(mask, param)
-                of_mask = (mask.bits, mask.ranks, mask.count)
+                of_mask = (mask.bits, mask.offsets, mask.count)
                 rows[_server(row, use_native, use_gpus), False, True].append((*row, *of_mask))
             elif type(param) is Parameter and use_native and param.is_cpu:  # mostly; a step has 2 us per parameter
                 plain_rows.append(row)
@@ -131,7 +131,7 @@ def _step_group(
     columns = [list(column) for column in zip(*rows, strict=True)]
     if masked:
         target.child_counts = columns.pop()
-        target.child_ranks = columns.pop()
+        target.child_offsets = columns.pop()
         target.child_bits = columns.pop()
     target.params, target.grads, target.exp_avgs, target.exp_avg_sqs, target.steps, target.indices = columns[:6]
     if len(columns) > 6:

@@ -9,7 +9,7 @@ from torch import Tensor
 class StepGroup:
     """The parameters of a group that have a gradient, their state, and the group's hyper-parameters as plain numbers.
 
-    The lists run in parallel, one entry for each parameter. csrc/bindings.cpp reads these names.
+    The lists run in parallel, one entry for each parameter. csrc/python/step_items.h reads these names.
     """
 
     lr: float
@@ -37,5 +37,5 @@ class StepGroup:
     steps: list[Tensor] = field(default_factory=list)  # one float32 or float64 each: steps taken so far; counted up
     indices: list[int] = field(default_factory=list)  # of the parameters in the optimizer, through all groups
     child_bits: list[Tensor] = field(default_factory=list)  # of packed_mask.PackedMask; empty without a child network
-    child_ranks: list[Tensor] = field(default_factory=list)  # likewise
+    child_offsets: list[Tensor] = field(default_factory=list)  # likewise
     child_counts: list[int] = field(default_factory=list)  # likewise

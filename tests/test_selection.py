@@ -11,7 +11,7 @@ from childtune_fast import backend
 from childtune_fast.packed_mask import PackedMask
 from childtune_fast.selection import top_k
 
-SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
+SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/select.cpp
 DENORMAL = 1e-45
 
 
