@@ -2,7 +2,7 @@
 #
 #   make demo    fine-tune a real transformer and compare methods; ARGS=--quick for one quick run
 #   make test    all tests; ARGS="-k mask" for some
-#   make lint    ruff and clang-format; `make format` repairs what they can
+#   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
 #   make bench   the benchmarks
 #
 # PYTHON=python3.12 chooses the interpreter, TORCH and PIP_FLAGS which torch and from where.
@@ -19,7 +19,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/* benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core cuda lint format bench clean
+.PHONY: demo test test-core cuda lint headers format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -32,7 +32,7 @@ bench: $(VENV)/.benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json $(ARGS)
 	$(BIN)/python -m benchmarks.report build/benchmark.json
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint headers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
@@ -41,6 +41,16 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# Every header must compile alone: it includes what it needs. cuda/warp.h is device code, which `make cuda` compiles.
+HEADERS := $(filter-out csrc/cuda/warp.h,$(filter %.h,$(CPP)))
+PYTHON_INCLUDES = $(shell $(BIN)/python -c \
+  "import pybind11, sysconfig; print('-isystem', sysconfig.get_path('include'), '-isystem', pybind11.get_include())")
+headers: $(VENV)/.native
+	@includes="$(PYTHON_INCLUDES)"; for header in $(HEADERS); do \
+	  $(CXX) -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Wno-unused-function -Icsrc $$includes \
+	    -include $$header -x c++ /dev/null || { echo "FAILED alone: $$header"; exit 1; }; \
+	done; echo "every header compiles alone"
 
 # The core, the CPU driver and what of the CUDA driver a CPU can run, without Python, where the sanitizers see everything.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
@@ -53,12 +63,13 @@ $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 
-# The device code without a GPU: the core headers, which must stay free of whatever a GPU lacks, and the kernels, whose
-# machine code tests/support/check_device_code.py judges.
+# The device code without a GPU, with the flags and for the architectures that are shipped: the core headers, which must
+# stay free of whatever a GPU lacks, cuda/warp.h alone, and the kernels, whose machine code tests/support/check_device_code.py
+# judges.
 NVCC ?= nvcc
-NVCC_FLAGS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/native/build.py')['DEVICE_FLAGS'])") \
-  -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
-ARCHITECTURES ?= 75 80 90 120
+shipped = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/native/build.py')['$(1)'])")
+NVCC_FLAGS = $(call shipped,DEVICE_FLAGS) -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
+ARCHITECTURES ?= $(call shipped,DEVICE_CODES)
 CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
 cuda: $(CUBINS) $(OUT)/core_compiles.o
 $(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/check_device_code.py
@@ -69,7 +80,7 @@ $(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/
 	mv $@.new $@
 $(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)
 	mkdir -p $(OUT)
-	$(NVCC) $(NVCC_FLAGS) -arch=sm_75 -c $< -o $@
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_75 -include cuda/warp.h -c $< -o $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info childtune_fast/_native* childtune_fast/_kernels*

@@ -69,7 +69,7 @@ def _selection(clock: Clock, device: str, rounds: int, scale: int) -> dict:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         masks = select()
-        kept = sum(mask.bits.nbytes + mask.ranks.nbytes for mask in masks.values())
+        kept = sum(mask.bits.nbytes + mask.offsets.nbytes for mask in masks.values())
         extra = torch.cuda.max_memory_allocated(device) - before - kept
     return {"scores": total, "selection_ms": found, "selection_extra_bytes": extra}
 
@@ -82,7 +82,7 @@ def _state_bytes(device: str, scale: int) -> float:
     optimizer = ChildAdamW(params, **HYPER, child=random_child(params, 0.3), backend="native")
     optimizer.step()
     tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    tensors += [mask.ranks for mask in optimizer.child_masks.values()]
+    tensors += [mask.offsets for mask in optimizer.child_masks.values()]
     return sum(tensor.nbytes for tensor in tensors) / sum(param.numel() for param in params)
 
 

@@ -79,7 +79,7 @@ def _piece(work: Workload, i: int, mask: PackedMask | None, begin: int, count: i
     """Weights `begin` to `begin + count` of parameter `i`, with their state."""
     first, end, bits = begin, begin + count, None
     if mask is not None:
-        first, end = (int(mask.ranks[-(-at // BLOCK)]) for at in (begin, end))
+        first, end = (int(mask.offsets[-(-at // BLOCK)]) for at in (begin, end))
         bits = mask.bits.data_ptr() + begin // 8
 
     def address(tensor: torch.Tensor, at: int) -> int:

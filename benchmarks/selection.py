@@ -51,4 +51,4 @@ def extra_memory(name: str) -> float:
     if growth is None:
         return float("nan")
     masks = found[0].packed.values() if name == "ours" else ()
-    return growth - sum(mask.bits.nbytes + mask.ranks.nbytes for mask in masks)
+    return growth - sum(mask.bits.nbytes + mask.offsets.nbytes for mask in masks)

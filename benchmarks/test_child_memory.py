@@ -42,7 +42,7 @@ def trained():
 def test_child_state(benchmark, trained):
     benchmark.pedantic(trained.optimizer.step, rounds=1)
     dense = _dense(trained)
-    masks = [tensor for mask in trained.optimizer.child_masks.values() for tensor in (mask.bits, mask.ranks)]
+    masks = [tensor for mask in trained.optimizer.child_masks.values() for tensor in (mask.bits, mask.offsets)]
     benchmark.extra_info.update(
         weights=trained.weights,
         state_bytes={"child": _held(_states(trained.optimizer) + masks), "dense": _held(_states(dense))},

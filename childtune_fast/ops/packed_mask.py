@@ -1,7 +1,7 @@
 """One bit per weight: the mask of a child network in one parameter, and how it lies in memory.
 
 Weight `i`, by flat index in the parameter's logical order, is in the child network if bit `i % 8` of byte `i // 8` is
-set. Bits go in blocks of 1024: the last block is filled with zeros, and `ranks[b]` counts the weights of the child
+set. Bits go in blocks of 1024: the last block is filled with zeros, and `offsets[b]` counts the weights of the child
 network before block `b`, so that the place of any of them in the compact state is found in one block.
 csrc/core/packed_mask.h is the same in C++.
 """
@@ -27,7 +27,7 @@ class PackedMask:
 
     Attributes:
         shape: of the parameter.
-        ranks: int64, one for each 1024 weights begun, and the whole count at the end; on the device of `bits`.
+        offsets: int64, one for each 1024 weights begun, and the whole count at the end; on the device of `bits`.
         count: how many weights are in the child network.
     """
 
@@ -52,9 +52,9 @@ class PackedMask:
         if rest.size and (rest[1:].any() or rest[0] >> self.numel % 8):
             raise ValueError(f"PackedMask: bits beyond the {self.numel} weights must be 0; the mask is damaged")
         counts = _popcounts(packed).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1, dtype=np.int64)
-        ranks = np.concatenate([[0], counts.cumsum()])
-        self.count = int(ranks[-1])
-        self.ranks = torch.from_numpy(ranks).to(bits.device)
+        offsets = np.concatenate([[0], counts.cumsum()])
+        self.count = int(offsets[-1])
+        self.offsets = torch.from_numpy(offsets).to(bits.device)
 
     @property
     def bits(self) -> Tensor:

@@ -68,7 +68,7 @@ def _select_on_gpus(names: list[str], scores: list[Tensor], k: int, largest: boo
 
 
 def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
-    """What the host does between the passes of csrc/cuda/selection_kernel.h; None if a score is NaN."""
+    """What the host does between the passes of csrc/cuda/select_kernel.h; None if a score is NaN."""
     left, key, wanted_shift = k, 0, 32
     for shift in (21, 10, 0):  # of 11, 11 and 10 bits
         found = torch.stack([part.count_digits(key, wanted_shift, shift) for part in parts]).sum(dim=0)

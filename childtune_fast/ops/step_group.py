@@ -48,7 +48,7 @@ class StepGroup:
     indices: list[int] = field(default_factory=list)  # the parameter's number in the optimizer, through all groups
     # The three fields of packed_mask.PackedMask; empty without a child network.
     child_bits: list[Tensor] = field(default_factory=list)
-    child_ranks: list[Tensor] = field(default_factory=list)
+    child_offsets: list[Tensor] = field(default_factory=list)
     child_counts: list[int] = field(default_factory=list)
 
 

@@ -29,7 +29,7 @@ _LR_DTYPES = (float32, float64)  # of a learning rate that the kernels of a GPU 
 # What a row holds of one parameter: the names of a StepGroup's lists, in the order of the row.
 _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
-_MASK_FIELDS = ("child_bits", "child_ranks", "child_counts")
+_MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")
 _NOT_ON_DEVICE = ("steps", "indices")
 
 
@@ -100,7 +100,7 @@ def _rows(
             raise _incomplete(error) from error
         if mask is not None:
             check_mask(mask, param)
-            rows[_where(kernels, fields, row), False, True].append((*row, mask.bits, mask.ranks, mask.count))
+            rows[_where(kernels, fields, row), False, True].append((*row, mask.bits, mask.offsets, mask.count))
         elif type(param) is Parameter and param.is_cpu:  # most of them; a step has under 1 us for each
             plain_rows.append(row)
         else:

@@ -1,8 +1,8 @@
-// The AdamW update of one weight: the only place where this arithmetic is written, for CPU and GPU.
+// What a step does to one weight: the only place in C++ where this arithmetic is written, for CPU and GPU.
 //
 // One multiplication, addition, division or square root per operation, each rounded as IEEE 754 says: no contraction,
-// no reciprocal. That is what makes the result the same bits everywhere. childtune_fast/fallback.py is the same in
-// torch.
+// no reciprocal. That is what makes the result the same bits everywhere. childtune_fast/ops/reference.py has the same
+// arithmetic in torch.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,9 @@ namespace childtune {
 CHILDTUNE_INLINE float square_root(float x) { return sqrtf(x); }
 CHILDTUNE_INLINE double square_root(double x) { return sqrt(x); }
 
-// `grad` is the gradient as autograd left it; a weight that the mask drops passes keep = false and still moves by its
-// momentum and decay. T is float or double. max_exp_avg_sq is read and written only with kAmsgrad.
+// Updates one weight and its state. `grad` is the gradient as autograd left it. A weight that the mask drops passes
+// keep = false, and still moves by its momentum and decay. T is float or double. max_exp_avg_sq is read and written
+// only with kAmsgrad.
 template <bool kAmsgrad, class T>
 CHILDTUNE_INLINE void adamw_update(const AdamWConstants<T>& c, bool keep, T grad, T& param, T& exp_avg, T& exp_avg_sq,
                                    T& max_exp_avg_sq) {
@@ -31,6 +32,13 @@ CHILDTUNE_INLINE void adamw_update(const AdamWConstants<T>& c, bool keep, T grad
   const T denom = square_root(second_moment) / c.bias_correction2_sqrt + c.eps;
   const T decayed = param * c.decay_before;
   param = (decayed - c.step_size * exp_avg / denom) * c.decay_after;
+}
+
+// Returns a weight outside the child network after a step with decay="all". It has no gradient and no state, so it only
+// decays, by the same two factors as in the update.
+template <class T>
+CHILDTUNE_INLINE T decayed_outside(const AdamWConstants<T>& c, T param) {
+  return param * c.decay_before * c.decay_after;
 }
 
 }  // namespace childtune

@@ -1,4 +1,4 @@
-// What the core headers need from the compiler: macros for functions that serve host and device alike, and a bit cast.
+// What the core headers need from the compiler: macros for functions that run on host and device, and a bit cast.
 //
 // Everything in csrc/core is `static` and always inlined, so that each instruction set's translation unit keeps its own
 // copy: were the linker free to merge them, a plain CPU could end up running a function compiled for AVX-512.
@@ -18,7 +18,7 @@
 #define CHILDTUNE_MEMBER inline
 #endif
 
-// On a GPU, what a loop indexes stays in registers only if the loop is unrolled.
+// On a GPU, an array that a loop indexes stays in registers only if the loop is unrolled.
 #if defined(__CUDA_ARCH__)
 #define CHILDTUNE_UNROLLED _Pragma("unroll")
 #else

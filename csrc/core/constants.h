@@ -1,4 +1,5 @@
-// Everything in a step that does not depend on the element, computed once per parameter and step, in double.
+// Everything in a step that does not depend on the element: computed in double, once per step for parameters that share
+// it.
 #pragma once
 
 #include <cmath>
@@ -44,13 +45,14 @@ CHILDTUNE_INLINE double integer_power(double base, uint64_t exponent) {
   return result;
 }
 
-// The factor that limits the 2-norm of all gradients to `max_norm`, as torch's clip_grad_norm_ has it. `squares` is the
-// sum of their squares before they are multiplied by `grad_factor`. A NaN gets through.
+// Returns the factor that limits the 2-norm of gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
+// `squares` is the sum of their squares before they are multiplied by `grad_factor`. If it is NaN, so is the factor.
 CHILDTUNE_INLINE double clip_factor(double max_norm, double squares, double grad_factor) {
   const double factor = max_norm / (sqrt(squares) * fabs(grad_factor) + 1e-6);
   return factor >= 1.0 ? 1.0 : factor;
 }
 
+// The constants of a parameter's step number `step`, the first of which is 1.
 CHILDTUNE_INLINE AdamWConstants<double> step_constants(const HyperParams& h, uint64_t step) {
   const double bias_correction1 = 1.0 - integer_power(h.beta1, step);
   const double bias_correction2_sqrt = sqrt(1.0 - integer_power(h.beta2, step));

@@ -1,10 +1,14 @@
-// Storage types of parameters and gradients, and their exchange with the type that computes: bf16 and fp16 widen to
-// float exactly and narrow to nearest, ties to even. Only integer and float operations that vectorise everywhere.
+// Storage types of parameters and gradients, and their conversion to and from the type that computes: bf16 and fp16
+// widen to float exactly and narrow to nearest, ties to even. Only integer and float operations that vectorise
+// everywhere.
 #pragma once
 
 #include "core/compiler.h"
 
 namespace childtune {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDTypes = 4;
 
 struct BFloat16 {
   uint16_t bits;
@@ -48,8 +52,8 @@ CHILDTUNE_INLINE void store(BFloat16& to, float x) {
 CHILDTUNE_INLINE void store(Float16& to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Normal: re-bias the exponent by 15 - 127 and round at bit 13. Rounding up may carry into the exponent, as it
-  // should.
+  // Normal: re-bias the exponent by 15 - 127 and round at bit 13. Where rounding up carries into the exponent, the
+  // result is the next power of two, or infinity, as it must be.
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 puts the last bit of a half subnormal at the last bit of the float, which rounds it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;

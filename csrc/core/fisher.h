@@ -1,6 +1,8 @@
-// One gradient's share in a weight's Fisher score: the only place where this arithmetic is written, for CPU and GPU.
+// One gradient's share in a weight's Fisher score: the only place in C++ where this arithmetic is written, for CPU and
+// GPU.
 //
-// Each operation is rounded as IEEE 754 says, in this order: childtune_fast/fallback.py is the same in torch.
+// Each operation is rounded as IEEE 754 says, in this order. childtune_fast/ops/reference.py has the same arithmetic in
+// torch.
 #pragma once
 
 #include "core/compiler.h"
@@ -14,7 +16,7 @@ CHILDTUNE_INLINE void add_square(T weight, T grad_factor, T grad, float& score) 
   score = static_cast<float>(static_cast<T>(score) + weight * scaled * scaled);
 }
 
-// A number whose top bit is set exactly if x is infinite or NaN. Such numbers combine by |, which vectorises
+// Returns a number whose top bit is set exactly if x is infinite or NaN. Such numbers combine by |, which vectorises
 // everywhere.
 CHILDTUNE_INLINE uint32_t non_finite_bit(float x) { return (bit_cast<uint32_t>(x) & 0x7FFFFFFFu) + 0x00800000u; }
 CHILDTUNE_INLINE uint64_t non_finite_bit(double x) {

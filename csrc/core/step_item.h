@@ -2,14 +2,13 @@
 #pragma once
 
 #include "core/constants.h"
+#include "core/dtypes.h"
 #include "core/mask.h"
 #include "core/packed_mask.h"
 
 namespace childtune {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-constexpr int kNormChunk = 1024;  // elements whose squares are summed by themselves: docs/numerics.md
+constexpr int kNormChunk = 1024;  // elements whose squares are summed before those of others: docs/numerics.md
 
 constexpr int kStreams = 5;  // arrays of a step, in this order
 enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
@@ -23,18 +22,18 @@ struct MaskSlice {
 
 struct StepItem {
   void* data[kStreams];   // kMaxExpAvgSq: nullptr without amsgrad
-  int64_t numel;          // elements here; all arrays have the same shape, but for the state of a child network
+  int64_t numel;          // of param and grad, and of the state unless it is compact
   const int64_t* layout;  // nullptr: every array is contiguous. Else ndim, shape[ndim], strides[ndim] per stream
   DType dtype;            // of param and grad; the state is float, or double for double
   bool masked;
   uint32_t keep_threshold;
   MaskKey key;
   MaskSlice slice;
-  PackedMask child;    // with it, the state is contiguous, of child.count values, and `masked` is false
+  PackedMask child;    // with a child network, the state is contiguous, of child.count values; `masked` is false
   bool decay_outside;  // weights outside the child network decay too
   AdamWConstants<double> constants;
-  float* counter;  // on a GPU: where it counts the steps itself; then key.step and constants are not known here
-  uint32_t group;  // its number among those of the step
+  float* counter;  // where a GPU counts the steps: its count, on the device; key.step and constants are not set then
+  uint32_t group;  // where a GPU counts the steps: the number of the parameter's group in this step
 };
 
 }  // namespace childtune

@@ -1,24 +1,34 @@
-// How the weights of a child network are collected among their neighbours, and put back. Included by
-// cpu/child_kernel.h only.
+// How the weights of a child network are moved out from among their neighbours, and back.
 //
-// collect: the child network's values among 8 * bytes weights and their gradients, in order; returns how many they are.
-// put_back: writes the child network's weights, and nothing beside them. Both touch up to kTogether numbers more than
-// that in the buffers; `bytes` is a multiple of kTogether / 8.
+// compress copies the child network's weights and gradients, of 8 * bytes, to the buffers, in order, and returns how
+// many they are. expand writes the child network's weights back, and no others. `bytes` is a multiple of kTogether / 8.
+// Both touch up to kTogether numbers beyond the child network's in the buffers.
+#pragma once
+
+#include "core/dtypes.h"
+#include "core/packed_mask.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "cpu/loops.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
 
 constexpr int kTogether = 16;  // weights
 
-// Of each byte of a mask: where its set bits are; how many lie below each bit, with the sign set where the bit itself
-// is; and how many there are.
+// What each byte of a mask does to eight weights. compress[byte][k]: the place of the k-th set bit. expand[byte][i]:
+// how many bits are set below bit i, with the sign bit set if bit i itself is. count[byte]: how many bits are set.
 struct ByteTable {
-  int8_t place[256][8], rank[256][8];
+  int8_t compress[256][8], expand[256][8];
   uint8_t count[256];
 
-  constexpr ByteTable() : place(), rank(), count() {
+  constexpr ByteTable() : compress(), expand(), count() {
     for (int byte = 0; byte < 256; ++byte) {
       for (int bit = 0; bit < 8; ++bit) {
         const bool set = byte >> bit & 1;
-        rank[byte][bit] = static_cast<int8_t>(set ? count[byte] - 128 : count[byte]);
-        if (set) place[byte][count[byte]++] = static_cast<int8_t>(bit);
+        expand[byte][bit] = static_cast<int8_t>(set ? count[byte] - 128 : count[byte]);
+        if (set) compress[byte][count[byte]++] = static_cast<int8_t>(bit);
       }
     }
   }
@@ -26,7 +36,7 @@ struct ByteTable {
 constexpr ByteTable kByteTable;
 
 CHILDTUNE_INLINE int64_t bits_in(uint8_t byte) {
-#if defined(CHILDTUNE_AVX2)  // which comes with the instruction
+#if defined(CHILDTUNE_AVX2)  // every processor with AVX2 has the popcnt instruction
   return __builtin_popcount(byte);
 #else
   return kByteTable.count[byte];
@@ -39,21 +49,23 @@ CHILDTUNE_INLINE int64_t count_bits(const uint8_t* bits, int64_t bytes) {
   return n;
 }
 
-// collect_eight: of eight weights and their gradients, those at `place`, eight of each whatever the mask.
-// put_eight: where the sign in `rank` is set, the value of that rank; elsewhere the weight keeps its bits.
+// `index` is a row of ByteTable. compress_eight writes eight weights and eight gradients whatever the mask is.
+// expand_eight writes the weights where the sign in `index` is set; the others keep their bits.
 template <class P, class T>
-CHILDTUNE_INLINE void collect_eight(const int8_t* place, const P* param, const P* grad, T* child_param, T* child_grad) {
-  for (int j = 0; j < 8; ++j) child_param[j] = load(param[place[j]]);
-  for (int j = 0; j < 8; ++j) child_grad[j] = load(grad[place[j]]);
+CHILDTUNE_INLINE void compress_eight(const int8_t* index, const P* param, const P* grad, T* child_param,
+                                     T* child_grad) {
+  for (int j = 0; j < 8; ++j) child_param[j] = load(param[index[j]]);
+  for (int j = 0; j < 8; ++j) child_grad[j] = load(grad[index[j]]);
 }
 template <class P, class T>
-CHILDTUNE_INLINE void put_eight(const int8_t* rank, const T* child_param, P* param) {
+CHILDTUNE_INLINE void expand_eight(const int8_t* index, const T* child_param, P* param) {
   for (int j = 0; j < 8; ++j) {
-    if (rank[j] < 0) store(param[j], child_param[rank[j] + 128]);
+    if (index[j] < 0) store(param[j], child_param[index[j] + 128]);
   }
 }
 
 #if defined(CHILDTUNE_AVX2) && !defined(CHILDTUNE_AVX512)
+// Eight indices as the permutation instruction takes them; it reads only the low three bits of each.
 CHILDTUNE_INLINE __m256i eight_indices(const int8_t* index) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
 }
@@ -69,26 +81,26 @@ CHILDTUNE_INLINE __m256 load_eight(const Float16* from) {
 }
 
 template <class P>
-CHILDTUNE_INLINE void collect_eight(const int8_t* place, const P* param, const P* grad, float* child_param,
-                                    float* child_grad) {
-  const __m256i index = eight_indices(place);  // its low three bits count
-  _mm256_storeu_ps(child_param, _mm256_permutevar8x32_ps(load_eight(param), index));
-  _mm256_storeu_ps(child_grad, _mm256_permutevar8x32_ps(load_eight(grad), index));
+CHILDTUNE_INLINE void compress_eight(const int8_t* index, const P* param, const P* grad, float* child_param,
+                                     float* child_grad) {
+  const __m256i indices = eight_indices(index);
+  _mm256_storeu_ps(child_param, _mm256_permutevar8x32_ps(load_eight(param), indices));
+  _mm256_storeu_ps(child_grad, _mm256_permutevar8x32_ps(load_eight(grad), indices));
 }
-CHILDTUNE_INLINE void put_eight(const int8_t* rank, const float* child_param, float* param) {
-  const __m256i index = eight_indices(rank);
-  const __m256 value = _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), index);
-  _mm256_storeu_ps(param, _mm256_blendv_ps(_mm256_loadu_ps(param), value, _mm256_castsi256_ps(index)));
+CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param, float* param) {
+  const __m256i indices = eight_indices(index);
+  const __m256 value = _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), indices);
+  _mm256_storeu_ps(param, _mm256_blendv_ps(_mm256_loadu_ps(param), value, _mm256_castsi256_ps(indices)));
 }
 template <class P>
-CHILDTUNE_INLINE void put_eight(const int8_t* rank, const float* child_param, P* param) {
+CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param, P* param) {
   static_assert(sizeof(P) == 2, "bf16 and fp16");
-  const __m256i index = eight_indices(rank);
+  const __m256i indices = eight_indices(index);
   float value[8];
   P stored[8];
-  _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), index));
+  _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), indices));
   for (int j = 0; j < 8; ++j) store(stored[j], value[j]);
-  const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(index), _mm256_extracti128_si256(index, 1));
+  const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(indices), _mm256_extracti128_si256(indices, 1));
   const __m128i sign = _mm_srai_epi16(mask, 15), now = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored));
   __m128i* at = reinterpret_cast<__m128i*>(param);
   _mm_storeu_si128(at, _mm_blendv_epi8(_mm_loadu_si128(at), now, sign));
@@ -96,37 +108,37 @@ CHILDTUNE_INLINE void put_eight(const int8_t* rank, const float* child_param, P*
 #endif
 
 template <class P, class T>
-CHILDTUNE_OUT_OF_LINE int64_t collect(const uint8_t* bits, int64_t bytes, const P* param, const P* grad, T* child_param,
-                                      T* child_grad) {
+CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
+                                       T* child_param, T* child_grad) {
   int64_t n = 0;
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; ++i) {
     const uint8_t byte = bits[i];
-    collect_eight(kByteTable.place[byte], param + 8 * i, grad + 8 * i, child_param + n, child_grad + n);
+    compress_eight(kByteTable.compress[byte], param + 8 * i, grad + 8 * i, child_param + n, child_grad + n);
     n += bits_in(byte);
   }
   return n;
 }
 
-// Meanwhile it fetches the next block's weights and gradients, which nothing else would while a step works in the
-// cache.
+// Also fetches the next packed block's weights and gradients: the step works in the cache, so memory is idle.
 template <class P, class T>
-CHILDTUNE_OUT_OF_LINE void put_back(const uint8_t* bits, int64_t bytes, const T* child_param, P* param, const P* grad) {
+CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const T* child_param, P* param, const P* grad) {
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; ++i) {
     const uint8_t byte = bits[i];
     if (i % 2 == 0) {
-      CHILDTUNE_PREFETCH(param + kRankBlock + 8 * i);
-      CHILDTUNE_PREFETCH(grad + kRankBlock + 8 * i);
+      CHILDTUNE_PREFETCH(param + kPackedBlock + 8 * i);
+      CHILDTUNE_PREFETCH(grad + kPackedBlock + 8 * i);
     }
-    put_eight(kByteTable.rank[byte], child_param, param + 8 * i);
+    expand_eight(kByteTable.expand[byte], child_param, param + 8 * i);
     child_param += bits_in(byte);
   }
 }
 
 #if defined(CHILDTUNE_AVX512)
 
-// Sixteen at a time, by the instructions that exist for it. Only the child network's weights are touched in memory.
+// AVX-512 has instructions that compress and expand, sixteen at a time. Only the child network's weights are touched in
+// memory.
 CHILDTUNE_INLINE __m512 load_sixteen(__mmask16 mask, const float* from) { return _mm512_maskz_loadu_ps(mask, from); }
 template <class P>
 CHILDTUNE_INLINE __m512 load_sixteen(__mmask16 mask, const P* from) {
@@ -153,8 +165,8 @@ CHILDTUNE_INLINE __mmask16 sixteen_bits(const uint8_t* bits) {
 }
 
 template <class P>
-CHILDTUNE_OUT_OF_LINE int64_t collect(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
-                                      float* child_param, float* child_grad) {
+CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
+                                       float* child_param, float* child_grad) {
   int64_t n = 0;
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; i += 2) {
@@ -169,7 +181,7 @@ CHILDTUNE_OUT_OF_LINE int64_t collect(const uint8_t* bits, int64_t bytes, const 
 }
 
 template <class P>
-CHILDTUNE_OUT_OF_LINE void put_back(const uint8_t* bits, int64_t bytes, const float* child_param, P* param, const P*) {
+CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const float* child_param, P* param, const P*) {
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; i += 2) {
     const __mmask16 mask = sixteen_bits(bits + i);
@@ -179,3 +191,7 @@ CHILDTUNE_OUT_OF_LINE void put_back(const uint8_t* bits, int64_t bytes, const fl
 }
 
 #endif
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune

@@ -1,5 +1,5 @@
-// A whole CPU step. All parameters form one line of elements, cut into slices of equal size: a thousand tiny tensors
-// and one huge one are the same work, and there is one parallel region per step.
+// All parameters form one line of elements, cut into slices of equal size: a thousand tiny tensors and one huge one are
+// the same work, and there is one parallel region per call.
 #include "cpu/driver.h"
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace childtune {
 namespace {
 
-constexpr int64_t kWorthThreads = 1 << 18;  // elements: below that, waking other threads costs more than they take over
-// Elements of a slice: as many as they may be, since memory is slow to start at each, and slices enough for threads of
+constexpr int64_t kWorthThreads = 1 << 18;  // elements: for fewer, waking other threads costs more than they save
+// Elements of a slice: large, because memory is slow at the beginning of each, but with enough slices for threads of
 // different speed to end together.
 constexpr int64_t kLeastSlice = 1 << 15, kMostSlice = 1 << 17, kSlicesPerThread = 16;
 
@@ -33,16 +33,18 @@ CpuKernels& current() {
   return kernels;
 }
 
-// The line of elements. Each parameter starts at a multiple of `unit`, a power of two, and so do slices.
+// The line of elements. Each parameter starts at a multiple of `unit`, a power of two, and so do slices. Item: StepItem
+// or SquaresItem.
+template <class Item>
 class Line {
  public:
-  Line(const std::vector<StepItem>& items, int64_t unit, int threads, std::vector<int64_t>* starts)
-      : items_(items), starts_(*starts) {
+  Line(const Item* items, size_t count, int64_t unit, int threads, std::vector<int64_t>* starts)
+      : items_(items), count_(count), starts_(*starts) {
     starts_.clear();
     int64_t at = 0;
-    for (const StepItem& item : items) {
+    for (size_t i = 0; i < count; ++i) {
       starts_.push_back(at);
-      at += (item.numel + unit - 1) / unit * unit;
+      at += (items[i].numel + unit - 1) / unit * unit;
     }
     length_ = at;
     threads_ = length_ < kWorthThreads ? 1 : std::max(threads, 1);
@@ -59,23 +61,25 @@ class Line {
   void visit_slice(int64_t i, Visit visit) const {
     const int64_t begin = i * slice_, end = std::min(begin + slice_, length_);
     size_t k = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
-    for (; k < items_.size() && starts_[k] < end; ++k) {
+    for (; k < count_ && starts_[k] < end; ++k) {
       const int64_t from = std::max<int64_t>(begin - starts_[k], 0), to = std::min(end - starts_[k], items_[k].numel);
       if (from < to) visit(k, from, to);
     }
   }
 
  private:
-  const std::vector<StepItem>& items_;
+  const Item* items_;
+  size_t count_;
   std::vector<int64_t>& starts_;
   int64_t length_, slice_;
   int threads_;
 };
 
-template <class Body>
-void parallel_over(const Line& line, Body body) {
+// Calls body(item's number, begin, end) for all parts of all parameters, on the line's threads.
+template <class Item, class Body>
+void parallel_over(const Line<Item>& line, Body body) {
   struct Context {
-    const Line& line;
+    const Line<Item>& line;
     Body& body;
   } context{line, body};
   const auto slice = [](void* argument, int64_t i) {
@@ -101,7 +105,7 @@ double sum_by_halving(double* values, int64_t count) {
 void step_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;  // kept, so that a step allocates nothing
   const CpuKernels kernels = current_kernels();
-  const Line line(items, kMaskBlock, threads, &starts);
+  const Line line(items.data(), items.size(), kMaskBlock, threads, &starts);
   parallel_over(line, [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
 }
 
@@ -109,7 +113,7 @@ double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;
   thread_local std::vector<double> chunk_sums;
   const CpuKernels kernels = current_kernels();
-  const Line line(items, kNormChunk, threads, &starts);
+  const Line line(items.data(), items.size(), kNormChunk, threads, &starts);
   chunk_sums.resize(line.length() / kNormChunk);
   double* sums = chunk_sums.data();
   parallel_over(line, [&](size_t k, int64_t begin, int64_t end) {
@@ -124,13 +128,13 @@ double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
   return total;
 }
 
-bool accumulate_squares_cpu(const std::vector<StepItem>& items, double weight, double grad_factor, int threads) {
+bool accumulate_squares_cpu(const SquaresItem& item, double weight, double grad_factor, int threads) {
   thread_local std::vector<int64_t> starts;
   const CpuKernels kernels = current_kernels();
-  const Line line(items, kMaskBlock, threads, &starts);
+  const Line line(&item, 1, kMaskBlock, threads, &starts);
   std::atomic<bool> finite{true};
-  parallel_over(line, [&](size_t k, int64_t begin, int64_t end) {
-    if (!kernels.accumulate_squares(items[k], weight, grad_factor, begin, end)) finite = false;
+  parallel_over(line, [&](size_t, int64_t begin, int64_t end) {
+    if (!kernels.accumulate_squares(item, weight, grad_factor, begin, end)) finite = false;
   });
   return finite;
 }

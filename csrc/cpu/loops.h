@@ -1,7 +1,8 @@
-// What the loops of cpu/step_kernel.h ask of the compiler, for those that understand it.
+// What the loops of the CPU kernels ask of the compiler, for compilers that understand it.
 #pragma once
 
-// The iterations of the loop below touch different memory: no checks at run time before using vectors.
+// Promises that the iterations of the next loop touch different memory, so that the compiler checks nothing at run time
+// before it uses vectors.
 #if defined(__clang__)
 #define CHILDTUNE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -18,7 +19,7 @@
 #define CHILDTUNE_UNROLL_4
 #endif
 
-// What is called once per many elements stays out of line: it compiles sooner and leaves the loops their registers.
+// Keeps out of line what is called once per many elements: it compiles sooner and leaves the loops their registers.
 #if defined(__GNUC__)
 #define CHILDTUNE_OUT_OF_LINE static __attribute__((noinline))
 #define CHILDTUNE_LAMBDA __attribute__((always_inline))

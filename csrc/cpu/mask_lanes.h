@@ -1,7 +1,16 @@
-// The random bits of mask blocks, drawn by vectors of counters. Included by cpu/step_kernel.h only.
+// The random bits of mask blocks, drawn by vectors of counters.
 //
 // Drawing is cut into kMaskParts parts, so that a block's bits can be drawn between the updates of the block before it:
 // the update waits for the divider, the generator needs everything but the divider.
+#pragma once
+
+#include "core/mask.h"
+#include "cpu/isa.h"
+#include "cpu/loops.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
 
 constexpr int kMaskParts = kMaskBlock / kMaskCounters;  // one for each group of lanes that is updated
 
@@ -41,7 +50,7 @@ struct MaskKeys {
 struct Counters {
   Lanes c0, c1, c2, c3;
 
-  // Every second counter from `first` on.
+  // Begins every second counter from `first` on.
   CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t first) {
     Lanes iota;
     for (int lane = 0; lane < kWide; ++lane) iota[lane] = 2 * lane;
@@ -71,7 +80,8 @@ CHILDTUNE_INLINE void interleave(Lanes even, Lanes odd, uint32_t* to) {
   memcpy(to, &merged, sizeof merged);
 }
 
-// Part kPart of drawing the bits of `block`. A template, so that each part is straight code with `d` in registers.
+// Does part kPart of drawing the bits of `block`. The part is a template argument, so that its code has no branches and
+// keeps `d` in registers.
 template <int kPart>
 CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw& d, MaskBits* bits) {
   constexpr int kAtOnce = 2 * kWide, kSteps = kMaskCounters / kAtOnce * kRounds;
@@ -119,3 +129,7 @@ CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw&,
 }
 
 #endif
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune

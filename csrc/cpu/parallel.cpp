@@ -1,5 +1,6 @@
 // Threads from the OpenMP runtime that torch has loaded, found by name at run time: nothing is linked, so one binary
-// works beside libgomp, libomp and Intel's runtime, and a build needs no OpenMP flag. Without one: threads of our own.
+// works beside libgomp, libomp and Intel's runtime, and a build needs no OpenMP flag. Without a runtime, each call
+// starts threads of its own.
 #include "cpu/parallel.h"
 
 #include <atomic>

@@ -1,42 +1,17 @@
-// The constants of a step computed on the GPU, where the step counts are, and a learning rate, a GradScaler's scale and
-// the gradients' norm may be: so the host need not know them, and a CUDA graph that replays the step goes on counting.
+// The constants of a step, computed on the GPU. The step counts are there, and a learning rate, a GradScaler's scale
+// and the gradients' norm may be: so the host need not wait for them, and a CUDA graph that replays the step goes on
+// counting.
 #pragma once
 
 #include "core/step_item.h"
+#include "cuda/launch.h"
 
 namespace childtune {
-
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of a block
-
-// What a kernel's arguments may hold: before CUDA 12.1, and since, on sm_70 and later.
-constexpr int kSmallArguments = 4096, kLargeArguments = 32764;
-
-// The last of 0 .. n-1 that begins early enough: `begins(i)` holds up to some number, and for 0.
-template <class Begins>
-CHILDTUNE_INLINE int last_that(int n, const Begins& begins) {
-  int low = 0, high = n;  // it is in [low, high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (begins(middle)) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// The number of the item that a chunk belongs to, of a table whose items begin at chunks.
-template <class Table>
-CHILDTUNE_INLINE int item_of_chunk(const Table& table, int64_t chunk) {
-  return last_that(static_cast<int>(table.count), [&](int i) { return table.items[i].first_chunk <= chunk; });
-}
 
 // What the parameters of a group share.
 struct DeviceGroup {
   HyperParams hyper;  // grad_factor: without a GradScaler's scale and the clip factor, which are read on the device
-  const void* lr;     // there, float or double, in place of hyper.lr; nullptr: there is none
+  const void* lr;     // on the device, float or double, instead of hyper.lr; nullptr: hyper.lr is used
   bool lr_is_double;
   bool clips;
   bool child_norm;  // only the child network's gradient counts in the norm
@@ -60,7 +35,7 @@ struct ConstantsTable {
 
   const float* grad_scale;  // gradients are divided by it; nullptr: by nothing
   const float* found_inf;   // unless zero, the step is not taken; nullptr: zero
-  const double* squares;    // of all gradients, their sum; read only for groups that clip
+  const double* squares;    // the sum of the squares of all gradients; read only for groups that clip
   DeviceConstants* constants;
   int64_t count;
   DeviceGroup groups[kGroups];
@@ -68,7 +43,7 @@ struct ConstantsTable {
 };
 static_assert(sizeof(ConstantsTable) <= kSmallArguments, "an argument's limit");
 
-// What thread `i` of all does: it counts a parameter's step and computes its constants, with the host's bits.
+// What thread `i` of a launch does: it counts a parameter's step and computes its constants, with the host's bits.
 CHILDTUNE_INLINE void count_step(const ConstantsTable& table, int64_t i) {
   if (i >= table.count || (table.found_inf != nullptr && *table.found_inf != 0.0f)) return;
   const CountedItem item = table.items[i];

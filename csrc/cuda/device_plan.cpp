@@ -1,4 +1,4 @@
-// Tables are filled in order, and the next is begun where one is full.
+// Fills tables in order, and begins the next where one is full.
 #include "cuda/device_plan.h"
 
 #include <algorithm>
@@ -16,7 +16,8 @@ int64_t DevicePlan::build(const std::vector<StepItem>& items, const std::vector<
   return constants_bytes_ + static_cast<int64_t>(sizeof(double)) * (1 + tensors_ + chunks_);
 }
 
-// Tensors are summed in the optimizer's order, as on the CPU, however they were grouped.
+// Sorts the tensors by their number in the optimizer: the norm is summed in that order, as on the CPU, so that it has
+// the same bits however the tensors are grouped.
 void DevicePlan::add_norm(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups) {
   in_order_.clear();
   for (const StepItem& item : items) {
@@ -35,7 +36,7 @@ void DevicePlan::add_norm(const std::vector<StepItem>& items, const std::vector<
   }
 }
 
-// A table holds few groups, whose parameters follow each other.
+// Begins a table also where one has no room for another group. Items come group by group.
 void DevicePlan::add_constants(const std::vector<StepItem>& items, const std::vector<DeviceGroup>& groups,
                                const DeviceScaler& scaler) {
   uint32_t last_index = 0, first_group = 0;

@@ -1,4 +1,4 @@
-// See driver_api.h. Types and names are those of CUDA's driver API:
+// Finds the driver's functions, and calls them. Types and names are those of CUDA's driver API:
 // https://docs.nvidia.com/cuda/cuda-driver-api/index.html
 #include "cuda/driver_api.h"
 

@@ -8,7 +8,7 @@
 
 namespace childtune {
 
-// The driver is missing or refused something; the message holds its own words.
+// Thrown if the driver is missing or refuses something; the message quotes the driver.
 struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -16,7 +16,7 @@ struct CudaError : std::runtime_error {
 // Kernels loaded onto one device: device code in its primary context, which is the one that torch uses.
 class CudaKernels {
  public:
-  // `image` is a cubin, a fatbin or PTX; loads those of `names` that it has. Throws CudaError.
+  // Loads those kernels of `names` that `image`, a cubin, a fatbin or PTX, has. Throws CudaError.
   CudaKernels(int device, const std::string& image, const std::vector<std::string>& names);
   CudaKernels(const CudaKernels&) = delete;
   CudaKernels& operator=(const CudaKernels&) = delete;
@@ -24,7 +24,7 @@ class CudaKernels {
   bool has(size_t function) const { return functions_.at(function) != nullptr; }
 
   // Launches the function of this number in `names` with one argument, by value. `stream` is the driver's handle; 0 is
-  // the default stream. Whatever context was current is so afterwards. Throws CudaError.
+  // the default stream. Leaves the current context as it was. Throws CudaError.
   void launch(size_t function, const void* argument, unsigned blocks, unsigned threads, void* stream) const;
 
  private:
@@ -32,7 +32,7 @@ class CudaKernels {
   std::vector<void*> functions_;
 };
 
-// The highest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.
+// Returns the highest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.
 int cuda_driver_version();
 
 }  // namespace childtune

@@ -1,10 +1,11 @@
-// The kernels: those of the step, one for each dtype, for the weights that are trained (all, by a random mask, a child
-// network), with and without amsgrad, and for tables of either size, which cuda/launch_plan.cpp knows by name; those of
-// constants and norm, which cuda/device_plan.cpp does; and those of scores. nvcc and NVRTC compile this file alike.
+// All kernels for a GPU. A step's kernels differ in the dtype, in which weights are trained (all, those of a random
+// mask, a child network), in amsgrad and in the size of their table; kernel_name (cuda/launch_plan.cpp) gives their
+// names. The other kernels' names are in python/gpu_step.h. Both nvcc and NVRTC compile this file.
 #include "cuda/child_kernel.h"
-#include "cuda/fisher_kernel.h"
+#include "cuda/device_constants.h"
 #include "cuda/norm_kernel.h"
-#include "cuda/selection_kernel.h"
+#include "cuda/select_kernel.h"
+#include "cuda/squares_kernel.h"
 #include "cuda/step_kernel.h"
 #include "cuda/warp.h"
 
@@ -22,8 +23,8 @@ __device__ __forceinline__ void step_child_block(const Table& table) {
 
 }  // namespace childtune
 
-// Blocks that a multiprocessor has registers for, at least: as many as no compiler spills for. Left to themselves, some
-// spill to have room for more.
+// At least so many blocks of threads share a multiprocessor's registers: the most for which no compiler spills. Without
+// this bound, some compilers spill to have room for more blocks.
 #define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) \
   (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kMasked) && (kAmsgrad) ? 2 : 3)
 
@@ -38,7 +39,7 @@ __device__ __forceinline__ void step_child_block(const Table& table) {
 #define CHILDTUNE_CHILD_STEP(name, P, kMasked, kAmsgrad, kBytes) \
   CHILDTUNE_KERNEL(name, P, ChildItem, kMasked, kAmsgrad, kBytes) { childtune::step_child_block<P, kAmsgrad>(table); }
 
-// Large arguments came with CUDA 12.1.
+// Compilers know large arguments since CUDA 12.1.
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 #define CHILDTUNE_SIZES(kernel, name, P, kMasked, kAmsgrad)              \
   kernel(name##_small, P, kMasked, kAmsgrad, childtune::kSmallArguments) \

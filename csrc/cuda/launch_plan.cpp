@@ -1,4 +1,4 @@
-// Tables are filled with one kind of parameter after the other, and sent off when full.
+// Fills tables with one kind of parameter after the other, and begins the next where one is full.
 #include "cuda/launch_plan.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;  // of a launch: CUDA's limit
 
-// But for the size of the table.
+// Returns the kind of the item's kernel; `large` is not known here, and false.
 Kind kind_of(const StepItem& item) {
   const Trained trained = item.child.bits != nullptr ? Trained::kChild : item.masked ? Trained::kMasked : Trained::kAll;
   return {item.dtype, trained, item.data[kMaxExpAvgSq] != nullptr, false};
@@ -19,7 +19,7 @@ int64_t run_of(const StepItem& item) { return item.slice.run == 0 ? item.numel :
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// Tiles begin at mask blocks, so a run that begins within one takes as much more room.
+// Tiles begin at mask blocks, so a run that begins within a mask block may need one tile more.
 int64_t tiles_per_run(const StepItem& item) {
   const int64_t run = run_of(item);
   int64_t first = static_cast<int64_t>(item.slice.offset % kMaskBlock);
@@ -27,19 +27,19 @@ int64_t tiles_per_run(const StepItem& item) {
   return divide_up(run, kTile) + (first + (run - 1) % kTile + 1 > kTile);
 }
 
-// Blocks of threads for an item that is not empty; more than kMostBlocks: too many.
+// Returns the blocks of threads for an item that is not empty; more than kMostBlocks if a launch cannot have so many.
 int64_t blocks_of(const StepItem& item) {
   const int64_t runs = divide_up(item.numel, run_of(item)), tiles = tiles_per_run(item);
   if (runs > kMostBlocks * kChunkTiles / tiles) return kMostBlocks + 1;
   return divide_up(runs * tiles, kChunkTiles);
 }
 
-// Whether the four elements that a lane takes lie at a multiple of their size, or of 16 bytes, in every array and run.
+// Returns whether every quad that a lane takes lies at a multiple of its size, or of 16 bytes, in every array and run.
 bool has_vectors(const StepItem& item) {
   if (run_of(item) < item.numel && (item.slice.run % 4 != 0 || item.slice.stride % 4 != 0)) return false;
   const uintptr_t state_size = item.dtype == DType::kFloat64 ? 8 : 4;
   const uintptr_t param_size = item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : state_size;
-  const int streams = item.child.bits != nullptr ? kGrad + 1 : kStreams;  // a compact state is read one by one
+  const int streams = item.child.bits != nullptr ? kGrad + 1 : kStreams;  // compact state is read without vectors
   for (int s = 0; s < streams; ++s) {
     if (item.data[s] == nullptr) continue;
     const uintptr_t size = s <= kGrad ? param_size : state_size;
@@ -72,7 +72,8 @@ void describe(const StepItem& item, ChildItem* entry) {
   entry->decay_outside = item.decay_outside;
 }
 
-// A table being filled. The latest class comes first: parameters of a group mostly follow each other.
+// Fills a table. Looks for an item's class from the latest one back, since parameters of a group mostly follow each
+// other.
 template <class Table>
 class Filler {
  public:
@@ -121,11 +122,13 @@ Refusal refusal(const StepItem& item) {
 }
 
 int kind_number(const Kind& kind) {
-  return static_cast<int>(kind.dtype) * 12 + static_cast<int>(kind.trained) * 4 + kind.amsgrad * 2 + kind.large;
+  const int trained = static_cast<int>(kind.dtype) * kTrained + static_cast<int>(kind.trained);
+  return (trained * 2 + kind.amsgrad) * 2 + kind.large;
 }
 
 Kind kind_of_number(int number) {
-  return {static_cast<DType>(number / 12), static_cast<Trained>(number / 4 % 3), (number & 2) != 0, (number & 1) != 0};
+  return {static_cast<DType>(number / (kTrained * 4)), static_cast<Trained>(number / 4 % kTrained), (number & 2) != 0,
+          (number & 1) != 0};
 }
 
 std::string kernel_name(const Kind& kind) {

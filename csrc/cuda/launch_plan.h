@@ -1,4 +1,4 @@
-// Which kernels a step on a GPU launches, with which arguments. Plain C++: it knows nothing of CUDA.
+// Which kernels a step on a GPU launches, with which arguments. Plain C++, without CUDA.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,14 @@
 
 namespace childtune {
 
-// Why the kernels cannot take a parameter, which then needs another backend.
+// Why the kernels cannot step a parameter, so that another backend must.
 enum class Refusal { kNone, kStrided, kMisaligned, kTooLarge };
 
 Refusal refusal(const StepItem& item);
 
 // Which weights of a parameter are trained: all, those that a random mask keeps, or a child network.
 enum class Trained : uint8_t { kAll, kMasked, kChild };
+constexpr int kTrained = 3;
 
 // What a kernel is compiled for.
 struct Kind {
@@ -23,25 +24,25 @@ struct Kind {
   Trained trained;
   bool amsgrad, large;  // large: its table is of kLargeArguments
 };
-constexpr int kKinds = 48;
+constexpr int kKinds = kDTypes * kTrained * 2 * 2;
 
 int kind_number(const Kind& kind);  // below kKinds
 Kind kind_of_number(int number);
-std::string kernel_name(const Kind& kind);  // in kernels.cu
+std::string kernel_name(const Kind& kind);  // as cuda/kernels.cu names it
 
 struct Launch {
   Kind kind;
   uint32_t blocks;  // of kThreads threads
 };
 
-// The launches of a step on one device, in any order; no two touch the same element. Made anew for each step, in memory
-// that is kept.
+// The launches of a step on one device, in any order: no two touch the same element. They are planned anew for each
+// step; their memory is kept.
 class LaunchPlan {
  public:
-  // Large arguments: CUDA 12.1, and a driver for it.
+  // `large_arguments`: device code and driver know the large arguments of CUDA 12.1.
   explicit LaunchPlan(bool large_arguments) : large_arguments_(large_arguments) {}
 
-  // Returns whether it could: if an item is refused, there are no launches. The pointers are those of TableHeader.
+  // Returns false, and plans no launch, if an item is refused. `constants` and `found_inf` are as in TableHeader.
   bool build(const std::vector<StepItem>& items, const DeviceConstants* constants, const float* found_inf);
 
   const std::vector<Launch>& launches() const { return launches_; }
@@ -62,7 +63,7 @@ class LaunchPlan {
 
   bool large_arguments_;
   std::vector<Launch> launches_;
-  std::vector<Argument> arguments_;  // at least as many
+  std::vector<Argument> arguments_;  // at least as many as launches
 };
 
 }  // namespace childtune

@@ -1,15 +1,16 @@
 // The sum of the squares of all gradients on a GPU, in the order of the CPU's (docs/numerics.md), so with its bits:
-// three kernels, for the chunks of kNormChunk elements, for the tensors, and for the total. Functions for host and
-// device, as in cuda/step_kernel.h.
+// three kernels, for the chunks of kNormChunk elements, for the tensors, and for the total. Written as functions for
+// host and device: the CPU can run them in loops over blocks, warps and lanes.
 #pragma once
 
 #include "core/dtypes.h"
 #include "core/packed_mask.h"
-#include "cuda/device_constants.h"
+#include "core/step_item.h"
+#include "cuda/launch.h"
 
 namespace childtune {
 
-constexpr int kBlockChunks = 32;  // of a block of threads
+constexpr int kBlockChunks = 32;  // chunks that a block of threads takes
 
 struct NormItem {
   const void* grad;     // contiguous
@@ -30,17 +31,17 @@ struct NormTable {
 };
 static_assert(sizeof(NormTable) <= kSmallArguments, "an argument's limit");
 
-// That of `norm_total`.
+// The argument of the kernel `norm_total`, by value.
 struct NormTotal {
-  const double* tensor_sums;
+  const double* tensor_sums;  // on the device, of all tables' tensors
   int64_t count;
-  double* total;
+  double* total;  // on the device
 };
 
 CHILDTUNE_INLINE int64_t norm_chunks_of(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
 
-// What is in a lane's place number `k` once halving has left it `kPlaces`, of 32 at first: the squares of elements 32
-// apart, which is what halving brings together before neighbours meet.
+// A lane has 32 of a chunk's squares, of elements 32 apart: those that halving adds up before it comes to sums of
+// neighbours. Returns what is in the lane's place number `k` once halving has left it `kPlaces`.
 template <int kPlaces, class P>
 CHILDTUNE_INLINE double halved_squares(const NormItem& item, int64_t first, int k) {
   if constexpr (kPlaces < kNormChunk / kWarp) {
@@ -53,7 +54,7 @@ CHILDTUNE_INLINE double halved_squares(const NormItem& item, int64_t first, int 
   }
 }
 
-// What lane `lane` adds up of a chunk. The lanes' sums, halved again, are the chunk's.
+// Returns what lane `lane` adds up of a chunk. The lanes' sums, added up by halving too, are the chunk's sum.
 template <class P>
 CHILDTUNE_INLINE double lane_squares_of(const NormItem& item, int64_t chunk, int lane) {
   return halved_squares<1, P>(item, chunk * kNormChunk + lane, 0);
@@ -73,7 +74,8 @@ CHILDTUNE_INLINE double lane_squares(const NormItem& item, int64_t chunk, int la
   return 0.0;
 }
 
-// What warp `warp_number` of block `block` does in `norm_chunks`. `Warp` adds up what its lanes have, by halving.
+// What warp `warp_number` of the block of threads `block` does in `norm_chunks`. `Warp` adds up what its lanes have, by
+// halving.
 template <class Warp>
 CHILDTUNE_INLINE void sum_chunks(const NormTable& table, uint32_t block, int warp_number, const Warp& warp) {
   int64_t chunk = int64_t{kBlockChunks} * block + warp_number;
@@ -85,7 +87,8 @@ CHILDTUNE_INLINE void sum_chunks(const NormTable& table, uint32_t block, int war
   }
 }
 
-// What block `number` does in `norm_tensors`. `Block` calls a function with 0 .. n-1, in any order; then goes on.
+// What the block of threads `number` does in `norm_tensors`. `Block` calls a function with 0 .. n-1, in any order, and
+// waits for all calls.
 template <class Block>
 CHILDTUNE_INLINE void sum_tensor(const NormTable& table, uint32_t number, const Block& block) {
   const NormItem& item = table.items[number];

@@ -1,4 +1,4 @@
-// Tables are filled in order, and the next is begun where one is full.
+// Fills tables in order, and begins the next where one is full.
 #include "cuda/score_plan.h"
 
 #include <stdexcept>
@@ -12,14 +12,14 @@ constexpr int64_t kMostChunks = 0x7FFFFFFF;  // of a launch: CUDA's limit
 
 std::vector<ScoreTable> score_tables(const std::vector<ScoredTensor>& tensors, int32_t* ties) {
   std::vector<ScoreTable> tables;
-  int64_t before = 0, chunks = 0;  // of the tables before the last one, and of it
+  int64_t before = 0, chunks = 0;  // chunks of the tables before the last one, and of the last one
   for (const ScoredTensor& tensor : tensors) {
     if (tensor.numel == 0) continue;
     if (tables.empty() || tables.back().count == ScoreTable::kItems || chunks + chunks_of(tensor.numel) > kMostChunks) {
       before += chunks;
       chunks = 0;
       tables.push_back({});
-      if (ties != nullptr) tables.back().ties = ties + kChunkBlocks * before;
+      if (ties != nullptr) tables.back().ties = ties + kChunkPackedBlocks * before;
     }
     ScoreTable& table = tables.back();
     table.items[table.count++] = {tensor.scores, reinterpret_cast<uint32_t*>(tensor.bits), tensor.numel, chunks};
@@ -32,7 +32,7 @@ std::vector<ScoreTable> score_tables(const std::vector<ScoredTensor>& tensors, i
 int64_t tie_counts(const std::vector<ScoredTensor>& tensors) {
   int64_t chunks = 0;
   for (const ScoredTensor& tensor : tensors) chunks += chunks_of(tensor.numel);
-  return kChunkBlocks * chunks;
+  return kChunkPackedBlocks * chunks;
 }
 
 unsigned score_blocks(const ScoreTable& table) {

@@ -1,28 +1,24 @@
 // The step on a GPU, as functions for host and device: the CPU can run them in loops over blocks, warps and lanes.
 //
 // A lane takes elements 4 * lane .. 4 * lane + 3 of both mask blocks of a tile, so that a warp reads and writes whole
-// lines, 16 bytes a lane where the dtype has 4. It draws one Philox counter: lane l counter l % 16 of mask block l
-// / 16. Its eight numbers belong to eight elements, 16 apart, most of which are other lanes'. The exchange is a vote
-// for each of the eight: vote k collects bit k of every lane, and since core/mask.h gives neighbouring elements to
-// neighbouring counters, it holds the masks of elements 16 * k .. 16 * k + 15 of both blocks, in order, one block in
-// each half. A lane needs only vote lane / 4.
+// lines, 16 bytes a lane where an element has 4. Each lane draws one Philox counter: lane l draws counter l % 16 of
+// mask block l / 16. A counter's eight numbers belong to eight elements, 16 apart, most of which other lanes take, so
+// the lanes vote eight times: vote k collects bit k of every lane. Since core/mask.h gives neighbouring elements to
+// neighbouring counters, vote k holds the masks of elements 16 * k .. 16 * k + 15 of both blocks, in order, one block
+// in each half. A lane needs only vote lane / 4.
 //
-// So a tile has phases: load, draw, (votes,) update. A `Warp` runs them: cuda/warp.h as a warp of the GPU does.
+// So a tile has the phases load, draw and update, with the votes before the update. A `Warp` runs them: GpuWarp
+// (cuda/warp.h) does on a GPU.
 #pragma once
 
 #include "core/adamw.h"
 #include "core/dtypes.h"
+#include "cuda/quad.h"
 #include "cuda/step_table.h"
 
 namespace childtune {
 
-// Four neighbouring elements, which one or two instructions move where they are aligned.
-template <class V>
-struct alignas(4 * sizeof(V) < 16 ? 4 * sizeof(V) : 16) Four {
-  V of[4];
-};
-
-// Four elements' worth of a step.
+// Four elements of every stream of a step.
 template <class P>
 struct Quad {
   using T = typename ComputeType<P>::type;
@@ -30,72 +26,24 @@ struct Quad {
   Four<T> exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-// Where a quad lies in an item's arrays, and which of its elements, [low, high), are there.
-struct QuadSpan {
-  int64_t at;
-  int low, high;
-  bool vector;  // all, and aligned
-};
-
-// The quad at `at` of arrays of `numel` elements, which may end within it or before.
-CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
-  const int64_t there = numel - at;
-  const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
-  return {at, 0, high, aligned && high == 4};
-}
-
-template <class V>
-CHILDTUNE_INLINE V* element(void* const* data, Stream stream, int64_t at) {
-  return static_cast<V*>(data[stream]) + at;
-}
-
-template <class V>
-CHILDTUNE_INLINE Four<V>& four(void* const* data, Stream stream, int64_t at) {
-  return *reinterpret_cast<Four<V>*>(element<V>(data, stream, at));
-}
-
-template <class V>
-CHILDTUNE_INLINE void load_four(void* const* data, Stream stream, const QuadSpan& span, Four<V>& to) {
-  if (span.vector) {
-    to = four<V>(data, stream, span.at);
-    return;
-  }
-  CHILDTUNE_UNROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (i >= span.low && i < span.high) to.of[i] = *element<V>(data, stream, span.at + i);
-  }
-}
-
-template <class V>
-CHILDTUNE_INLINE void store_four(void* const* data, Stream stream, const QuadSpan& span, const Four<V>& from) {
-  if (span.vector) {
-    four<V>(data, stream, span.at) = from;
-    return;
-  }
-  CHILDTUNE_UNROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (i >= span.low && i < span.high) *element<V>(data, stream, span.at + i) = from.of[i];
-  }
-}
-
 template <bool kAmsgrad, class P>
 CHILDTUNE_INLINE void load_quad(void* const* data, const QuadSpan& span, Quad<P>& quad) {
-  load_four(data, kParam, span, quad.param);
-  load_four(data, kGrad, span, quad.grad);
-  load_four(data, kExpAvg, span, quad.exp_avg);
-  load_four(data, kExpAvgSq, span, quad.exp_avg_sq);
-  if (kAmsgrad) load_four(data, kMaxExpAvgSq, span, quad.max_exp_avg_sq);
+  load_four(data[kParam], span, quad.param);
+  load_four(data[kGrad], span, quad.grad);
+  load_four(data[kExpAvg], span, quad.exp_avg);
+  load_four(data[kExpAvgSq], span, quad.exp_avg_sq);
+  if (kAmsgrad) load_four(data[kMaxExpAvgSq], span, quad.max_exp_avg_sq);
 }
 
 template <bool kAmsgrad, class P>
 CHILDTUNE_INLINE void store_quad(void* const* data, const QuadSpan& span, const Quad<P>& quad) {
-  store_four(data, kParam, span, quad.param);
-  store_four(data, kExpAvg, span, quad.exp_avg);
-  store_four(data, kExpAvgSq, span, quad.exp_avg_sq);
-  if (kAmsgrad) store_four(data, kMaxExpAvgSq, span, quad.max_exp_avg_sq);
+  store_four(data[kParam], span, quad.param);
+  store_four(data[kExpAvg], span, quad.exp_avg);
+  store_four(data[kExpAvgSq], span, quad.exp_avg_sq);
+  if (kAmsgrad) store_four(data[kMaxExpAvgSq], span, quad.max_exp_avg_sq);
 }
 
-// One tile's phases, each as one lane goes through it.
+// The phases of one tile, each as one lane goes through it.
 template <class P, bool kMasked, bool kAmsgrad>
 struct TileStep {
   using T = typename ComputeType<P>::type;
@@ -128,7 +76,7 @@ struct TileStep {
     return loaded;
   }
 
-  // Bit k: whether half-word k % 2 of word k / 2 of the lane's counter keeps its element.
+  // Returns in bit k whether half-word k % 2 of word k / 2 of the lane's counter keeps its element.
   CHILDTUNE_MEMBER uint32_t draw(int lane) const {
     const Philox4 words = mask_words(key, span.mask_block + static_cast<uint64_t>(lane / kMaskCounters),
                                      static_cast<uint32_t>(lane % kMaskCounters));
@@ -158,23 +106,11 @@ struct TileStep {
   }
 };
 
-// What parameters of a class share in this step, whoever counts it.
-template <class T, class Item>
-CHILDTUNE_INLINE StepClass<T> class_of(const TableHeader& header, const StepClass<T>& step_class, const Item& item) {
-  if (header.constants == nullptr) return step_class;
-  const DeviceConstants& counted = header.constants[item.param_index];
-  return {counted.constants.cast<T>(), step_class.seed, counted.step, step_class.keep_threshold};
-}
-
-CHILDTUNE_INLINE bool is_skipped(const TableHeader& header) {
-  return header.found_inf != nullptr && *header.found_inf != 0.0f;
-}
-
-// What warp `warp_number` of block `block` does.
+// What warp `warp_number` of the block of threads `block` does.
 template <class P, bool kMasked, bool kAmsgrad, class Table, class Warp>
 CHILDTUNE_INLINE void step_warp(const Table& table, uint32_t block, int warp_number, const Warp& warp) {
   if (is_skipped(table.header)) return;
-  const TableItem item = table.items[item_of_block(table, block)];  // a copy, or no stores become vectors
+  const TableItem item = table.items[item_of_block(table, block)];  // a copy: else the compiler makes no vector stores
   const auto of_class = class_of(table.header, table.classes[item.step_class], item);
   const MaskKey key{of_class.seed, of_class.step, item.param_index};
   const int64_t first_tile = int64_t{kChunkTiles} * (block - item.first_block);

@@ -1,14 +1,15 @@
 // The argument of a step's kernel: a table of parameters, passed by value, and which piece of which parameter each
-// block of threads takes. cuda/child_kernel.h says how those with a child network are cut.
+// block of threads takes. cuda/child_kernel.h says how parameters with a child network are cut.
 //
 // Work goes in tiles of 256 elements, one to a warp at a time: two of the mask's blocks, so 32 Philox counters, one per
 // lane. Tiles begin where mask blocks begin, so the first and last of a run may be partly empty. A parameter has
 // `tiles_per_run` of them for each run of a shard (one run, if it is whole), and 32 consecutive ones are the chunk of a
-// block of threads. The parameters' blocks are numbered through the table.
+// block of threads. Blocks of threads are numbered through the whole table.
 #pragma once
 
 #include "core/step_item.h"
 #include "cuda/device_constants.h"
+#include "cuda/launch.h"
 
 namespace childtune {
 
@@ -18,7 +19,7 @@ constexpr int kChunkTiles = 32;
 // What parameters of one group with the same step count share.
 template <class T>
 struct StepClass {
-  AdamWConstants<T> constants;  // this and `step` only if steps are counted on the host
+  AdamWConstants<T> constants;  // these and `step` are set only if the host counts the steps
   uint64_t seed;
   uint32_t step, keep_threshold;
 };
@@ -26,13 +27,13 @@ struct StepClass {
 struct TableItem {
   void* data[kStreams];
   int64_t numel;
-  int64_t run;  // MaskSlice, but run is numel if there is only one
+  int64_t run;  // run, offset and stride as in MaskSlice, but run is numel if there is only one
   uint64_t offset, stride;
   int64_t tiles_per_run;
-  uint32_t first_block;  // in the table
-  uint32_t param_index;  // MaskKey
-  uint32_t step_class;
-  bool vectors;  // every group of four elements that a lane takes is aligned
+  uint32_t first_block;  // of threads, counted through the table
+  uint32_t param_index;  // as in MaskKey
+  uint32_t step_class;   // its number in StepTable::classes
+  bool vectors;          // every quad that a lane takes is aligned
 };
 
 // A parameter of which a child network is trained. It is whole, and its state is the child network's alone.
@@ -40,7 +41,7 @@ struct ChildItem {
   void* data[kStreams];
   int64_t numel;
   PackedMask child;
-  uint32_t first_block;  // these three as in TableItem
+  uint32_t first_block;  // this and the next three as in TableItem
   uint32_t param_index;
   uint32_t step_class;
   bool vectors;
@@ -48,7 +49,7 @@ struct ChildItem {
 };
 
 struct TableHeader {
-  const DeviceConstants* constants;  // on the device, by param_index; nullptr: they are in the classes
+  const DeviceConstants* constants;  // on the device, by param_index; nullptr: StepClass's are used
   const float* found_inf;            // on the device: unless zero, nothing is written; nullptr: zero
   int64_t items;
 };
@@ -65,10 +66,22 @@ struct StepTable {
   static_assert(sizeof(header) + sizeof(classes) + sizeof(items) <= kBytes, "an argument's limit");
 };
 
-// The number of the item that a block of threads works on.
+// Returns the number of the item that a block of threads works on.
 template <class Table>
 CHILDTUNE_INLINE int item_of_block(const Table& table, uint32_t block) {
   return last_that(static_cast<int>(table.header.items), [&](int i) { return table.items[i].first_block <= block; });
+}
+
+// Returns what parameters of a class share in this step, whether the host counts it or the GPU.
+template <class T, class Item>
+CHILDTUNE_INLINE StepClass<T> class_of(const TableHeader& header, const StepClass<T>& step_class, const Item& item) {
+  if (header.constants == nullptr) return step_class;
+  const DeviceConstants& counted = header.constants[item.param_index];
+  return {counted.constants.cast<T>(), step_class.seed, counted.step, step_class.keep_threshold};
+}
+
+CHILDTUNE_INLINE bool is_skipped(const TableHeader& header) {
+  return header.found_inf != nullptr && *header.found_inf != 0.0f;
 }
 
 // Where a tile lies: its elements are those of [begin, begin + 256) that are in [low, high), by index in the item's
@@ -78,9 +91,9 @@ struct TileSpan {
   uint64_t mask_block;
 };
 
-// A tile beyond the last one has low >= high.
+// Returns where a tile lies; for one beyond the last, low >= high.
 CHILDTUNE_INLINE TileSpan tile_span(const TableItem& item, int64_t tile) {
-  const int64_t run = tile < item.tiles_per_run ? 0 : tile / item.tiles_per_run;  // spares most tiles the division
+  const int64_t run = tile < item.tiles_per_run ? 0 : tile / item.tiles_per_run;  // most tiles need no division
   const int64_t in_run = tile - run * item.tiles_per_run;
   const uint64_t element = item.offset + static_cast<uint64_t>(run) * item.stride;
   const int64_t low = run * item.run, end = low + item.run;

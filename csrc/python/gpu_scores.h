@@ -1,17 +1,23 @@
-// Fisher scores on a GPU, and selection among them, as Python calls it: tensors checked, kernels launched. Included by
-// bindings.cpp only, as step_items.h is.
+// Fisher scores on a GPU, and the selection among them, as Python calls them: checks the tensors, launches the kernels.
+// Included by bindings.cpp only.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cuda/score_plan.h"
 #include "python/gpu_step.h"
+#include "python/step_items.h"
+#include "python/tensor_view.h"
 
 namespace childtune {
 namespace {
 
-// A contiguous tensor on the device, of one dtype.
+// Returns the memory of a tensor, after checking that it is contiguous, on the device, and of this dtype and size.
 void* array_on(int device, const TensorView& t, uint8_t code, uint8_t bits, int64_t numel, const char* name) {
   if (!t.is(code, bits) || t.device != device || !t.contiguous() || t.numel() != numel ||
       (numel > 0 && t.data == nullptr))
@@ -21,8 +27,10 @@ void* array_on(int device, const TensorView& t, uint8_t code, uint8_t bits, int6
 
 bool is_aligned(const void* data, size_t size) { return reinterpret_cast<uintptr_t>(data) % size == 0; }
 
-// Adds `weight * (grad * factor)^2` to a float32 score; `finite`, one uint8, becomes 0 if a gradient is not. With
-// `grad_clip`, `memory_of(bytes)` returns a uint8 tensor for the gradient's norm, as in counted_step.
+// Adds `weight * (grad * factor)^2` to a float32 score, where `factor` is `grad_factor`, times the clip factor if there
+// is a `grad_clip`. `finite`, one uint8, becomes 0 if the gradient has an infinity or a NaN. With `grad_clip`,
+// `memory_of(bytes)` must return a uint8 tensor on the device of at least that size, which must live until the GPU has
+// done the work.
 void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, const py::object& grad, double weight,
                                double grad_factor, std::optional<double> grad_clip, const py::object& finite,
                                uintptr_t stream, const py::object& memory_of) {
@@ -34,8 +42,8 @@ void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, c
   if (grads.device != gpu.device() || !grads.contiguous() || (argument.numel > 0 && grads.data == nullptr))
     refuse("grad must be contiguous and on the device of the kernels");
   if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
-  argument.data[kGrad] = grads.data;
-  argument.data[kExpAvgSq] = array_on(gpu.device(), scores, kCodeFloat, 32, argument.numel, "score");
+  argument.grad = grads.data;
+  argument.score = static_cast<float*>(array_on(gpu.device(), scores, kCodeFloat, 32, argument.numel, "score"));
   argument.finite = static_cast<uint8_t*>(array_on(gpu.device(), view_tensor(finite.ptr()), kCodeUInt, 8, 1, "finite"));
   argument.weight = weight;
   argument.grad_factor = grad_factor;
@@ -62,7 +70,7 @@ void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, c
   gpu.launch(kAddSquares, &argument, squares_blocks(argument), stream);
 }
 
-// Scores, with `bits` for their masks, or none.
+// Views the scores, and the bits of their masks unless `bits` is nullptr.
 std::vector<ScoredTensor> scored_tensors(const GpuKernels& gpu, const py::list& scores, const py::list* bits) {
   forget_views();
   if (bits != nullptr && bits->size() != scores.size()) refuse("each tensor of scores must have its bits");
@@ -85,8 +93,8 @@ void launch_scores(const GpuKernels& gpu, size_t kernel, const std::vector<Score
   for (const ScoreTable& table : tables) gpu.launch(kernel, &table, score_blocks(table), stream);
 }
 
-// Adds to `counts`, int64, how many keys have which bits from `shift` up to `wanted_shift`, of those whose bits from
-// there on are `wanted`. `nan`, one uint8, becomes 1 if a score is NaN.
+// Of the keys whose bits from `wanted_shift` on are `wanted`, counts those with each digit, which is their bits from
+// `shift` up to `wanted_shift`. Adds to `counts`, int64. `nan`, one uint8, becomes 1 if a score is NaN.
 void count_digits_on_gpu(const GpuKernels& gpu, const py::list& scores, bool largest, uint32_t wanted, int wanted_shift,
                          int shift, const py::object& counts, const py::object& nan, uintptr_t stream) {
   if (shift < 0 || wanted_shift <= shift || wanted_shift > 32 || wanted_shift - shift > kDigitBits)
@@ -117,13 +125,14 @@ void launch_mask_pass(const GpuKernels& gpu, size_t kernel, const py::list& scor
   launch_scores(gpu, kernel, tables, stream);
 }
 
-// Writes the masks of the keys above `threshold`, and to `ties`, int32, how many equal it in each block of 1024 scores.
+// Writes the masks of the keys above `threshold`, and to `ties`, int32, how many keys equal it in each packed block of
+// 1024 scores.
 void write_above_on_gpu(const GpuKernels& gpu, const py::list& scores, bool largest, uint32_t threshold,
                         const py::list& bits, const py::object& ties, uintptr_t stream) {
   launch_mask_pass(gpu, kWriteAbove, scores, largest, threshold, bits, ties, stream);
 }
 
-// Adds the first keys that equal it: of each block, as many as `ties` says.
+// Adds to the masks the first keys that equal `threshold`: in each packed block, as many as `ties` says.
 void add_ties_on_gpu(const GpuKernels& gpu, const py::list& scores, bool largest, uint32_t threshold,
                      const py::list& bits, const py::object& ties, uintptr_t stream) {
   launch_mask_pass(gpu, kAddTies, scores, largest, threshold, bits, ties, stream);

@@ -1,6 +1,8 @@
 // The step on a GPU, as Python calls it: StepItems, a plan of launches, and the CUDA driver. Included by bindings.cpp
-// only, as step_items.h is.
+// only.
 #pragma once
+
+#include <pybind11/pybind11.h>
 
 #include <string>
 #include <vector>
@@ -9,34 +11,41 @@
 #include "cuda/driver_api.h"
 #include "cuda/launch_plan.h"
 #include "python/step_items.h"
+#include "python/tensor_view.h"
 
 namespace childtune {
 namespace {
 
-constexpr int kLargeArgumentsSince = 12010;  // the driver's version, CUDA 12.1
+constexpr int kLargeArgumentsSince = 12010;  // the driver's version for CUDA 12.1
 
-// The kernels' numbers: those of the step, by kind, and these.
-enum : size_t {
-  kCountSteps = kKinds,
-  kNormChunks,
-  kNormTensors,
-  kNormTotal,
-  kAddSquares,
-  kCountDigits,
-  kWriteAbove,
-  kAddTies
-};
+// The kernels besides a step's: each one's constant here, and its name in cuda/kernels.cu.
+#define CHILDTUNE_OTHER_KERNELS(X) \
+  X(kCountSteps, "count_steps")    \
+  X(kNormChunks, "norm_chunks")    \
+  X(kNormTensors, "norm_tensors")  \
+  X(kNormTotal, "norm_total")      \
+  X(kAddSquares, "add_squares")    \
+  X(kCountDigits, "count_digits")  \
+  X(kWriteAbove, "write_above")    \
+  X(kAddTies, "add_ties")
 
+// The kernels' numbers: a step's kernels come first, by kind.
+#define CHILDTUNE_NUMBER(number, name) number,
+enum : size_t { kLastOfStep = kKinds - 1, CHILDTUNE_OTHER_KERNELS(CHILDTUNE_NUMBER) };
+#undef CHILDTUNE_NUMBER
+
+// The kernels' names, by number.
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (int number = 0; number < kKinds; ++number) names.push_back(kernel_name(kind_of_number(number)));
-  names.insert(names.end(), {"count_steps", "norm_chunks", "norm_tensors", "norm_total", "add_squares", "count_digits",
-                             "write_above", "add_ties"});
+#define CHILDTUNE_NAME(number, name) names.emplace_back(name);
+  CHILDTUNE_OTHER_KERNELS(CHILDTUNE_NAME)
+#undef CHILDTUNE_NAME
   return names;
 }
 
-// The kernels of one GPU, loaded from device code for it. `stream` is torch's current one there, as a number: the one
-// address that a caller passes, and only the driver looks at it.
+// The kernels of one GPU, loaded from device code for it. `stream` is the handle of torch's current stream there, as a
+// number: the only address that Python passes in, and only the driver reads it.
 class GpuKernels {
  public:
   GpuKernels(int device, const py::bytes& image)
@@ -47,7 +56,7 @@ class GpuKernels {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 
-  // Steps parameters on that GPU whose step counts are on the CPU.
+  // Steps parameters that are on the GPU, and whose step counts are on the CPU.
   void step(const py::list& groups, uintptr_t stream) {
     Workspace& w = collect(groups, Counter::kHost);
     LaunchPlan& plan = plan_step(w, nullptr, nullptr);
@@ -56,9 +65,9 @@ class GpuKernels {
     write_steps(w);
   }
 
-  // Steps parameters whose step counts are there too, and clips; the host waits for nothing. `memory_of(bytes)` returns
-  // a uint8 tensor there of that size at least, which must live until the GPU has done the step. `grad_scale` and
-  // `found_inf` are float32 tensors there, or None.
+  // Steps parameters that are on the GPU, and whose step counts are there too; clips if a group says so. The host waits
+  // for nothing. `memory_of(bytes)` must return a uint8 tensor on the GPU of at least that size, which must live until
+  // the GPU has done the step. `grad_scale` and `found_inf` are float32 tensors on the GPU, or None.
   void counted_step(const py::list& groups, uintptr_t stream, const py::object& memory_of, const py::object& grad_scale,
                     const py::object& found_inf) {
     thread_local DevicePlan prelude;
@@ -81,7 +90,8 @@ class GpuKernels {
 
   int device() const { return device_; }
 
-  // Where `memory`, a uint8 tensor there of at least so many bytes, lies.
+  // Returns the address of `memory`, after checking that it is uint8, on the GPU, aligned, and of at least `bytes`
+  // bytes.
   void* place_of(const py::object& memory, int64_t bytes) const {
     const TensorView view = view_tensor(memory.ptr());
     if (!view.is(kCodeUInt, 8) || view.device != device_ || !view.contiguous() || view.numel() < bytes ||
@@ -108,7 +118,7 @@ class GpuKernels {
   }
 
   LaunchPlan& plan_step(const Workspace& w, const DeviceConstants* constants, const float* found_inf) const {
-    thread_local LaunchPlan small_plan(false), large_plan(true);  // kept, as the workspace is
+    thread_local LaunchPlan small_plan(false), large_plan(true);  // kept, so that a step allocates nothing
     LaunchPlan& plan = large_arguments_ ? large_plan : small_plan;
     if (!plan.build(w.items, constants, found_inf))
       refuse("on a GPU every tensor must be contiguous, and child_bits aligned to 16 bytes");

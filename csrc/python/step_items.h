@@ -1,6 +1,6 @@
-// Turns the groups of a step into StepItems, checking everything that memory safety rests on. Included by bindings.cpp
-// only, which spares the compiler pybind11's headers a second time. The sentences that users see for wrong input are
-// written in childtune_fast/checks.py.
+// Turns the groups of a step into StepItems, and checks everything that memory safety rests on. Included by
+// bindings.cpp only, so that pybind11's headers are compiled once. The sentences that users see for wrong tensors are
+// written in childtune_fast/ops/step_group.py, which also defines the groups.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/step.h"
+#include "core/step_item.h"
 #include "cuda/device_constants.h"
 #include "python/tensor_view.h"
 
@@ -56,7 +56,8 @@ Workspace& workspace() {
 
 [[noreturn]] void refuse(const std::string& what) { throw py::value_error(what); }
 
-// A real list: the group holds it, so its tensors outlive the step. Of another iterable, a copy would be all that does.
+// Returns the group's list. It must be a list: then the group holds it, so its tensors outlive the step, which the
+// items of another iterable need not do.
 py::list list_of(const py::handle& group, const char* name) {
   const py::object value = group.attr(name);
   if (!PyList_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a list");
@@ -89,7 +90,8 @@ bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel
          (numel == 0 || t.data != nullptr);
 }
 
-// The bits of a child network's mask, after checking that they are those of `numel` weights, as far as the host can.
+// The bits of a child network's mask, after checking that they are those of `numel` weights, as far as the host can
+// read them.
 const uint8_t* child_bits(const TensorView& t, int64_t numel, int device) {
   static const uint8_t none = 0;
   if (!is_vector_of(t, kCodeUInt, 8, mask_bytes(numel), device))
@@ -101,24 +103,26 @@ const uint8_t* child_bits(const TensorView& t, int64_t numel, int device) {
   return bits;
 }
 
-PackedMask packed_mask(const TensorView& bits, const TensorView& ranks, int64_t count, int64_t numel, int device) {
-  const int64_t blocks = mask_blocks(numel);
-  if (!is_vector_of(ranks, kCodeInt, 64, blocks + 1, device))
-    refuse("child_ranks must hold a rank on the device of the step for each 1024 weights begun, and the whole count");
-  const auto* rank = static_cast<const int64_t*>(ranks.data);
+// A child network's mask, after checking that its offsets count its weights, as far as the host can read them.
+PackedMask packed_mask(const TensorView& bits, const TensorView& offsets, int64_t count, int64_t numel, int device) {
+  const int64_t blocks = packed_blocks(numel);
+  if (!is_vector_of(offsets, kCodeInt, 64, blocks + 1, device))
+    refuse(
+        "child_offsets must hold an offset on the device of the step for each 1024 weights begun, and the whole count");
+  const auto* offset = static_cast<const int64_t*>(offsets.data);
   bool counts = count >= 0 && count <= numel;
-  if (device == kCpu) {  // a GPU's kernels look at the ranks that they use
-    counts = counts && rank[0] == 0 && rank[blocks] == count;
+  if (device == kCpu) {  // a GPU's kernels check the offsets that they use
+    counts = counts && offset[0] == 0 && offset[blocks] == count;
     for (int64_t b = 0; b < blocks; ++b) {
-      counts = counts && rank[b] <= rank[b + 1] && rank[b + 1] - rank[b] <= kRankBlock;
+      counts = counts && offset[b] <= offset[b + 1] && offset[b + 1] - offset[b] <= kPackedBlock;
     }
   }
-  if (!counts) refuse("child_ranks must count the weights");
-  return {child_bits(bits, numel, device), rank, count};
+  if (!counts) refuse("child_offsets must count the weights");
+  return {child_bits(bits, numel, device), offset, count};
 }
 
 // Sets the item's arrays, after checking that all lie on the device with the shape and the dtypes that the kernel
-// assumes. item->child is set already: with it, the state must be compact.
+// assumes. item->child must be set before: with a child network, the state must be compact.
 void set_arrays(const TensorView* views, int streams, int device, Workspace* w, StepItem* item) {
   const TensorView& param = views[kParam];
   item->dtype = param_dtype(param);
@@ -163,7 +167,8 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
   return static_cast<uint64_t>(value) + 1;
 }
 
-// A float or, where that is allowed, a double on the device; `name` must be there.
+// Returns the memory of one number, after checking that it is on the device and a float32 or, if `may_be_double`, a
+// float64.
 const void* number_on(int device, const TensorView& t, const char* name, bool may_be_double = false) {
   const bool is_number = t.is(kCodeFloat, 32) || (may_be_double && t.is(kCodeFloat, 64));
   if (!is_number || t.numel() != 1 || t.device != device || t.data == nullptr)
@@ -171,7 +176,7 @@ const void* number_on(int device, const TensorView& t, const char* name, bool ma
   return t.data;
 }
 
-// Counts the steps that have been taken.
+// Writes the step counts of the steps that have been taken.
 void write_steps(const Workspace& w) {
   for (size_t i = 0; i < w.items.size(); ++i) {
     const double step = w.items[i].key.step;
@@ -221,7 +226,7 @@ MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
 void add_group(const py::handle& group, int device, Counter counter, Workspace* w) {
   const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
       exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
-      bits(group, "child_bits"), ranks(group, "child_ranks");
+      bits(group, "child_bits"), offsets(group, "child_offsets");
   const py::list indices(group.attr("indices")), counts(group.attr("child_counts"));
   const py::object slices = group.attr("slices");
   const bool amsgrad = group.attr("amsgrad").cast<bool>();
@@ -238,7 +243,7 @@ void add_group(const py::handle& group, int device, Counter counter, Workspace* 
     StepItem item{};
     if (bits.list.size() > 0) {
       const auto count = counts[i].cast<int64_t>();
-      item.child = packed_mask(bits.at(i), ranks.at(i), count, views[kParam].numel(), device);
+      item.child = packed_mask(bits.at(i), offsets.at(i), count, views[kParam].numel(), device);
     }
     set_arrays(views, amsgrad ? 5 : 4, device, w, &item);
     if (counter == Counter::kGpu) {

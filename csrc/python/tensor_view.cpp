@@ -1,4 +1,4 @@
-// The two ways to read a torch.Tensor. See tensor_view.h.
+// The two ways to read a torch.Tensor: by the DLPack C exchange API, and by Python attributes.
 #include "python/tensor_view.h"
 
 #include <deque>
@@ -9,7 +9,8 @@
 namespace childtune {
 namespace {
 
-// A reference of our own; throws if Python raised instead of giving one.
+// Owns a reference to a Python object. Throws PythonError if it is given nullptr, which is how Python says that it
+// raised.
 class Object {
  public:
   explicit Object(PyObject* owned) : object_(owned) {
@@ -70,7 +71,7 @@ struct Torch {
   const DlExchangeApi* api = nullptr;
 
   Torch() {
-    // Both are kept for the life of the process.
+    // Neither reference is ever dropped: `api` and `tensor_type` must stay valid.
     PyObject* type = Object(PyImport_ImportModule("torch")).attribute("Tensor").release();
     tensor_type = reinterpret_cast<PyTypeObject*>(type);
     if (!PyObject_HasAttrString(type, "__dlpack_c_exchange_api__")) return;

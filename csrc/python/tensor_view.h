@@ -1,6 +1,7 @@
-// Reads what a step needs to know of a torch.Tensor, without a torch header: through the DLPack C exchange API where
-// torch has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes from
-// the caller. Plain Python.h here: pybind11's headers take longer to compile than all kernels of an instruction set.
+// Reads what the kernels need to know of a torch.Tensor, without a torch header: through the DLPack C exchange API
+// where torch has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes
+// from the caller. This includes only Python.h: pybind11's headers take longer to compile than all kernels of an
+// instruction set.
 #pragma once
 
 #include <Python.h>
@@ -40,10 +41,11 @@ constexpr uint8_t kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBFloat = 4, 
 // Reads `tensor`; throws with TypeError set for anything but a torch.Tensor with memory of its own.
 TensorView view_tensor(PyObject* tensor);
 
-// Forgets the shapes that earlier calls of the attribute way keep alive. Call once at the beginning of a step.
+// Frees the shapes that earlier calls of view_tensor read from attributes, which their views point to. Call it before
+// the first view of a step, or of another operation.
 void forget_views();
 
-// "DLPack C exchange API" or "tensor attributes"; the latter can be forced, for tests.
+// Returns how tensors are read: "DLPack C exchange API" or "tensor attributes". Tests can force the attributes.
 const char* tensor_access();
 void force_attribute_access(bool force);
 

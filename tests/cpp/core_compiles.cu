@@ -7,6 +7,8 @@
 #include "core/packed_mask.h"
 #include "core/philox.h"
 #include "core/score_key.h"
+#include "core/scored_tensor.h"
+#include "core/squares_item.h"
 #include "core/step_item.h"
 
 namespace childtune {

@@ -1,18 +1,20 @@
-// A GPU in loops: the functions of csrc/cuda for every block, warp and lane of a plan's launches.
+// A GPU in loops: calls the functions of csrc/cuda for every block, warp and lane of a plan's launches.
 #pragma once
 
 #include <cstring>
 
 #include "cuda/child_kernel.h"
 #include "cuda/device_plan.h"
-#include "cuda/fisher_kernel.h"
 #include "cuda/launch_plan.h"
-#include "cuda/selection_kernel.h"
+#include "cuda/norm_kernel.h"
+#include "cuda/select_kernel.h"
+#include "cuda/squares_kernel.h"
 #include "cuda/step_kernel.h"
 
 namespace childtune {
 
-// cuda/warp.h in loops over the lanes. A vote needs every lane's bits, so each phase ends before the next begins.
+// Does what GpuWarp (cuda/warp.h) does, in loops over the lanes. A vote needs every lane's bits, so each phase ends
+// before the next begins.
 struct EmulatedWarp {
   template <class Tile>
   void run(const Tile& tile) const {
@@ -30,9 +32,9 @@ struct EmulatedWarp {
   void run(const Piece& piece, Slots& slots) const {
     typename Piece::Loaded loaded[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = piece.load(lane);
-    for (int lane = kWarp - 1; lane >= 0; --lane) piece.collect(loaded[lane], slots);
+    for (int lane = kWarp - 1; lane >= 0; --lane) piece.compress(loaded[lane], slots);
     for (int lane = 0; lane < kWarp; ++lane) piece.update(lane, loaded[lane], slots);
-    for (int lane = kWarp - 1; lane >= 0; --lane) piece.put_back(lane, loaded[lane], slots);
+    for (int lane = kWarp - 1; lane >= 0; --lane) piece.expand(lane, loaded[lane], slots);
   }
 
   template <class OfLane>
@@ -61,7 +63,7 @@ struct EmulatedWarp {
 struct EmulatedBlock {
   template <class Function>
   void each(int64_t n, const Function& function) const {
-    for (int64_t i = n - 1; i >= 0; --i) function(i);  // the order must not matter
+    for (int64_t i = n - 1; i >= 0; --i) function(i);  // backwards, since no result may depend on the order
   }
 
   template <class V>
@@ -70,7 +72,7 @@ struct EmulatedBlock {
   }
 };
 
-// Calls visit(block, warp) for all of them.
+// Calls visit(block, warp) for all warps of all blocks of threads.
 template <class Visit>
 void for_warps(uint32_t blocks, const Visit& visit) {
   for (uint32_t block = 0; block < blocks; ++block) {

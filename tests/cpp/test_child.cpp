@@ -6,7 +6,7 @@
 #include "core/adamw.h"
 #include "core/packed_mask.h"
 #include "cpu/driver.h"
-#include "cpu/selection.h"
+#include "cpu/select.h"
 #include "test_helpers.h"
 
 // The compact step equals a plain loop over the child network's weights, and touches no other.
@@ -14,7 +14,7 @@ template <class P>
 static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, uint32_t density) {
   for (int64_t n : {1, 3, 7, 8, 11, 24, 128, 1023, 1024, 1025, 70001}) {
     ChildMask mask(n, density);
-    auto& [bits, ranks, children] = mask;
+    auto& [bits, offsets, children] = mask;
     const int64_t count = mask.count();
     Arrays<P> fast(n, stride), plain(n, stride);
     fast.keep_child(count);
@@ -24,15 +24,15 @@ static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, ui
     item.decay_outside = decay_outside;
     step_cpu({item}, 2);
     const auto c = item.constants.cast<typename Arrays<P>::T>();
-    for (int64_t i = 0, rank = 0; i < n; ++i) {
+    for (int64_t i = 0, at = 0; i < n; ++i) {
       P& stored = plain.param[i * stride];
       typename Arrays<P>::T param = load(stored), unused = 0;
       if (in_child(bits.data(), i)) {
         const auto grad = load(plain.grad[i * stride]);
-        auto &m = plain.state[0][rank], &v = plain.state[1][rank];
-        amsgrad ? adamw_update<true>(c, true, grad, param, m, v, plain.state[2][rank])
+        auto &m = plain.state[0][at], &v = plain.state[1][at];
+        amsgrad ? adamw_update<true>(c, true, grad, param, m, v, plain.state[2][at])
                 : adamw_update<false>(c, true, grad, param, m, v, unused);
-        ++rank;
+        ++at;
         store(stored, param);
       } else if (decay_outside) {
         store(stored, param * c.decay_before * c.decay_after);
@@ -41,12 +41,14 @@ static void test_child_step(bool amsgrad, int64_t stride, bool decay_outside, ui
     expect(same_bytes(fast.param, plain.param), "child step: param equals the plain loop's", n);
     for (int k = 0; k < 3; ++k) expect(same_bytes(fast.state[k], plain.state[k]), "child step: state", n);
     if (count == 0) continue;
-    bits[children[0] / 8] = n >= 8 ? 0xFF : bits[0];  // no longer what was counted: no room in the state for it
-    if ((n + 7) / 8 < mask_bytes(n)) bits[(n + 7) / 8] = 0xFF;  // nor are there weights for these
+    // Damaged masks must not make the step leave its arrays: the sanitizers watch. First more bits than were counted,
+    // so that the state has no room for them, and bits beyond the last weight; then offsets that are wrong.
+    bits[children[0] / 8] = n >= 8 ? 0xFF : bits[0];
+    if ((n + 7) / 8 < mask_bytes(n)) bits[(n + 7) / 8] = 0xFF;
     item.child.count = count - 1;
     step_cpu({item}, 1);
     for (int64_t wrong : {INT64_MAX, INT64_MIN, int64_t{-1}, count + 1}) {
-      ranks[0] = wrong;
+      offsets[0] = wrong;
       step_cpu({item}, 1);
     }
   }
@@ -68,7 +70,7 @@ void test_child_steps() {
   test_child_steps_typed<BFloat16>();
 }
 
-// Against counting: a weight is chosen if fewer than k others are ahead of it.
+// A weight must be selected if fewer than k others are ahead of it, which is counted here for each weight.
 void test_selection() {
   std::vector<std::vector<float>> scores;
   for (int64_t n : {0, 1, 1023, 1024, 2500}) {

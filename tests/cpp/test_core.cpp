@@ -39,7 +39,7 @@ static void test_half_precision() {
     const bool bnan = (bits & 0x7FFF) > 0x7F80;
     expect(bnan ? std::isnan(load(b)) && std::isnan(load(again)) : again.bits == bits, "bf16 round trip", bits);
   }
-  // Between two neighbours: down below the middle, to even at it, up above it.
+  // Between two neighbours, a number rounds down below the middle, to even at it, and up above it.
   for (uint32_t bits = 0; bits < 0x7BFF; ++bits) {
     const float low = load(Float16{static_cast<uint16_t>(bits)}), high = load(Float16{static_cast<uint16_t>(bits + 1)});
     const float middle = low + (high - low) / 2;
@@ -121,7 +121,7 @@ static void test_large_index() {
   for (void* data : item.data) munmap(data, static_cast<size_t>(n) * 4);
 }
 
-// The same sum for every number of threads and every cut, close to the exact one, and NaN if there is one.
+// The sum does not depend on the threads or on strides, is close to the exact one, and is NaN if an element is.
 static void test_sum_of_squares() {
   for (int64_t n : {0, 1, 1023, 1024, 1025, 70001}) {
     Arrays<float> a(n, 1), strided(n, 3);
@@ -141,7 +141,7 @@ static void test_sum_of_squares() {
   }
 }
 
-// Scores equal a plain loop's, whatever the gradient's stride; one gradient that is not finite is noticed anywhere.
+// Scores equal a plain loop's, whatever the gradient's stride, and an infinite element is noticed wherever it is.
 template <class P>
 static void test_accumulate_squares() {
   using T = typename ComputeType<P>::type;
@@ -151,16 +151,15 @@ static void test_accumulate_squares() {
       std::vector<float> score(static_cast<size_t>(n), 0.5f), plain = score;
       for (int64_t i = 0; i < n; ++i)
         add_square(T(0.25), T(-3), T(load(a.grad[static_cast<size_t>(i * stride)])), plain[static_cast<size_t>(i)]);
-      StepItem item = a.item(false, false, {});
-      item.data[kExpAvgSq] = score.data();
-      expect(accumulate_squares_cpu({item}, 0.25, -3.0, 2), "finite gradients", n);
+      SquaresItem item = a.squares_item(score.data());
+      expect(accumulate_squares_cpu(item, 0.25, -3.0, 2), "finite gradients", n);
       expect(same_bytes(score, plain), "scores equal the plain loop's", n);
       for (int64_t at : {n / 2, n - 1}) {
         if (n == 0) continue;
         Arrays<P> bad(n, stride);
         store(bad.grad[static_cast<size_t>(at * stride)], -std::numeric_limits<T>::infinity());
-        item.data[kGrad] = bad.grad.data();
-        expect(!accumulate_squares_cpu({item}, 0.25, -3.0, 2), "an infinite gradient is noticed", n);
+        item.grad = bad.grad.data();
+        expect(!accumulate_squares_cpu(item, 0.25, -3.0, 2), "an infinite gradient is noticed", n);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Unit tests of cuda/child_kernel.h: in loops on the CPU it has the bits of the CPU's compact step, and whatever the
-// mask holds it stays within its arrays. Called by test_core.cpp.
+// Unit tests of cuda/child_kernel.h: in loops on the CPU it gives the bits of the CPU's compact step, and it stays
+// within its arrays whatever the mask holds. Called by test_core.cpp.
 #include <deque>
 
 #include "emulated_gpu.h"
@@ -52,7 +52,7 @@ void test_steps(bool amsgrad, bool decay_outside) {
   }
 }
 
-// Weights that are not the child network's keep their bits, NaN and all.
+// Weights outside the child network keep their bits, also those of a NaN.
 void test_bits_outside() {
   Child<float> child(5000, 0, 30);
   for (uint32_t i = 0; i < 5000; ++i) child.arrays.param[i] = bit_cast<float>(0x7F800001u + 977 * i);
@@ -81,8 +81,8 @@ void test_damaged_masks() {
     fewer.count = fewer.count / 2;
     step(&child, fewer);
     for (int64_t wrong : {INT64_MAX, INT64_MIN, int64_t{-1}, child.mask.count(), child.mask.count() + 1}) {
-      std::vector<int64_t> ranks(child.mask.ranks.size(), wrong);
-      step(&child, {child.mask.bits.data(), ranks.data(), child.mask.count()});
+      std::vector<int64_t> offsets(child.mask.offsets.size(), wrong);
+      step(&child, {child.mask.bits.data(), offsets.data(), child.mask.count()});
     }
     Child<float> expected(n, 0, 30), beyond(n, 0, 30);
     for (int64_t i = n; i < 8 * mask_bytes(n); ++i) beyond.mask.bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
@@ -94,7 +94,7 @@ void test_damaged_masks() {
   }
 }
 
-// Beside tensors that train in full and that a random mask thins out; counted by the GPU, and clipped.
+// A child network beside tensors that train in full and tensors with a random mask, counted by the GPU, and clipped.
 void test_mixed_steps(bool child_norm) {
   const int tensors = 400;
   const double max_norm = 0.5;

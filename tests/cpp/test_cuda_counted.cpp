@@ -1,5 +1,5 @@
-// Unit tests of cuda/device_plan.h: steps that the GPU counts, in loops on the CPU, have the bits of those that the
-// host counts, whatever is read on the device. Called by test_core.cpp.
+// Unit tests of cuda/device_plan.h: steps that the GPU counts, in loops on the CPU, give the bits of those that the
+// host counts, whichever numbers are on the device. Called by test_core.cpp.
 #include <deque>
 #include <memory>
 
@@ -16,13 +16,13 @@ struct Case {
   int lr_bits;           // 0: on the host
 };
 
-// As collect.py and clip() there have it: what the host would do about scale and norm.
+// The factor that childtune_fast computes on the host from scale and norm.
 double host_factor(const Case& c, bool clips, double squares) {
   const double factor = c.grad_scale == 0 ? -1.0 : -1.0 / static_cast<double>(c.grad_scale);
   return clips ? factor * clip_factor(c.max_grad_norm, squares, factor) : factor;
 }
 
-// Parameters of many groups, with state; the same for the same arguments.
+// Parameters of many groups, with state. Two models with the same arguments are equal.
 struct Model {
   std::deque<Arrays<float>> floats;
   std::deque<Arrays<double>> doubles;
@@ -41,7 +41,7 @@ struct Model {
       if (i % 3 == 2) add(brains, numel, masked, i);
       StepItem& item = items.back();
       item.group = static_cast<uint32_t>(i / per_group);
-      // In the optimizer, the parameters have another order: the norm must be summed in that one.
+      // The norm must be summed in the order of the parameters' numbers in the optimizer: here, from the last on.
       item.key = {9, 0, static_cast<uint32_t>(tensors - i) * index_stride};
       counters[i] = static_cast<float>(i % 7 == 0 ? 70000 : i % 5);
     }
@@ -56,7 +56,8 @@ struct Model {
     items.push_back(to.back().item(masked, i % 5 == 0, {}));
   }
 
-  // A group's hyper-parameters as they are for one of its parameters: StepGroups hold one kind of mask, these both.
+  // The hyper-parameters of a parameter's group, with the parameter's own keep_share: a group here has masked
+  // parameters and others, which a StepGroup has not.
   HyperParams hyper(const StepItem& item) const {
     HyperParams h = hypers[item.group];
     h.keep_share = share_of(item);
@@ -79,7 +80,7 @@ void step_on_host(Model* m, const Case& c) {
   step_cpu(m->items, 1);
 }
 
-// One group on the device for each parameter's, since these have a keep_share each.
+// Makes a group on the device for each run of parameters that have one group and one keep_share.
 void step_on_device(Model* m, const Case& c, DevicePlan* prelude, LaunchPlan* plan) {
   std::vector<DeviceGroup> groups;
   std::deque<float> lr_floats;
@@ -93,7 +94,7 @@ void step_on_device(Model* m, const Case& c, DevicePlan* prelude, LaunchPlan* pl
     if (c.lr_bits != 0) {
       lr_floats.push_back(static_cast<float>(h.lr));
       lr_doubles.push_back(h.lr);
-      made.hyper.lr = 12345;  // of no use here
+      made.hyper.lr = 12345;  // wrong, and must not be read
       made.lr_is_double = c.lr_bits == 64;
       made.lr = made.lr_is_double ? static_cast<const void*>(&lr_doubles.back()) : &lr_floats.back();
     }

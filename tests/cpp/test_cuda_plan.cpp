@@ -1,11 +1,11 @@
-// Unit tests of cuda/launch_plan.h and cuda/step_table.h: who works on what. Called by test_core.cpp.
+// Unit tests of cuda/launch_plan.h and cuda/step_table.h: which block works on which elements. Called by test_core.cpp.
 #include <set>
 #include <string>
 
 #include "emulated_gpu.h"
 #include "test_helpers.h"
 
-// An item with addresses that nobody reads.
+// An item whose addresses are never read.
 static StepItem imagined(int64_t numel, MaskSlice slice = {}) {
   StepItem item = Arrays<float>(1, 1).item(true, false, slice);
   for (int s = 0; s < kMaxExpAvgSq; ++s) item.data[s] = reinterpret_cast<void*>(uintptr_t{4096});
@@ -26,7 +26,7 @@ static void test_last_block(const ChildItem& item, uint32_t end) {
   expect((blocks - 1) * chunk < item.numel && item.numel <= blocks * chunk, "blocks of a child network", item.numel);
 }
 
-// A chunk's number within its item, of each block that is asked for, is the search's; blocks follow without a gap.
+// Blocks of threads follow each other without a gap, each finds its item, and each item has as many as it needs.
 static void test_blocks(const LaunchPlan& plan) {
   for (size_t i = 0; i < plan.launches().size(); ++i) {
     const Launch& launch = plan.launches()[i];
@@ -119,7 +119,7 @@ static void test_launches() {
   test_blocks(plan);
 }
 
-// Vectors need aligned weights and gradients, and an aligned state unless it is a child network's.
+// Vectors need aligned weights and gradients, and an aligned state unless it is compact.
 static void test_vectors() {
   alignas(16) static const uint8_t bits[128] = {};
   for (bool child : {false, true}) {
@@ -163,8 +163,9 @@ static void test_kernel_names() {
   for (int n = 0; n < kKinds; ++n) {
     const Kind kind = kind_of_number(n);
     const char* const trained[] = {"", "_masked", "_child"};
-    const std::string name = std::string("step_") + dtypes[n / 12] + trained[static_cast<int>(kind.trained)] +
-                             (kind.amsgrad ? "_amsgrad" : "") + (kind.large ? "_large" : "_small");
+    const std::string name = std::string("step_") + dtypes[n / (kKinds / kDTypes)] +
+                             trained[static_cast<int>(kind.trained)] + (kind.amsgrad ? "_amsgrad" : "") +
+                             (kind.large ? "_large" : "_small");
     expect(kernel_name(kind) == name && kind_number(kind) == n, "a kernel's name", n);
     names.insert(name);
   }

@@ -1,8 +1,8 @@
-// Unit tests of cuda/fisher_kernel.h and cuda/selection_kernel.h: in loops on the CPU they have the CPU's scores, bit
-// for bit, and select the CPU's weights. Called by test_core.cpp.
+// Unit tests of cuda/squares_kernel.h and cuda/select_kernel.h: in loops on the CPU they give the scores of the CPU's
+// kernels, bit for bit, and select the same weights. Called by test_core.cpp.
 #include <limits>
 
-#include "cpu/selection.h"
+#include "cpu/select.h"
 #include "cuda/score_plan.h"
 #include "emulated_gpu.h"
 #include "test_helpers.h"
@@ -17,18 +17,18 @@ void test_add_squares(int64_t n, int64_t shift, double clip, bool broken) {
   for (auto& s : scores) {
     for (int64_t i = 0; i < n + shift; ++i) s.push_back(std::fabs(noise(static_cast<uint32_t>(i), 5)));
   }
-  StepItem item{};
-  item.numel = n;
-  item.dtype = dtype_of(P{});
-  item.data[kParam] = item.data[kGrad] = arrays.grad.data() + shift;
+  const SquaresItem item{arrays.grad.data() + shift, scores[0].data() + shift, n, nullptr, dtype_of(P{})};
+  StepItem normed{};
+  normed.numel = n;
+  normed.dtype = item.dtype;
+  normed.data[kGrad] = arrays.grad.data() + shift;
   double factor = -0.3;
-  if (clip > 0) factor *= clip_factor(clip, sum_of_squares_cpu({item}, 1), factor);
-  item.data[kExpAvgSq] = scores[0].data() + shift;
-  const bool expected_finite = accumulate_squares_cpu({item}, 0.7, factor, 1);
+  if (clip > 0) factor *= clip_factor(clip, sum_of_squares_cpu({normed}, 1), factor);
+  const bool expected_finite = accumulate_squares_cpu(item, 0.7, factor, 1);
 
   SquaresArgument argument{};
-  argument.data[kGrad] = item.data[kGrad];
-  argument.data[kExpAvgSq] = scores[1].data() + shift;
+  argument.grad = item.grad;
+  argument.score = scores[1].data() + shift;
   argument.numel = n;
   argument.dtype = item.dtype;
   argument.weight = 0.7;
@@ -41,7 +41,7 @@ void test_add_squares(int64_t n, int64_t shift, double clip, bool broken) {
   if (clip > 0) {
     norm.count = 1;
     norm.chunks = norm_chunks_of(n);
-    norm.items[0] = {item.data[kGrad], nullptr, n, 0, item.dtype};
+    norm.items[0] = {item.grad, nullptr, n, 0, item.dtype};
     norm.tensor_sums = sums.data();
     norm.chunk_sums = sums.data() + 1;
     emulate_norm_chunks(norm, norm_blocks(norm));
@@ -68,7 +68,7 @@ void test_squares() {
 // Scores in tensors of many sizes, some of which are on another device.
 struct Scores {
   std::vector<std::vector<float>> values;
-  std::vector<std::vector<uint8_t>> bits[2];  // the CPU's, and the GPUs'
+  std::vector<std::vector<uint8_t>> bits[2];  // those that the CPU writes, and those that the GPUs write
   int64_t total = 0;
 
   // `kind`: 0 smooth, 1 few values, 2 all equal, 3 both zeros and infinities
@@ -103,14 +103,14 @@ struct Scores {
   }
 };
 
-// What lies on one device.
+// The tensors of one device, and what its kernels need.
 struct Part {
   std::vector<ScoredTensor> tensors;
   std::vector<int32_t> ties;
   std::vector<ScoreTable> tables;
 };
 
-// As childtune_fast/selection.py does it. Returns whether no score is NaN.
+// Runs the passes as childtune_fast/ops/select.py does. Returns whether no score is NaN.
 bool select(std::vector<Part>* parts, const std::vector<size_t>& device_of, int64_t k, bool largest) {
   int64_t left = k;
   uint32_t wanted = 0;

@@ -1,4 +1,4 @@
-// Unit tests of csrc/cuda: its kernels in loops on the CPU have the bits of the CPU's step. Called by test_core.cpp.
+// Unit tests of cuda/step_kernel.h: in loops on the CPU it gives the bits of the CPU's step. Called by test_core.cpp.
 #include <deque>
 
 #include "emulated_gpu.h"
@@ -41,11 +41,11 @@ static void test_step(bool masked, bool amsgrad, MaskSlice slice, int64_t n, int
 static const MaskSlice kSlices[] = {
     {},                             // whole
     {1000003, 0, 0},                // one run, which begins anywhere
-    {(1ull << 35) - 64, 0, 0},      // and passes 2^35 within
+    {(1ull << 35) - 64, 0, 0},      // one run, within which elements pass 2^35
     {(1ull << 33) + 4, 512, 4096},  // runs that suit vectors, but begin within mask blocks
     {384, 128, 1024},               // runs of one mask block
-    {77, 43, 1000},                 // runs of nothing in particular
-    {0, 200, 1000},                 // runs of which some take a tile more than the first
+    {77, 43, 1000},                 // short runs that begin anywhere
+    {0, 200, 1000},                 // runs of which some need a tile more than the first
 };
 
 template <class P>

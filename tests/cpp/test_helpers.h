@@ -30,14 +30,15 @@ inline DType dtype_of(Float16) { return DType::kFloat16; }
 
 inline double share_of(const StepItem& item) { return static_cast<double>(item.keep_threshold) / kKeepAll; }
 
-// Arrays of one parameter, whose elements lie `stride` apart (and the last one ends the block of memory).
+// Arrays of one parameter, whose elements lie `stride` apart. The last element is the last of its memory, so that the
+// sanitizers see an access beyond it.
 template <class P>
 struct Arrays {
   using T = typename ComputeType<P>::type;
   std::vector<P> param, grad;
   std::vector<T> state[3];
   int64_t numel, stride;
-  std::vector<int64_t> layout;
+  std::vector<int64_t> layout, squares_layout;
 
   Arrays(int64_t n, int64_t s) : numel(n), stride(s), layout{1, n, s, s, s, s, s} {
     const size_t length = n == 0 ? 0 : static_cast<size_t>((n - 1) * s + 1);
@@ -52,9 +53,15 @@ struct Arrays {
     }
   }
 
-  // Leaves the state of a child network alone, with no room beside it.
+  // Makes the state compact, that of a child network of `count` weights, with no room beside it.
   void keep_child(int64_t count) {
     for (auto& values : state) values = {values.begin(), values.begin() + count};
+  }
+
+  // The gradient, with scores that are not strided.
+  SquaresItem squares_item(float* score) {
+    squares_layout = {1, numel, stride};
+    return {grad.data(), score, numel, stride == 1 ? nullptr : squares_layout.data(), dtype_of(P{})};
   }
 
   StepItem item(bool masked, bool amsgrad, MaskSlice slice) {
@@ -75,23 +82,23 @@ struct Arrays {
   }
 };
 
-// A child network's mask of n weights, of about so many percent.
+// The mask of a child network that has about so many percent of n weights.
 struct ChildMask {
   std::vector<uint8_t> bits;
-  std::vector<int64_t> ranks, children;  // children: the weights, by index
+  std::vector<int64_t> offsets, children;  // children: the weights, by index
 
   ChildMask(int64_t n, uint32_t percent) : bits(mask_bytes(n)) {
     for (int64_t i = 0; i < n; ++i) {
-      if (i % kRankBlock == 0) ranks.push_back(count());
+      if (i % kPackedBlock == 0) offsets.push_back(count());
       if (philox4x32_10(static_cast<uint32_t>(i), 0, 0, 0, 3, 4).word[0] % 100 >= percent) continue;
       bits[i / 8] |= static_cast<uint8_t>(1 << i % 8);
       children.push_back(i);
     }
-    ranks.push_back(count());
+    offsets.push_back(count());
   }
 
   int64_t count() const { return static_cast<int64_t>(children.size()); }
-  PackedMask packed() const { return {bits.data(), ranks.data(), count()}; }
+  PackedMask packed() const { return {bits.data(), offsets.data(), count()}; }
 };
 
 template <class V>

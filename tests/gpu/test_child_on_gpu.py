@@ -129,7 +129,7 @@ def test_a_file_is_loaded_onto_the_gpu(tmp_path):
     child.save(tmp_path / "child")
     loaded = ChildNetwork.load(tmp_path / "child", Tiny().to(DEVICE))
     assert loaded.fingerprint == child.fingerprint
-    assert all(mask.bits.is_cuda and mask.ranks.is_cuda for mask in loaded.packed.values())
+    assert all(mask.bits.is_cuda and mask.offsets.is_cuda for mask in loaded.packed.values())
     assert all(torch.equal(mask.cpu(), child.masks()[name]) for name, mask in loaded.masks().items())
 
 

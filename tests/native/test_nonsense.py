@@ -54,12 +54,12 @@ for thing in THINGS:
         g = group(); delattr(g, name); attempt(native.step, [g], 2)
     for slice in ((thing, 6, 6), (0, thing, 6), (0, 6, thing), (0,), (1 << 63, 3, 1 << 63)):
         g = group(); g.slices = [slice] * 2; attempt(native.step, [g], 2)
-CHILD = ("child_bits", "child_ranks", "child_counts")
+CHILD = ("child_bits", "child_offsets", "child_counts")
 def masked():
     g = group()
     for name in LISTS[2:5]: getattr(g, name)[:] = [torch.ones(2), torch.ones(2)]
     bits = torch.zeros(128, dtype=torch.uint8); bits[0] = 0b10010
-    g.child_bits += [bits.clone(), bits.clone()]; g.child_ranks += [torch.tensor([0, 2]), torch.tensor([0, 2])]
+    g.child_bits += [bits.clone(), bits.clone()]; g.child_offsets += [torch.tensor([0, 2]), torch.tensor([0, 2])]
     g.child_counts += [2, 2]
     return g
 native.step([masked()], 1)
@@ -72,8 +72,8 @@ for name in (*LISTS, *CHILD):
             g = masked(); setattr(g, name, bad); attempt(native.step, [g], 2)
 g = masked(); g.child_bits[0][0] = 63; before = g.params[0].clone()  # more weights than were counted
 native.step([g], 1); assert g.params[0].equal(before) and g.exp_avgs[0].tolist() == [1, 1]
-for first in (1 << 63) - 1, -5, 17, 5000:  # ranks that were not counted
-    g = masked(); g.child_ranks[0][0] = first
+for first in (1 << 63) - 1, -5, 17, 5000:  # offsets that were not counted
+    g = masked(); g.child_offsets[0][0] = first
     try: native.step([g], 1)
     except ValueError: continue
     raise AssertionError(first)

@@ -20,7 +20,7 @@ from childtune_fast.native import build
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = f"childtune_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-SHIPPED_SOURCES = {f"childtune_fast/csrc/{name}" for name in ("bindings.cpp", "core/empty.h", "cuda/kernels.cu")}
+SHIPPED_SOURCES = {f"childtune_fast/csrc/{name}" for name in ("python/bindings.cpp", "core/empty.h", "cuda/kernels.cu")}
 # pip does the same in a process of its own. Without torch: setup.py must not need it.
 BUILD = "import sys; sys.modules['torch'] = None; from setuptools import build_meta as b; print(b.build_{}({!r}))"
 
@@ -42,7 +42,8 @@ def tree(tmp_path_factory):
     (folder / "csrc" / "core" / "empty.h").write_text("#pragma once\n")
     (folder / "csrc" / "cuda").mkdir()
     (folder / "csrc" / "cuda" / "kernels.cu").write_text("not read by any compiler\n")
-    (folder / "csrc" / "bindings.cpp").write_text('#include "core/empty.h"\n' + STAND_IN)
+    (folder / "csrc" / "python").mkdir()
+    (folder / "csrc" / "python" / "bindings.cpp").write_text('#include "core/empty.h"\n' + STAND_IN)
     return folder
 
 

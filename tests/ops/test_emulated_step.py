@@ -119,8 +119,8 @@ def check_refusals_of_child_steps():
     broken = {
         "child_bits must hold 128 bytes": lambda group: group.child_bits.__setitem__(0, group.child_bits[0][:-1]),
         "child_bits aligned to 16 bytes": misaligned,
-        "child_ranks must hold a rank": lambda group: group.child_ranks.__setitem__(0, group.child_ranks[0][:-1]),
-        "child_ranks must count": lambda group: group.child_counts.__setitem__(0, 3001),
+        "child_offsets must hold": lambda group: group.child_offsets.__setitem__(0, group.child_offsets[0][:-1]),
+        "child_offsets must count": lambda group: group.child_counts.__setitem__(0, 3001),
         "state of a child network must": lambda group: group.exp_avgs.__setitem__(0, group.exp_avgs[0][:-1]),
     }
     for message, damage in broken.items():

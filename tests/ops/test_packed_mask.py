@@ -1,4 +1,4 @@
-"""Packed masks: packing, ranks, and the refusal of damaged bits."""
+"""Packed masks: packing, offsets, and the refusal of damaged bits."""
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ def test_packing_is_undone_by_unpacking(n):
     assert packed.bits.numel() == packed_size(n)
 
 
-def test_ranks_count_the_weights_before_each_block():
+def test_offsets_count_the_weights_before_each_block():
     mask = torch.rand(5 * BLOCK + 17, generator=torch.Generator().manual_seed(0)) < 0.3
-    ranks = PackedMask.pack(mask).ranks
-    assert ranks.tolist() == [int(mask[: b * BLOCK].sum()) for b in range(7)]
+    offsets = PackedMask.pack(mask).offsets
+    assert offsets.tolist() == [int(mask[: b * BLOCK].sum()) for b in range(7)]
 
 
 def test_bit_i_of_byte_b_is_weight_8b_plus_i():

@@ -13,12 +13,12 @@ namespace {
 constexpr int kDevice = -1, kNotFound = 500, kInvalid = 1, kInvalidImage = 200;
 constexpr char kImage[] = "device code of the stand-in";
 int device_handle = 17, context = 0, module_of_it = 0;
-int pushed = 0;  // contexts
+int pushed = 0;  // how many contexts are pushed
 
 struct Kernel {
   std::string name;
   void (*run)(const Kernel& self, unsigned blocks, const void* argument);
-  Kind kind;  // of a step's
+  Kind kind;  // of a step's kernel; not used for others
 };
 
 void run_step(const Kernel& self, unsigned blocks, const void* argument) { emulate({self.kind, blocks}, argument); }

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/selection.cpp
+SLICE = 128 * 1024  # scores that one thread takes at a time, csrc/cpu/select.cpp
 DENORMAL = 1e-45
 
 

@@ -1,23 +1,27 @@
-// The squares of one gradient, added to Fisher scores on a GPU: functions for host and device, as in
-// cuda/step_kernel.h.
+// Adds the squares of one gradient to Fisher scores on a GPU, as functions for host and device: the CPU can run them in
+// loops over blocks and threads.
 #pragma once
 
+#include "core/constants.h"
+#include "core/dtypes.h"
 #include "core/fisher.h"
-#include "cuda/step_kernel.h"
+#include "cuda/launch.h"
+#include "cuda/quad.h"
 
 namespace childtune {
 
-constexpr int kSquaresRounds = 4;                                 // of a thread, which takes two quads in each
+constexpr int kSquaresRounds = 4;                                 // a thread takes two quads in each
 constexpr int kSquaresChunk = kSquaresRounds * 2 * 4 * kThreads;  // elements of a block of threads
 
 // The argument of the kernel `add_squares`, by value. All pointers are the device's.
 struct SquaresArgument {
-  void* data[kStreams];   // kGrad, and the scores, float, as kExpAvgSq; contiguous
-  const double* squares;  // of this gradient, their sum, by which it is clipped; nullptr: it is not
-  uint8_t* finite;        // becomes 0 if a gradient is not
+  const void* grad;       // contiguous
+  float* score;           // contiguous
+  const double* squares;  // the sum of this gradient's squares, by which it is clipped; nullptr: it is not clipped
+  uint8_t* finite;        // becomes 0 if the gradient has an infinity or a NaN
   int64_t numel;
   double weight, grad_factor, grad_clip;
-  DType dtype;
+  DType dtype;   // of the gradient
   bool vectors;  // every group of four elements is aligned
 };
 
@@ -38,8 +42,8 @@ CHILDTUNE_INLINE void add_squares_typed(const SquaresArgument& argument, int64_t
       span[half] = quad_at(begin + 4 * quad, argument.numel, argument.vectors);
       grad[half] = {};
       score[half] = {};
-      load_four(argument.data, kGrad, span[half], grad[half]);
-      load_four(argument.data, kExpAvgSq, span[half], score[half]);
+      load_four(argument.grad, span[half], grad[half]);
+      load_four(argument.score, span[half], score[half]);
     }
     CHILDTUNE_UNROLLED
     for (int half = 0; half < 2; ++half) {
@@ -49,13 +53,14 @@ CHILDTUNE_INLINE void add_squares_typed(const SquaresArgument& argument, int64_t
         seen |= non_finite_bit(g);
         add_square(weight, grad_factor, g, score[half].of[i]);
       }
-      store_four(argument.data, kExpAvgSq, span[half], score[half]);
+      store_four(argument.score, span[half], score[half]);
     }
   }
-  if (seen >> (8 * sizeof(seen) - 1) != 0) *argument.finite = 0;  // whoever writes it writes the same
+  // Several threads may write this at once, which does no harm: all of them write 0.
+  if (seen >> (8 * sizeof(seen) - 1) != 0) *argument.finite = 0;
 }
 
-// What thread `thread` of block `block` does.
+// What thread `thread` of the block of threads `block` does.
 CHILDTUNE_INLINE void add_squares(const SquaresArgument& argument, uint32_t block, int thread) {
   const int64_t begin = int64_t{kSquaresChunk} * block;
   switch (argument.dtype) {

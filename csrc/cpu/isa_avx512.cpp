@@ -1,5 +1,5 @@
-// The CPU step for x86 processors with AVX-512 (F, BW, DQ, VL). Empty elsewhere, and where a build just in time knows
-// that the processor has none.
+// The CPU kernels for x86 processors with AVX-512 (F, BW, DQ, VL). Empty elsewhere, and where a build just in time
+// knows that the processor has none.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(CHILDTUNE_NO_AVX512)
 // System headers first: their inline functions must stay plain code, since the linker may share them.
 #include <immintrin.h>
@@ -12,7 +12,7 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
-// In GCC's own header: GCC bug 105593.
+// These warn of code in a header of GCC itself: GCC bug 105593.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
@@ -24,7 +24,7 @@
 #define CHILDTUNE_AVX2
 #define CHILDTUNE_AVX512
 #define CHILDTUNE_FETCH_AHEAD 3072  // a tenth less time on an Intel Xeon; the AVX2 kernels were slower with it on Zen 3
-#include "cpu/step_kernel.h"
+#include "cpu/isa_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

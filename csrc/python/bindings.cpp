@@ -1,6 +1,6 @@
-// The Python module: turns what Python passes into the structs of the kernels, checking everything that memory safety
-// rests on, and runs them without the GIL. The sentences that users see for wrong input are written in
-// childtune_fast/checks.py.
+// The Python module: turns what Python passes into the structs of the kernels, checks everything that memory safety
+// rests on, and runs them without the GIL. The sentences that users see for wrong tensors are written in
+// childtune_fast/ops/step_group.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +10,7 @@
 #include "core/philox.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
-#include "cpu/selection.h"
+#include "cpu/select.h"
 #include "python/gpu_scores.h"
 #include "python/gpu_step.h"
 #include "python/step_items.h"
@@ -31,7 +31,7 @@ void step(const py::list& groups, int threads) {
   write_steps(w);
 }
 
-// `bits` holds, for each tensor, the mask of the elements that count, or None if all do.
+// `bits` has an entry for each tensor: the mask of the elements that count, or None if all do.
 double sum_of_squares(const py::list& tensors, const py::list& bits, int threads) {
   Workspace& w = workspace();
   if (bits.size() != tensors.size()) refuse("child_bits must have an entry for each tensor");
@@ -74,26 +74,23 @@ int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool
 
 bool accumulate_squares(const py::object& score, const py::object& grad, double weight, double grad_factor,
                         int threads) {
-  Workspace& w = workspace();
+  forget_views();
   const TensorView scores = view_tensor(score.ptr()), grads = view_tensor(grad.ptr());
   if (!scores.on_cpu() || !grads.on_cpu()) refuse("every tensor must be on the CPU");
   if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
   if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
-  StepItem item{};
-  item.dtype = param_dtype(grads);
-  item.numel = grads.numel();
-  if (item.numel > 0 && (scores.data == nullptr || grads.data == nullptr))
+  SquaresItem item{grads.data, static_cast<float*>(scores.data), grads.numel(), nullptr, param_dtype(grads)};
+  if (item.numel > 0 && (item.score == nullptr || item.grad == nullptr))
     refuse("every tensor must have memory of its own");
-  item.data[kGrad] = grads.data;
-  item.data[kExpAvgSq] = scores.data;
-  w.layout_starts.push_back(grads.contiguous() ? -1 : 0);
-  w.layouts.push_back(grads.ndim);
-  for (const int64_t* row : {grads.shape, scores.strides, grads.strides})  // in the place of kParam: not read
-    w.layouts.insert(w.layouts.end(), row, row + grads.ndim);
-  w.items.push_back(item);
-  w.place_layouts();
+  std::vector<int64_t> layout;
+  if (!grads.contiguous()) {
+    layout.push_back(grads.ndim);
+    layout.insert(layout.end(), grads.shape, grads.shape + grads.ndim);
+    layout.insert(layout.end(), grads.strides, grads.strides + grads.ndim);
+    item.layout = layout.data();
+  }
   const py::gil_scoped_release no_gil;
-  return accumulate_squares_cpu(w.items, weight, grad_factor, threads);
+  return accumulate_squares_cpu(item, weight, grad_factor, threads);
 }
 
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
@@ -124,7 +121,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       std::rethrow_exception(thrown);
-    } catch (const PythonError&) {  // what Python is to raise is set already
+    } catch (const PythonError&) {  // Python's error indicator is set already
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;

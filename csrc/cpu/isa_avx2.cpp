@@ -1,4 +1,4 @@
-// The CPU step for x86 processors with AVX2 (2013 and later). Empty elsewhere.
+// The CPU kernels for x86 processors with AVX2 (2013 and later). Empty elsewhere.
 #if defined(__x86_64__) && defined(__GNUC__)
 // System headers first: their inline functions must stay plain code, since the linker may share them.
 #include <immintrin.h>
@@ -18,7 +18,7 @@
 #define CHILDTUNE_VECTOR __m256i
 #define CHILDTUNE_MULTIPLY_LOW _mm256_mul_epu32
 #define CHILDTUNE_AVX2
-#include "cpu/step_kernel.h"
+#include "cpu/isa_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

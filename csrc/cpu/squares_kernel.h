@@ -1,6 +1,20 @@
-// Fisher scores over a range of one parameter. Included by cpu/step_kernel.h only.
-//
-// The scores are StepItem::data[kExpAvgSq], always float and contiguous; the gradient may have any strides.
+// Adds the squares of a gradient to Fisher scores, over a range of one parameter.
+#pragma once
+
+#include "core/dtypes.h"
+#include "core/fisher.h"
+#include "core/mask.h"
+#include "core/squares_item.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "cpu/layout.h"
+#include "cpu/loops.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
+
+constexpr int64_t kCopiedGrads = 1024;  // at a time, of a gradient that is not contiguous
 
 // Returns whether every gradient was finite.
 template <class P>
@@ -24,23 +38,22 @@ CHILDTUNE_OUT_OF_LINE bool add_squares(double weight, double grad_factor, const 
 }
 
 template <class P>
-bool accumulate_squares_typed(const StepItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
-  float* score = static_cast<float*>(item.data[kExpAvgSq]);
+bool accumulate_squares_typed(const SquaresItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
+  const P* grad = static_cast<const P*>(item.grad);
   if (item.layout == nullptr) {
-    const P* grad = static_cast<const P*>(item.data[kGrad]);
-    return add_squares(weight, grad_factor, grad + begin, score + begin, end - begin);
+    return add_squares(weight, grad_factor, grad + begin, item.score + begin, end - begin);
   }
   bool finite = true;
-  P grad[kNormChunk];
-  for (int64_t at = begin; at < end; at += kNormChunk) {
-    const int64_t count = end - at < kNormChunk ? end - at : kNormChunk;
-    gather(item, kGrad, at, count, grad);
-    finite = add_squares(weight, grad_factor, grad, score + at, count) && finite;
+  P copied[kCopiedGrads];
+  for (int64_t at = begin; at < end; at += kCopiedGrads) {
+    const int64_t count = end - at < kCopiedGrads ? end - at : kCopiedGrads;
+    gather(grad, item.layout, 0, at, count, copied);
+    finite = add_squares(weight, grad_factor, copied, item.score + at, count) && finite;
   }
   return finite;
 }
 
-bool accumulate_squares(const StepItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
+bool accumulate_squares(const SquaresItem& item, double weight, double grad_factor, int64_t begin, int64_t end) {
   switch (item.dtype) {
     case DType::kFloat32:
       return accumulate_squares_typed<float>(item, weight, grad_factor, begin, end);
@@ -53,3 +66,7 @@ bool accumulate_squares(const StepItem& item, double weight, double grad_factor,
   }
   return false;
 }
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune

@@ -1,25 +1,27 @@
-// Radix select on a GPU, as cuda's part of csrc/cpu/selection.cpp: functions for host and device.
+// Radix select on a GPU, with the result of cpu/select.cpp, as functions for host and device: the CPU can run them in
+// loops over blocks, warps and lanes.
 //
-// A score's key (core/score_key.h) has 32 bits: three passes count them, 11, 11 and 10 at a time, the upper ones first,
-// in histograms small enough for memory that a block of threads shares. Between passes the host adds up the devices'
-// histograms and finds the digit of the k-th key. A fourth pass writes the bits of the keys above that one, and
-// counts those that equal it in each block of 1024 scores; from these counts the host knows how many of each block's
-// are wanted, and a fifth pass, which leaves most blocks alone, adds the first of them.
+// A score's key (core/score_key.h) has 32 bits. Three passes count digits of 11, 11 and 10 bits, the upper ones first,
+// in histograms that are small enough for the memory that a block of threads shares. Between passes the host adds up
+// the devices' histograms and finds the digit of the k-th key. A fourth pass writes the bits of the keys above the
+// k-th, and counts the ties, which are the keys that equal it, in each packed block of 1024 scores. From these counts
+// the host computes how many ties of each packed block are selected. A fifth pass, which has nothing to do in most
+// packed blocks, selects the first of them.
 #pragma once
 
 #include "core/packed_mask.h"
 #include "core/score_key.h"
-#include "cuda/device_constants.h"
+#include "cuda/launch.h"
 
 namespace childtune {
 
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
-constexpr int kChunkBlocks = 32;  // blocks of the mask that a block of threads takes
-constexpr int64_t kChunkScores = kChunkBlocks * kRankBlock;
+constexpr int kChunkPackedBlocks = 32;  // packed blocks that a block of threads takes
+constexpr int64_t kChunkScores = kChunkPackedBlocks * kPackedBlock;
 
 struct ScoreItem {
   const float* scores;  // contiguous
-  uint32_t* bits;       // of kRankBlock each
+  uint32_t* bits;       // mask_bytes(numel) bytes
   int64_t numel;        // not 0
   int64_t first_chunk;  // in the table
 };
@@ -28,13 +30,13 @@ struct ScoreItem {
 struct ScoreTable {
   static constexpr int kItems = (kSmallArguments - 64) / int{sizeof(ScoreItem)};
 
-  int64_t* counts;   // count_digits: of all keys so far, by digit
+  int64_t* counts;   // count_digits: how many keys have each digit; added to
   uint8_t* nan;      // count_digits: becomes 1 if a score is NaN
-  int32_t* ties;     // of each mask block of the table's chunks: write_above counts, add_ties takes so many
-  uint32_t flip;     // score_key's
-  uint32_t wanted;   // count_digits: the digits before this one, of keys that count. Else: the k-th key
-  int shift;         // count_digits: of the digit in the key
-  int wanted_shift;  // count_digits: of `wanted`, where the digit ends; 32: every key counts
+  int32_t* ties;     // of each packed block of the table's chunks: write_above counts them, add_ties selects so many
+  uint32_t flip;     // as in score_key
+  uint32_t wanted;   // count_digits: the upper bits of the keys that count. Other kernels: the k-th key
+  int shift;         // count_digits: where the digit begins in the key
+  int wanted_shift;  // count_digits: where the digit ends, and `wanted` begins; 32: every key counts
   int64_t count;
   ScoreItem items[kItems];
 };
@@ -42,8 +44,9 @@ static_assert(sizeof(ScoreTable) <= kSmallArguments, "an argument's limit");
 
 CHILDTUNE_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunkScores - 1) / kChunkScores; }
 
-// What block `number` does in `count_digits`. `counts` is shared by its threads. `Block` calls a function with 0 ..
-// n-1, in any order, and waits; and adds to what others may be adding to.
+// What the block of threads `number` does in `count_digits`. `counts` is memory that its threads share. `Block` calls a
+// function with 0 .. n-1, in any order, and waits for all calls; and it adds to numbers that other threads may be
+// adding to.
 template <class Block>
 CHILDTUNE_INLINE void count_digits(const ScoreTable& table, uint32_t number, uint32_t* counts, const Block& block) {
   const ScoreItem& item = table.items[item_of_chunk(table, number)];
@@ -62,33 +65,34 @@ CHILDTUNE_INLINE void count_digits(const ScoreTable& table, uint32_t number, uin
   });
 }
 
-// The scores that a warp takes: those of one block of the mask.
-struct ScoreBlock {
+// What a warp takes at a time: the scores and the bits of one packed block.
+struct ScoredPackedBlock {
   const float* scores;
   uint32_t* bits;
-  int64_t numel;  // left from here on; may be more than the block's
+  int64_t numel;  // scores from here to the end of the tensor; may be more than kPackedBlock
   int32_t* ties;
 };
 
-// Calls visit(ScoreBlock) for the blocks of warp `warp_number` of block `number`.
+// Calls visit(ScoredPackedBlock) for the packed blocks of warp `warp_number` of the block of threads `number`.
 template <class Visit>
-CHILDTUNE_INLINE void visit_blocks(const ScoreTable& table, uint32_t number, int warp_number, const Visit& visit) {
+CHILDTUNE_INLINE void visit_packed_blocks(const ScoreTable& table, uint32_t number, int warp_number,
+                                          const Visit& visit) {
   const ScoreItem& item = table.items[item_of_chunk(table, number)];
-  for (int i = warp_number; i < kChunkBlocks; i += kThreads / kWarp) {
-    const int64_t begin = (number - item.first_chunk) * kChunkScores + i * kRankBlock;
+  for (int i = warp_number; i < kChunkPackedBlocks; i += kThreads / kWarp) {
+    const int64_t begin = (number - item.first_chunk) * kChunkScores + i * kPackedBlock;
     if (begin >= item.numel) return;
-    visit(ScoreBlock{item.scores + begin, item.bits + begin / 32, item.numel - begin,
-                     table.ties + int64_t{number} * kChunkBlocks + i});
+    visit(ScoredPackedBlock{item.scores + begin, item.bits + begin / 32, item.numel - begin,
+                            table.ties + int64_t{number} * kChunkPackedBlocks + i});
   }
 }
 
 // What a warp does in `write_above`. `Warp` votes on a function of the lane, and lets one lane write.
 template <class Warp>
 CHILDTUNE_INLINE void write_above(const ScoreTable& table, uint32_t number, int warp_number, const Warp& warp) {
-  visit_blocks(table, number, warp_number, [&](const ScoreBlock& block) {
+  visit_packed_blocks(table, number, warp_number, [&](const ScoredPackedBlock& block) {
     int ties = 0;
     CHILDTUNE_UNROLLED
-    for (int word = 0; word < kRankBlock / 32; ++word) {
+    for (int word = 0; word < kPackedBlock / 32; ++word) {
       const auto key_is = [&](int lane, bool above) {
         const int at = 32 * word + lane;
         if (at >= block.numel) return false;
@@ -105,9 +109,9 @@ CHILDTUNE_INLINE void write_above(const ScoreTable& table, uint32_t number, int 
 // What a warp does in `add_ties`.
 template <class Warp>
 CHILDTUNE_INLINE void add_ties(const ScoreTable& table, uint32_t number, int warp_number, const Warp& warp) {
-  visit_blocks(table, number, warp_number, [&](const ScoreBlock& block) {
+  visit_packed_blocks(table, number, warp_number, [&](const ScoredPackedBlock& block) {
     int left = *block.ties;
-    for (int word = 0; word < kRankBlock / 32 && left > 0; ++word) {
+    for (int word = 0; word < kPackedBlock / 32 && left > 0; ++word) {
       const uint32_t ties = warp.vote([&](int lane) {
         const int at = 32 * word + lane;
         return at < block.numel && score_key(block.scores[at], table.flip) == table.wanted;

@@ -1,6 +1,16 @@
-// What selection does with each score of a slice. Included by cpu/step_kernel.h only; cpu/selection.cpp says what for.
+// The passes of a selection over a range of scores; cpu/select.cpp says how they work together.
+#pragma once
 
-constexpr int64_t kKeys = kRankBlock;  // at once, in the first-level cache
+#include "core/packed_mask.h"
+#include "core/score_key.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
+
+constexpr int64_t kKeys = kPackedBlock;  // at once, in the first-level cache
 constexpr int64_t kFewKeys = 32;
 
 bool count_upper_halves(const float* scores, int64_t count, uint32_t flip, int64_t* counts) {
@@ -23,7 +33,7 @@ void count_lower_halves(const float* scores, int64_t count, uint32_t flip, uint3
   int64_t at = 0;
   for (; at + kFewKeys <= count; at += kFewKeys) {
     fetch_ahead(scores + at, kFewKeys);
-    uint32_t found = 0;  // few keys share the bucket: most groups are passed over by vectors
+    uint32_t found = 0;  // few keys have this upper half, so a vectorised test passes over most groups
     for (int64_t j = at; j < at + kFewKeys; ++j) found |= score_key(scores[j], flip) >> 16 == upper;
     if (!found) continue;
     for (int64_t j = at; j < at + kFewKeys; ++j) count_key(score_key(scores[j], flip));
@@ -31,7 +41,7 @@ void count_lower_halves(const float* scores, int64_t count, uint32_t flip, uint3
   for (; at < count; ++at) count_key(score_key(scores[at], flip));
 }
 
-// The bits of kKeys keys: whether they are above the threshold.
+// Writes the bits of kKeys keys: whether each is above the threshold.
 CHILDTUNE_INLINE void pack_above(const uint32_t* keys, uint32_t threshold, uint8_t* bits) {
 #if defined(CHILDTUNE_AVX512)
   for (int64_t i = 0; i < kKeys / 16; ++i) {
@@ -40,7 +50,7 @@ CHILDTUNE_INLINE void pack_above(const uint32_t* keys, uint32_t threshold, uint8
     memcpy(bits + 2 * i, &above, sizeof above);
   }
 #elif defined(CHILDTUNE_AVX2)
-  const __m256i sign = _mm256_set1_epi32(INT32_MIN);  // comparisons are signed
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);  // AVX2 has signed comparisons only
   const __m256i signed_threshold = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(threshold)), sign);
   for (int64_t i = 0; i < kKeys / 8; ++i) {
     const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * i));
@@ -75,3 +85,7 @@ int64_t write_above(const float* scores, int64_t count, uint32_t flip, uint32_t 
   }
   return ties;
 }
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune

@@ -1,7 +1,8 @@
 // Radix select: a score becomes an integer key of the same order. One pass counts the keys' upper halves, which gives
 // the upper half of the k-th key; a second counts the lower halves of the keys that share it; a third writes the bits.
-// All of them read the scores in slices that threads take in turn; counts do not depend on who counted.
-#include "cpu/selection.h"
+// Each pass reads the scores in slices that threads take in turn. Each worker has counts of its own, and their sums do
+// not depend on which worker took which slice.
+#include "cpu/select.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,9 +14,9 @@
 namespace childtune {
 namespace {
 
-constexpr int64_t kSliceElements = 128 * kRankBlock;
-constexpr size_t kWorthThreads = 4;  // slices: below that, waking other threads costs more than they take over
-constexpr int kMostWorkers = 32;     // each has counts of its own: half a megabyte
+constexpr int64_t kSliceElements = 128 * kPackedBlock;
+constexpr size_t kWorthThreads = 4;  // slices: for fewer, waking other threads costs more than they save
+constexpr int kMostWorkers = 32;     // the counts of each take half a megabyte
 constexpr int64_t kBuckets = 1 << 16;
 
 struct Slice {
@@ -54,7 +55,7 @@ class Selection {
     ties_.resize(slices_.size());
   }
 
-  // The first tensor with a NaN, or -1.
+  // Returns the number of the first tensor with a NaN, or -1.
   int64_t run(int64_t k) {
     const int64_t nan = count_upper_halves();
     if (nan >= 0) return nan;
@@ -87,7 +88,7 @@ class Selection {
     });
   }
 
-  // The bucket that holds the `left`-th highest key; subtracts from `left` what lies in higher ones.
+  // Returns the bucket that holds the `left`-th highest key, and subtracts from `left` the keys in higher buckets.
   uint32_t bucket_of(int64_t* left) const {
     for (uint32_t bucket = kBuckets - 1;; --bucket) {
       int64_t count = 0;

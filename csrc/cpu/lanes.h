@@ -1,0 +1,71 @@
+// The update of neighbouring elements of one parameter: a loop that the compiler turns into vectors.
+#pragma once
+
+#include "core/adamw.h"
+#include "core/dtypes.h"
+#include "core/mask.h"
+#include "cpu/isa.h"
+#include "cpu/loops.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
+
+constexpr int kLanes = kMaskCounters;  // elements per inner loop: a whole number of vectors in every set
+
+// Where the streams of a step lie (see core/step_item.h). P is the type that parameters are stored in.
+template <class P>
+struct Streams {
+  using T = typename ComputeType<P>::type;
+  P* param;
+  const P* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+};
+
+// Fetches what lies `distance` bytes after the `count` elements at `at`.
+template <class V>
+CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance = CHILDTUNE_FETCH_AHEAD) {
+  if (CHILDTUNE_FETCH_AHEAD == 0) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(distance);
+  for (uintptr_t line = begin; line < begin + count * sizeof(V); line += 64) {
+    CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(line));
+  }
+}
+
+template <bool kAmsgrad, class P>
+CHILDTUNE_INLINE void fetch_ahead(const Streams<P>& s, int64_t at, int64_t count) {
+  fetch_ahead(s.param + at, count);
+  fetch_ahead(s.grad + at, count);
+  fetch_ahead(s.exp_avg + at, count);
+  fetch_ahead(s.exp_avg_sq + at, count);
+  if (kAmsgrad) fetch_ahead(s.max_exp_avg_sq + at, count);
+}
+
+// Updates `count` elements from `at` on. With a mask, element j is kept by half-word `half` of words[j].
+template <class P, bool kMasked, bool kAmsgrad, class T>
+CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Streams<P>& s, int64_t at, int64_t count,
+                                   const uint32_t* words, int half, uint32_t keep_threshold) {
+  P* __restrict param = s.param + at;
+  const P* __restrict grad = s.grad + at;
+  T* __restrict exp_avg = s.exp_avg + at;
+  T* __restrict exp_avg_sq = s.exp_avg_sq + at;
+  T* __restrict max_exp_avg_sq = kAmsgrad ? s.max_exp_avg_sq + at : nullptr;
+  CHILDTUNE_INDEPENDENT
+  for (int64_t j = 0; j < count; ++j) {
+    const bool keep = kMasked ? keeps(words[j], half, keep_threshold) : true;
+    // All loads before all stores: the arrays often agree in the last 12 bits of their addresses, and a load right
+    // after a store to such an address waits for it.
+    T p = load(param[j]), m = exp_avg[j], v = exp_avg_sq[j], vmax = kAmsgrad ? max_exp_avg_sq[j] : T(0);
+    adamw_update<kAmsgrad>(c, keep, load(grad[j]), p, m, v, vmax);
+    store(param[j], p);
+    exp_avg[j] = m;
+    exp_avg_sq[j] = v;
+    if (kAmsgrad) max_exp_avg_sq[j] = vmax;
+  }
+}
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune

@@ -1,3 +1,0 @@
-// The CPU step for any processor: whatever vectors the compiler may assume without being told (SSE2, NEON, ...).
-#define CHILDTUNE_ISA baseline
-#include "cpu/step_kernel.h"

@@ -1,0 +1,54 @@
+// Four neighbouring elements of an array, which a lane of a GPU reads and writes together.
+#pragma once
+
+#include "core/compiler.h"
+
+namespace childtune {
+
+// One or two instructions move them where they are aligned.
+template <class V>
+struct alignas(4 * sizeof(V) < 16 ? 4 * sizeof(V) : 16) Four {
+  V of[4];
+};
+
+// Where a quad lies in an array, and which of its elements, [low, high), exist.
+struct QuadSpan {
+  int64_t at;
+  int low, high;
+  bool vector;  // all four exist, and are aligned
+};
+
+// The quad at `at` of arrays of `numel` elements, which may end within it or before.
+CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
+  const int64_t there = numel - at;
+  const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
+  return {at, 0, high, aligned && high == 4};
+}
+
+// load_four and store_four take a reference to the pointer where it stands in the kernel's argument, as void* or as a
+// pointer to V: so it is read from there where it is used, and takes no register in between.
+template <class V, class Stored>
+CHILDTUNE_INLINE void load_four(Stored* const& from, const QuadSpan& span, Four<V>& to) {
+  if (span.vector) {
+    to = *reinterpret_cast<const Four<V>*>(static_cast<const V*>(from) + span.at);
+    return;
+  }
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < 4; ++i) {
+    if (i >= span.low && i < span.high) to.of[i] = static_cast<const V*>(from)[span.at + i];
+  }
+}
+
+template <class V, class Stored>
+CHILDTUNE_INLINE void store_four(Stored* const& to, const QuadSpan& span, const Four<V>& from) {
+  if (span.vector) {
+    *reinterpret_cast<Four<V>*>(static_cast<V*>(to) + span.at) = from;
+    return;
+  }
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < 4; ++i) {
+    if (i >= span.low && i < span.high) static_cast<V*>(to)[span.at + i] = from.of[i];
+  }
+}
+
+}  // namespace childtune
