@@ -3,9 +3,11 @@
 #   make demo    fine-tune a real transformer and compare methods; ARGS=--quick for one quick run
 #   make test    all tests; ARGS="-k mask" for some
 #   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
+#   make types   mypy
 #   make bench   the benchmarks
 #
-# PYTHON=python3.12 chooses the interpreter, TORCH and PIP_FLAGS which torch and from where.
+# PYTHON=python3.12 chooses the interpreter, TORCH and PIP_FLAGS which torch and from where, VENV another environment:
+# `make test TORCH=torch==2.14.1 VENV=.venv-2.14`.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,11 +17,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+# Another torch than the pinned one brings its own NVRTC.
+CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),constraints.txt,$(VENV)/constraints.txt)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/* benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core cuda lint headers format bench clean
+.PHONY: demo test test-core cuda lint headers types format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -41,6 +45,9 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+types: $(VENV)/.test
+	$(BIN)/mypy
 
 # Every header must compile alone: it includes what it needs. cuda/warp.h is device code, which `make cuda` compiles.
 HEADERS := $(filter-out csrc/cuda/warp.h,$(filter %.h,$(CPP)))
@@ -92,23 +99,26 @@ $(VENV)/.created:
 	touch $@
 
 # torch first and exact: another requirement on it would let pip choose a version, and gigabytes with it.
+$(VENV)/constraints.txt: constraints.txt $(VENV)/.created
+	grep -vE '^(torch|nvidia-cuda-nvrtc)==' $< >$@
+
 $(VENV)/.torch: $(VENV)/.created
 	$(PIP) "$(TORCH)"
 	touch $@
 
-$(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml constraints.txt childtune_fast/native/build.py $(NATIVE)
-	$(PIP) --constraint constraints.txt --editable .
+$(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml $(CONSTRAINTS) childtune_fast/native/build.py $(NATIVE)
+	$(PIP) --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 # The extras of the package that is installed already: pip adds what they require and leaves the rest alone.
 $(VENV)/.examples $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.native
-	$(PIP) --constraint constraints.txt "childtune-fast[$*]"
+	$(PIP) --constraint $(CONSTRAINTS) "childtune-fast[$*]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.native
-	$(PIP) --constraint constraints.txt "childtune-fast[test,examples]"
+	$(PIP) --constraint $(CONSTRAINTS) "childtune-fast[test,examples]"
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.created constraints.txt
-	$(PIP) --constraint constraints.txt clang-format ruff
+$(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
+	$(PIP) --constraint $(CONSTRAINTS) clang-format ruff
 	touch $@

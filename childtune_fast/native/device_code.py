@@ -160,6 +160,10 @@ class Nvrtc:
 
     def __init__(self, path: Path) -> None:
         try:
+            # NVRTC opens its builtins by name alone when it compiles, and finds them beside itself only in releases
+            # that have a run path (13.0 has none). Once loaded, they are found by that name.
+            for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")) if path.is_absolute() else ():
+                ctypes.CDLL(str(builtins))
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise BackendError(f"NVRTC could not be loaded from {path} ({error})") from None

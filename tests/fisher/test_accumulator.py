@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_refused(damage):
     assert_same_scores(fisher.scores(), before)
 
 
-@pytest.mark.parametrize(("parameters", "error"), [(["weight"], TypeError), (5, TypeError), ("(", ValueError)])
-def test_parameters_must_be_a_selector(parameters, error):
-    with pytest.raises(error, match="parameters must be a"):
-        FisherAccumulator(make_model(), names=parameters)
+@pytest.mark.parametrize(("names", "error"), [(["weight"], TypeError), (5, TypeError), ("(", ValueError)])
+def test_names_must_be_a_selector(names, error):
+    with pytest.raises(error, match="names must be a"):
+        FisherAccumulator(make_model(), names=names)

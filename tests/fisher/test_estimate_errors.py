@@ -44,7 +44,7 @@ def test_empty_loader_raises():
         ({"grad_clip": float("nan")}, "grad_clip must be a number above 0"),
         ({"offload": "disk"}, r"offload must be 'cpu', or None .*\(got 'disk'\)"),
         ({"max_batches": 0}, r"max_batches must be a whole number above 0.*\(got 0\)"),
-        ({"parameters": "nothing like it"}, r"must select at least one .*\(got none of 4: 0.weight, "),
+        ({"names": "nothing like it"}, r"must select at least one .*\(got none of 4: 0.weight, "),
         ({"loss_fn": lambda model, batch: model(batch["x"])}, r"batch 0: the loss must be a tensor of one number"),
         ({"loss_fn": lambda model, batch: 1.0}, r"batch 0: .*\(got float\)"),
         ({"loss_fn": lambda model, batch: loss_fn(model, batch).detach()}, r"batch 0: .*do not detach"),

@@ -48,7 +48,7 @@ def load_code(source):
     """Code that loads the backend from other sources."""
     return (
         f"from pathlib import Path; from childtune_fast.native import BackendError, build, load\n"
-        f"_build.csrc = lambda: Path({str(source.parent)!r})\n"
+        f"build.csrc = lambda: Path({str(source.parent)!r})\n"
         f"print(load.load_native().answer())"
     )
 
