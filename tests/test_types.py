@@ -1,0 +1,54 @@
+"""A user's script under mypy, with the package as `make` installs it: right words pass, wrong ones are flagged."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = '''
+import torch
+from childtune_fast import ChildAdamW, ChildNetwork, FisherAccumulator, bernoulli_mask, estimate_fisher
+from childtune_fast.fisher import estimate_fisher as the_same
+from childtune_fast.integrations.config import ChildTuningConfig
+from childtune_fast.optimizer import ChildAdamW as TheSame
+
+model = torch.nn.Linear(3, 3)
+scores: dict[str, torch.Tensor] = estimate_fisher(model, [], names="weight", offload="cpu", max_batches=3)
+child: ChildNetwork = ChildNetwork.from_scores(model, scores, reserve_p=0.3, scope="tensor", maskable="weight")
+optimizer: torch.optim.AdamW = ChildAdamW(model.parameters(), lr=torch.tensor(1e-3), child=child)
+TheSame(model.named_parameters(), decay="all", variant="hf", norm_of="child", backend="native", seed=3)
+TheSame([{"params": model.parameters(), "lr": 1e-2}], decay="auto", variant="torch", norm_of="all", backend="auto")
+ChildTuningConfig(mode="D", decay="child", variant="hf", scope="global", refresh_every="epoch")
+ChildTuningConfig(mode="F")
+mask: torch.Tensor = bernoulli_mask((3, 3), 0.3, seed=0, step=1, param_index=0)
+optimizer.replace_child(child)  # wrong: torch's AdamW has no such method
+ChildAdamW(model.parameters(), decay="some")  # wrong
+ChildAdamW(model.parameters(), variant="HF")  # wrong
+ChildAdamW(model.parameters(), norm_of="parent")  # wrong
+ChildAdamW(model.parameters(), backend="cuda")  # wrong
+ChildAdamW(model.parameters(), child=scores)  # wrong
+ChildAdamW(model.parameters(), reserve=0.3)  # wrong
+ChildNetwork.from_scores(model, scores, reserve_p=0.3, scope="layer")  # wrong
+ChildNetwork.from_scores(model, scores)  # wrong: no reserve_p
+ChildTuningConfig(mode="d")  # wrong
+ChildTuningConfig(mode="D", scope="layer")  # wrong
+estimate_fisher(model, [], offload="disk")  # wrong
+the_same(model, [], parameters="weight")  # wrong
+FisherAccumulator(model, offload="disk")  # wrong
+number: int = ChildAdamW(model.parameters()).seed + "1"  # wrong
+'''
+
+
+@pytest.mark.slow
+def test_right_words_pass_and_wrong_ones_are_flagged(tmp_path):
+    (tmp_path / "user.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={ROOT / '.mypy_cache'}", "user.py"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    flagged = {int(line) for line in re.findall(r"^user\.py:(\d+): error", ran.stdout, re.MULTILINE)}
+    wrong = {number for number, line in enumerate(SCRIPT.splitlines(), 1) if "# wrong" in line}
+    assert flagged == wrong, ran.stdout + ran.stderr
