@@ -185,11 +185,11 @@ class ChildAdamW(CheckpointedAdamW):
     def replace_child(self, child: ChildNetwork) -> None:
         """Gives the optimizer another child network, between two steps.
 
-        The state of every parameter that either child network masks begins anew, step count included; the state of
-        others stays.
+        The state of every parameter that the old or the new child network masks begins again, step count included. The
+        state of all other parameters stays.
 
         Args:
-            child: ChildNetwork of the model whose parameters the optimizer has.
+            child: the new ChildNetwork, of the model whose parameters the optimizer has.
 
         Raises:
             ValueError: the child network masks no parameter of the optimizer, or differs between ranks. Nothing has
