@@ -30,8 +30,8 @@ from .workloads import DTYPES, GPU_WORKLOADS, make_workload
 # Bytes per weight that a step of ChildAdamW moves: it reads p, g, m and v and writes p, m and v, of which m and v are
 # float32.
 BYTES = {"float32": 28, "bfloat16": 22}
-# Bytes per weight that a step of D moves if all weights are maskable: it reads p, g and the mask's bits and writes p. For
-# the share `p` of weights in the child network it also reads and writes m and v.
+# Bytes per weight that a step of D moves if all weights are maskable: it reads p, g and the mask's bits and writes p.
+# For the share `p` of weights in the child network it also reads and writes m and v.
 CHILD_BYTES = {"float32": lambda p: 12 + 1 / 8 + 16 * p, "bfloat16": lambda p: 6 + 1 / 8 + 16 * p}
 D = "bert-large, child network"
 RATIOS = (  # promised ratios: title, workload and dtype, contestant, contestant it is compared with, upper bound

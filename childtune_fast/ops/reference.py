@@ -140,7 +140,7 @@ def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None
 
     Args:
         tensors: gradients of any dtype and shape.
-        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+        child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     totals: list[Tensor] = []
     for tensor, bits in zip(tensors, child_bits, strict=True):

@@ -75,7 +75,7 @@ def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
         {number of a tensor: bits of its mask}; None if a score is NaN.
     """
     left, key, wanted_shift = k, 0, 32
-    for shift in (21, 10, 0):  # of 11, 11 and 10 bits
+    for shift in (21, 10, 0):  # the digits have 11, 11 and 10 bits
         counts, nan = sum(part.count_digits(key, wanted_shift, shift) for part in parts).split([_DIGITS, 1])
         if nan:
             return None
@@ -85,7 +85,7 @@ def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
         left -= int(reached[digit] - counts[digit])
         key, wanted_shift = key << (wanted_shift - shift) | digit, shift
     ties = _merged(part.write_above(key) for part in parts)
-    in_order = [ties[i] for i in sorted(ties)]  # in the order of the tensors, on whichever GPU each is
+    in_order = [ties[i] for i in sorted(ties)]  # in the order of the tensors, not of the GPUs
     of_all = torch.cat(in_order)
     before = of_all.cumsum(0) - of_all
     taken = (left - before).clamp(min=0).minimum(of_all).split([of_one.numel() for of_one in in_order])

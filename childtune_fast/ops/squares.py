@@ -21,7 +21,7 @@ def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_b
     Args:
         native: the compiled module, if every tensor is on the CPU; None computes it in torch, on any device.
         tensors: gradients of any dtype and shape.
-        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+        child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     if native is None:
         return reference.sum_of_squares(tensors, child_bits)

@@ -26,7 +26,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
     child_masks: Masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the checkpoint, as torch does; with a child network, it holds the masks and their fingerprint."""
+        """Returns a checkpoint in torch's format; with a child network, it holds the masks and their fingerprint."""
         state_dict = super().state_dict()
         if self.child_masks:
             identity = fingerprint(self.child_masks.values())
@@ -35,7 +35,10 @@ class CheckpointedAdamW(torch.optim.AdamW):
         return state_dict
 
     def dense_state_dict(self) -> dict[str, Any]:
-        """Returns the checkpoint as torch.optim.AdamW has it: state of every weight, zero outside the child network."""
+        """Returns a checkpoint for torch.optim.AdamW, without masks.
+
+        Its averages have the parameters' shapes, and are zero outside the child network.
+        """
         dense = self.state_dict()
         masks = self._by_number(dense["param_groups"], self.child_masks)
         states = {i: dense_state(state, masks.get(i)) for i, state in dense["state"].items()}
@@ -89,7 +92,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 group.pop(FINGERPRINT, None)
                 settle_options(group, bool(masks))
             self.child_masks = masks
-            self.defaults["seed"] = self.param_groups[0]["seed"]  # for groups that are added later
+            self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
         check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")

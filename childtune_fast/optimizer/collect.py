@@ -21,7 +21,7 @@ Variant = Literal["torch", "hf"]
 NormOf = Literal["all", "child"]
 _DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
 _OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # of AdamW
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # AdamW's
     *("decay", "variant", "max_grad_norm", "norm_of", "seed"),
 )
 _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on a GPU can read
