@@ -17,9 +17,9 @@ from . import reference
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
-Where = (
-    str | int | None
-)  # Who steps a parameter: "cpu", the compiled kernels; a GPU's number, its kernels; None, torch.
+# Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and None
+# for torch.
+Where = str | int | None
 
 
 class StepKernels(NamedTuple):
@@ -27,7 +27,7 @@ class StepKernels(NamedTuple):
 
     Attributes:
         native: the compiled module; None if torch steps everything.
-        use_gpus: whether the kernels of GPUs step what lies there; else torch does.
+        use_gpus: whether the kernels on GPUs step the parameters there; otherwise torch does.
     """
 
     native: ModuleType | None
@@ -40,14 +40,15 @@ class StepKernels(NamedTuple):
 
     @property
     def on_cpu(self) -> Where:
-        """Who steps a parameter that lies on the CPU."""
+        """Who steps a parameter on the CPU: "cpu" or, without the compiled module, None."""
         return None if self.native is None else "cpu"
 
     def where(self, tensors: Sequence[Tensor]) -> Where:
         """Returns who steps a parameter.
 
         Args:
-            tensors: the parameter, its gradient and the averages in its state; of shards, the local tensors.
+            tensors: the parameter, its gradient and the averages in its state; for a sharded parameter, their local
+                parts.
 
         Raises:
             BackendError: the kernels of its GPU are asked for and there are none.

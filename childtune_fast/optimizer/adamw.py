@@ -159,7 +159,7 @@ class ChildAdamW(CheckpointedAdamW):
             param_group: dict with "params" and, optionally, the options that differ from the constructor's.
 
         Raises:
-            ValueError, TypeError, RuntimeError: the constructor would raise for this group. Nothing has been added then.
+            ValueError, TypeError, RuntimeError: the constructor would raise for this group. Nothing is added then.
         """
         self.defaults = {**self._child_defaults, **self.defaults}  # the base class's constructor lacks ours
         super().add_param_group(param_group)
