@@ -17,8 +17,8 @@ from . import reference
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
-# Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and None
-# for torch.
+# Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and
+# None for torch.
 Where = str | int | None
 
 
