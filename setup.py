@@ -1,6 +1,7 @@
 """Builds the native backend ahead of time, if it can; the rest of the packaging is in pyproject.toml.
 
-A machine without a working compiler still gets the package: it then builds just in time or runs in pure torch.
+A machine without a working compiler still gets the package, which then builds the backend just in time or runs in pure
+torch.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ PACKAGE = "childtune_fast"
 
 
 def load_build_description():
-    """Loads childtune_fast/native/build.py by path: importing the package would need torch."""
+    """Returns the module childtune_fast/native/build.py, loaded by path because importing the package needs torch."""
     spec = importlib.util.spec_from_file_location("_build", ROOT / PACKAGE / "native/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,10 +31,15 @@ build = load_build_description()
 
 
 class BuildNative(build_ext):
-    """Compiles the extension, leaves a record of its sources beside it, and carries on if that fails."""
+    """Compiles the extension and writes a record of its sources beside it; a failure does not fail the install."""
 
     def run(self):
-        """Compiles the extension, then the kernels for GPUs where there is nvcc."""
+        """Compiles the extension, then the kernels for GPUs if there is nvcc; CHILDTUNE_CUDA=0 leaves them out.
+
+        Raises:
+            ValueError: CHILDTUNE_CUDA is neither 0 nor 1.
+            RuntimeError: CHILDTUNE_CUDA is 1, and the kernels cannot be compiled.
+        """
         super().run()
         wanted = os.environ.get("CHILDTUNE_CUDA") or ("0" if self.editable_mode else "")
         if wanted not in ("", "0", "1"):
@@ -46,7 +52,13 @@ class BuildNative(build_ext):
             self.build_kernels(target, record, required=wanted == "1")
 
     def build_kernels(self, target, record, *, required):
-        """Compiles device code into a fatbin, with a record of its sources; GPUs without it compile it on first use."""
+        """Compiles device code into a fatbin, with a record of its sources.
+
+        Args:
+            target: file of the fatbin.
+            record: JSON file of the sources' fingerprint and the compute capabilities.
+            required: whether a failure raises RuntimeError; otherwise it prints a line, and GPUs compile on first use.
+        """
         try:
             nvcc = build.find_nvcc()
             if nvcc is None:
@@ -65,30 +77,30 @@ class BuildNative(build_ext):
         record.write_text(json.dumps({"fingerprint": build.device_fingerprint(), "codes": codes}) + "\n")
 
     def build_extension(self, ext):
-        """Builds `ext`, or says in one line why it was not built."""
+        """Builds `ext`, or prints in one line why it was not built."""
         target = Path(self.get_ext_fullpath(ext.name))
         record = target.with_name(build.RECORD)
         for stale in (target, record):
             stale.unlink(missing_ok=True)
         try:
-            import pybind11  # here: a machine that cannot build need not have it
+            import pybind11  # imported here, because a machine that cannot build need not have it
             from pybind11.setup_helpers import ParallelCompile
 
             ext.include_dirs.append(pybind11.get_include())
             msvc = self.compiler.compiler_type == "msvc"
             ext.extra_compile_args, ext.extra_link_args = build.compile_flags(msvc=msvc), build.link_flags(msvc=msvc)
-            with ParallelCompile(default=0):  # all cores
+            with ParallelCompile(default=0):  # 0 uses all cores
                 super().build_extension(ext)
             if not target.exists():
                 raise RuntimeError("the compiler succeeded and wrote nothing")
-        except Exception as error:  # whatever a compiler, or the lack of one, may raise
+        except Exception as error:  # a broken or missing compiler may raise any exception
             target.unlink(missing_ok=True)
             self.announce_failure(error)
             return
         record.write_text(json.dumps({"fingerprint": build.fingerprint(), "version": build.version()}) + "\n")
 
     def announce_failure(self, error):
-        """Prints the one line that says what is missing and what happens instead."""
+        """Prints one line that says why the backend was not built and what is used instead."""
         cause = " ".join(str(error).split()) or type(error).__name__
         print(
             f"{PACKAGE}: installed without the native backend, which could not be built ({cause}); it will be built on "
@@ -97,14 +109,14 @@ class BuildNative(build_ext):
         )
 
     def copy_extensions_to_source(self):
-        """Brings the record along when an editable install copies the binary into the source tree."""
+        """Copies the record too when an editable install copies the binary into the source tree."""
         super().copy_extensions_to_source()
         built = Path(self.build_lib, PACKAGE, build.RECORD)
         if built.exists():
             shutil.copy2(built, ROOT / PACKAGE / build.RECORD)
 
     def get_outputs(self):
-        """Lists only what was built, and the records."""
+        """Returns the paths of the binaries and records that were written; setuptools would list a failed build too."""
         names = (build.RECORD, build.FATBIN, Path(build.FATBIN).with_suffix(".json"))
         outputs = [*super().get_outputs(), *(str(Path(self.build_lib, PACKAGE, name)) for name in names)]
         return [path for path in outputs if Path(path).exists()]
@@ -114,7 +126,7 @@ class BuildPackage(build_py):
     """Ships csrc/ inside the package, so that an installed package can build just in time too."""
 
     def run(self):
-        """Copies the Python files, then the C++ ones; an editable install finds csrc/ where it is."""
+        """Copies the Python files, then the C++ files, except in an editable install, which uses csrc/ in place."""
         super().run()
         if not self.editable_mode:
             for source in self.native_files():
@@ -123,12 +135,11 @@ class BuildPackage(build_py):
                 self.copy_file(str(source), str(target))
 
     def native_files(self):
-        """Returns what a build from the installed package needs."""
-        device = [build.device_source()] if build.device_source().exists() else []
-        return [*build.sources(), *build.headers(), *device]
+        """Returns the files that a build from the installed package needs."""
+        return [*build.sources(), *build.headers()]
 
     def get_outputs(self, include_bytecode=True):
-        """Lists the C++ files among what was written."""
+        """Returns the paths of all files that were written, the C++ files included."""
         copied = [
             str(Path(self.build_lib, PACKAGE, "csrc", path.relative_to(build.csrc()))) for path in self.native_files()
         ]
@@ -136,7 +147,7 @@ class BuildPackage(build_py):
 
 
 def relative(paths):
-    """Returns paths as setuptools wants them: relative to this file."""
+    """Returns paths relative to this file, which setuptools requires."""
     return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
@@ -146,6 +157,6 @@ native = Extension(
     depends=relative(build.headers()),
     include_dirs=relative([build.csrc()]),
     language="c++",
-    optional=True,  # a failed build is no failed install
+    optional=True,  # a failed build must not fail the install
 )
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "build_py": BuildPackage})

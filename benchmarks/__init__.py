@@ -1,1 +1,1 @@
-"""Benchmarks of childtune_fast: how they measure is in README.md, the numbers they gave are in results/."""
+"""Benchmarks of childtune_fast. README.md says how they measure; results/ holds the measured numbers."""

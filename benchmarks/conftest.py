@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: fewer rounds on demand, a process that does nothing else, what is told of the machine."""
+"""Fixtures and hooks of all benchmarks: number of rounds, a quiet process, and the facts about the machine."""
 
 import gc
 
@@ -14,14 +14,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def rounds(request):
-    """Returns a function from a number of rounds to that which --effort makes of it."""
+    """Returns a function that multiplies a number of rounds by --effort."""
     effort = request.config.getoption("--effort")
     return lambda usual: max(1, round(usual * effort))
 
 
 @pytest.fixture
 def quiet_process():
-    """No garbage collection during the test, and torch's number of threads restored after it."""
+    """Switches garbage collection off during the test, and restores torch's number of threads after it."""
     threads = torch.get_num_threads()
     gc.collect()
     gc.disable()
@@ -31,7 +31,7 @@ def quiet_process():
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    """Keeps what explains the numbers; the name of the machine does not."""
+    """Reduces the machine's facts to those that explain the numbers, and adds torch and the native backend."""
     cpu = machine_info["cpu"]
     native = load.load_native()
     kept = {key: machine_info[key] for key in ("machine", "system", "python_implementation", "python_version")}

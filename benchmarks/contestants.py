@@ -1,4 +1,4 @@
-"""Who is measured: ours, torch's three AdamW, the naive published step, and the roof that memory sets."""
+"""The contestants: ChildAdamW, torch's three AdamW, the naive published step, and the roof that memory sets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,12 +37,13 @@ CHILD_TITLES = {
 
 @dataclass
 class Contestant:
-    """One of those who alternate.
+    """One of the optimizers that are timed in turn.
 
     Attributes:
-        step: takes one step.
-        every: takes part in every so-manieth round; slow ones need fewer rounds for the same precision.
-        before: called before each step, outside the timing.
+        step: function that takes one step, which is timed.
+        every: the contestant takes part in one of so many rounds, because slow ones need fewer rounds for the same
+            precision (default: 1).
+        before: function that is called before each step, outside the timing; None for none (default: None).
     """
 
     step: Callable[[], object]
@@ -51,7 +52,7 @@ class Contestant:
 
 
 def make_contestants(work: Workload) -> dict[str, Contestant]:
-    """Returns {name: contestant}, all on the tensors of `work`; see TITLES."""
+    """Returns {name in TITLES: contestant}, all on the tensors of `work`, which are on the CPU."""
     params = make_parameters(work, work.grads)
     return {
         "ours": _ours(work, params, 0.3),
@@ -65,7 +66,7 @@ def make_contestants(work: Workload) -> dict[str, Contestant]:
 
 
 def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:
-    """Returns {name: contestant}, all on the tensors of `work`, which are on a GPU; see TITLES."""
+    """Returns {name in TITLES: contestant}, all on the tensors of `work`, which are on a GPU."""
     params = make_parameters(work, work.grads)
     fused = _torch(work, params, 1, fused=True)
     return {
@@ -80,9 +81,9 @@ def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:
 
 
 def make_child_contestants(work: Workload) -> dict[str, Contestant]:
-    """Returns {name: contestant} for random child networks in the tensors of `work`; see CHILD_TITLES.
+    """Returns {name in CHILD_TITLES: contestant} for random child networks in the tensors of `work`.
 
-    Compact states lie where the dense ones begin. The roof is the CPU's.
+    The compact states are the first values of the dense ones. The roof is included only on the CPU.
     """
     params = make_parameters(work, work.grads)
     children = {reserve_p: random_child(params, reserve_p) for reserve_p in (0.3, 0.1)}
@@ -108,7 +109,7 @@ def make_child_contestants(work: Workload) -> dict[str, Contestant]:
 
 
 def random_child(params: list[Parameter], reserve_p: float) -> ChildNetwork:
-    """Returns a child network of so large a share of all these parameters, which go by their number."""
+    """Returns a random child network of the share `reserve_p` of the parameters, whose names are their numbers."""
     return ChildNetwork.random(ParameterList(params), reserve_p=reserve_p, seed=0, maskable=lambda name: True)
 
 
@@ -123,7 +124,7 @@ def _torch(work: Workload, params: list[Parameter], every: int, **kind: bool) ->
 
 
 def _naive(work: Workload) -> Contestant:
-    """It overwrites its gradients, so it has its own, set anew before each step."""
+    """Returns the naive step; it overwrites its gradients, so it has copies, which are restored before each step."""
     params = make_parameters(work, [grad.clone() for grad in work.grads])
 
     def restore() -> None:
@@ -135,7 +136,7 @@ def _naive(work: Workload) -> Contestant:
 
 
 def make_parameters(work: Workload, grads: list[torch.Tensor]) -> list[Parameter]:
-    """Returns the workload's parameters, in its own memory, with `grads` as their gradients."""
+    """Returns parameters in the memory of the workload's, with `grads` as their gradients."""
     params = [Parameter(tensor) for tensor in work.params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
@@ -143,9 +144,9 @@ def make_parameters(work: Workload, grads: list[torch.Tensor]) -> list[Parameter
 
 
 def _with_state(optimizer, exp_avgs, exp_avg_sqs, step=None):
-    """Gives the optimizer its state: torch's names, on the memory that all share; a step count of its own."""
+    """Returns the optimizer with a state of torch's names: the given averages, and a step count of its own."""
     params = optimizer.param_groups[0]["params"]
-    counter = params[0].device if optimizer.defaults.get("fused") else "cpu"  # as torch has it
+    counter = params[0].device if optimizer.defaults.get("fused") else "cpu"  # where torch keeps it
     for param, exp_avg, exp_avg_sq in zip(params, exp_avgs, exp_avg_sqs, strict=True):
         count = torch.tensor(0.0, device=counter) if step is None else step
         optimizer.state[param].update(step=count, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

@@ -1,4 +1,4 @@
-"""How single costs are measured: memory a step allocates, time inside the compiled call, time in a new process."""
+"""Measures single costs: memory that a step allocates, time inside the compiled call, time in a new process."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def torch_allocations(step: Callable[[], object]) -> int:
-    """Returns the bytes that torch's allocator hands out during `step()`, freed again or not."""
+    """Returns the bytes that torch's allocator hands out during `step()`, including those that are freed again."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
@@ -22,7 +22,7 @@ def torch_allocations(step: Callable[[], object]) -> int:
 
 
 def python_allocations(step: Callable[[], object]) -> int:
-    """Returns by how many bytes Python's own heap grows during `step()`, at its peak."""
+    """Returns by how many bytes Python's own heap grows, at most, during `step()`."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -34,9 +34,9 @@ def python_allocations(step: Callable[[], object]) -> int:
 
 
 def resident_growth(step: Callable[[], object]) -> int | None:
-    """Returns by how many bytes the process's resident memory grows during `step()`, at its peak; None if unknown."""
+    """Returns by how many bytes the process's resident memory grows, at most, during `step()`; None if unknown."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, on Linux
     except OSError:
         return None
     before = _status("VmRSS")
@@ -50,14 +50,14 @@ def _status(field: str) -> int:
 
 
 class TimedCall:
-    """Stands in for a function and notes how long each call takes."""
+    """Wraps a function and notes how many seconds each call takes."""
 
     def __init__(self, function: Callable) -> None:
         self._function = function
         self.seconds: list[float] = []
 
     def __call__(self, *args: object) -> object:
-        """Calls the function."""
+        """Calls the function, notes the seconds, and returns its result."""
         start = time.perf_counter()
         try:
             return self._function(*args)
@@ -66,13 +66,13 @@ class TimedCall:
 
 
 def seconds_in_new_process(before: str, timed: str, **environment: str) -> float:
-    """Returns how long `timed` takes in a new Python that has run `before`; both are lines of code."""
+    """Returns the seconds that the code `timed` takes in a new Python that has run the code `before`."""
     code = f"import time\n{before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
     return number_in_new_process(code, **environment)
 
 
 def number_in_new_process(code: str, **environment: str) -> float:
-    """Returns the number that a new Python prints last when it runs `code`."""
+    """Returns the number that a new Python prints last when it runs `code`, with more environment variables."""
     env = {**os.environ, **environment}
     ran = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:

@@ -1,9 +1,10 @@
-"""Measures on a GPU: `python -m benchmarks.gpu`. Keeps samples and tables in benchmarks/results/, by the GPU's name.
+"""Measures on a GPU: `python -m benchmarks.gpu`. Writes samples and tables to benchmarks/results/, by the GPU's name.
 
-The step of F and of D; scores, and the choice among them (gpu_scores.py); and fine-tuning as a whole (training.py).
-Contestants alternate in rounds, in an order that changes; each step is timed by two events on the GPU, and by the clock
-until the call returns. Ratios are taken within rounds. Nothing fits in a GPU's cache, so every step reads and writes
-memory: "of copy" is the rate of its bytes to that of copying a gigabyte, bytes read and written counted alike.
+It measures the step of F and of D, scores and the choice among them (gpu_scores.py), and fine-tuning as a whole
+(training.py). Contestants alternate in rounds, in an order that changes. Each step is timed by two events on the GPU,
+and by the clock until the call returns. Ratios are taken within rounds. Nothing fits in a GPU's cache, so every step
+reads and writes memory. "of copy" is a step's bytes per second divided by those of copying a gigabyte, where bytes read
+and bytes written both count.
 """
 
 import argparse
@@ -26,26 +27,27 @@ from .markdown import markdown
 from .race import spread
 from .workloads import DTYPES, GPU_WORKLOADS, make_workload
 
-# Moved per weight by ours, whose state is float32: p, g, m and v are read, p, m and v written.
+# Bytes per weight that a step of ChildAdamW moves: it reads p, g, m and v and writes p, m and v, of which m and v are
+# float32.
 BYTES = {"float32": 28, "bfloat16": 22}
-# And by D at share p, where all weights are maskable: p, g and the mask's bits are read, p is written, and of the child
-# network m and v are read and written.
+# Bytes per weight that a step of D moves if all weights are maskable: it reads p, g and the mask's bits and writes p.
+# For the share `p` of weights in the child network it also reads and writes m and v.
 CHILD_BYTES = {"float32": lambda p: 12 + 1 / 8 + 16 * p, "bfloat16": lambda p: 6 + 1 / 8 + 16 * p}
 D = "bert-large, child network"
-RATIOS = (  # what is promised: where it is measured, of whom to whom, at most
+RATIOS = (  # promised ratios: title, workload and dtype, contestant, contestant it is compared with, upper bound
     ("F, float32, to torch fused", ("bert-large", "float32"), "ours", "fused", 1.0),
     ("F, float32, to the naive published step", ("bert-large", "float32"), "ours", "naive", 1 / 8),
     ("D, p = 0.3, float32, to torch fused", (D, "float32"), "ours", "fused", 0.65),
     ("D, p = 0.1, float32, to torch fused", (D, "float32"), "ours_p0.1", "fused", 0.55),
 )
-SHARES = (  # of the rate of copying, at least
+SHARES = (  # promised shares of the rate of copying: title, workload and dtype, contestant, lower bound
     ("F, float32, share of copy bandwidth", ("bert-large", "float32"), "ours", 0.90),
     ("F, bfloat16, share of copy bandwidth", ("bert-large", "bfloat16"), "ours", 0.88),
 )
 
 
 def copy_rate(clock: Clock, device: str, size: int) -> float:
-    """Returns the bytes read and written per second in copying `size` bytes on the device; the median of 20."""
+    """Returns the bytes read and written per second when `size` bytes are copied on the device, median of 20 copies."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     times = [clock.time(lambda: target.copy_(source))[0] for _ in range(23)][3:]
@@ -53,7 +55,7 @@ def copy_rate(clock: Clock, device: str, size: int) -> float:
 
 
 def table(noted: dict, rate: float) -> str:
-    """Returns one workload's table."""
+    """Returns the table of one workload, as Markdown; `rate` is that of copying, in bytes per second."""
     rows = []
     titles = CHILD_TITLES if noted["child"] else TITLES
     for name, samples in noted["samples_ms"].items():
@@ -75,7 +77,7 @@ def table(noted: dict, rate: float) -> str:
 
 
 def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
-    """Returns what is kept as JSON: the machine, its copying, and every sample of every workload."""
+    """Returns the record that is written as JSON: the machine, its rate of copying, and all samples."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name(device) if clock.on_gpu else "CPU"
     data = {
@@ -100,26 +102,26 @@ def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
         make = make_child_contestants if child else make_gpu_contestants
         noted["samples_ms"] = race(make(work), clock, rounds)
         data["measured"].append(noted)
-        del work  # before the next one takes its memory
+        del work  # frees its memory before the next workload is made
     data["scores"] = gpu_scores.measure(clock, device, rounds, scale)
     data["training"] = training.measure(clock, device, rounds, scale)
     return data
 
 
 def ratio_within_rounds(samples: dict, name: str, other: str) -> dict[str, float]:
-    """Returns the spread of a contestant's time to another's, over the rounds that both took part in."""
+    """Returns the spread of the ratio of two contestants' times, over the rounds that both took part in."""
     pairs = zip(samples[name], samples[other], strict=True)
     return spread([a[0] / b[0] for a, b in pairs if a and b])
 
 
 def share_of_copy(noted: dict, name: str, rate: float) -> float:
-    """Returns the rate of a contestant's bytes to that of copying."""
+    """Returns a contestant's bytes per second, divided by `rate`, those of copying."""
     milliseconds = spread([sample[0] for sample in noted["samples_ms"][name] if sample])["median"]
     return noted["bytes"][name] / (1e-3 * milliseconds) / rate
 
 
 def targets(data: dict) -> str:
-    """Returns the table of what this project promises itself on a GPU."""
+    """Returns the table of promises on a GPU, as Markdown."""
     measured = {(noted["workload"], noted["dtype"]): noted for noted in data["measured"]}
     rate, rows = data["copy_bytes_per_s"], []
     for title, where, name, other, most in RATIOS:
@@ -134,7 +136,7 @@ def targets(data: dict) -> str:
 
 
 def report(data: dict) -> str:
-    """Returns the tables, as Markdown."""
+    """Returns the report with all tables, as Markdown."""
     machine, rate = data["machine"], data["copy_bytes_per_s"]
     about = (
         f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {data['date']}, commit {data['commit']}. "
@@ -147,14 +149,14 @@ def report(data: dict) -> str:
 
 
 def main() -> None:
-    """Reads the command line, measures and writes everything."""
+    """Reads the command line, measures, and writes report and samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu only shows whether this program works (default: cuda)")
     parser.add_argument("--rounds", type=int, default=30, help="(default: 30)")
     parser.add_argument("--scale", type=int, default=1, help="divides all sizes, to try this out (default: 1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
     options = parser.parse_args()
-    os.environ["CHILDTUNE_BACKEND"] = "native"  # for what has no backend=
+    os.environ["CHILDTUNE_BACKEND"] = "native"  # for functions that have no `backend` argument
     data = measure(Clock(options.device), options.device, options.rounds, options.scale)
     text = report(data)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a GPU is timed: by events, contestants alternating in rounds."""
+"""Times contestants on a GPU by events, in rounds in which they alternate."""
 
 import random
 import time
@@ -11,13 +11,13 @@ WARMUP_ROUNDS = 3
 
 
 class Clock:
-    """Times a call: milliseconds on the device, and until it returned. On a CPU, to try this out, both are one."""
+    """Times calls on a device. On a CPU, which serves only to try the benchmarks, both times are the same."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device != "cpu"
 
     def time(self, call) -> tuple[float, float]:
-        """Returns both."""
+        """Returns the milliseconds that a call takes on the device, and those until it returns on the host."""
         if self.on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -33,7 +33,7 @@ class Clock:
 
 
 def race(contestants: dict[str, Contestant], clock: Clock, rounds: int) -> dict[str, list[tuple[float, float] | None]]:
-    """Returns {name: its times in each round; None where it took no part}."""
+    """Returns {name: what Clock.time returned in each round, or None for a round that the contestant left out}."""
     order, shuffle = list(contestants), random.Random(0).shuffle
     samples = {name: [] for name in contestants}
     for number in range(-WARMUP_ROUNDS, rounds):

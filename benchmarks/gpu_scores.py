@@ -1,11 +1,11 @@
-"""Scores on a GPU: squares added to them, the choice of a child network, and the memory of what it leaves to keep."""
+"""Measures scores on a GPU: adding squares, the choice of a child network, and the memory of state and mask."""
 
 from collections.abc import Iterator
 
 import torch
 from torch.nn import Parameter, ParameterList
 
-from childtune_fast import ChildAdamW, FisherAccumulator
+from childtune_fast import ChildAdamW
 from childtune_fast.ops.select import top_k
 
 from .contestants import HYPER, Contestant, random_child
@@ -14,8 +14,8 @@ from .markdown import markdown
 from .race import spread
 from .workloads import GPU_WORKLOADS, make_workload
 
-SCORES, TENSORS = (1024, 4096), 72  # 302 M
-SQUARES_BYTES = 12  # of each float32 weight: its gradient and score are read, the score is written
+SCORES, TENSORS = (1024, 4096), 72  # 302 M scores
+SQUARES_BYTES = 12  # bytes moved per float32 weight: gradient and score are read, the score is written
 TITLES = {
     "ours": "FisherAccumulator",
     "addcmul": "`F.addcmul_(g, g)`",
@@ -25,7 +25,7 @@ TITLES = {
 
 
 def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
-    """Returns milliseconds of each contestant in each round, what was worked on, and bytes of memory."""
+    """Returns each contestant's milliseconds in each round, the numbers of weights and scores, and bytes of memory."""
     data = _squares(clock, device, rounds, scale) | _selection(clock, device, rounds, scale)
     return data | {"state_bytes_per_weight": _state_bytes(device, scale)}
 
@@ -33,13 +33,14 @@ def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
 def _squares(clock: Clock, device: str, rounds: int, scale: int) -> dict:
     shapes = [tuple(max(1, size // scale) for size in shape) for shape in GPU_WORKLOADS["bert-large"]]
     work = make_workload(shapes, torch.float32, device)
-    fisher = FisherAccumulator(ParameterList([Parameter(tensor) for tensor in work.params]))
+    scores = SquareSums(ParameterList([Parameter(tensor) for tensor in work.params]))
+    kernels = scores.kernels()
     sums = [torch.zeros_like(grad) for grad in work.grads]
 
     @torch.no_grad()
     def ours() -> None:
-        for i, grad in enumerate(work.grads):  # as hooks do it, tensor by tensor
-            fisher._add(str(i), grad, 1.0, 1.0)
+        for i, grad in enumerate(work.grads):  # tensor by tensor, as hooks do it
+            scores.add(kernels, str(i), grad)
 
     def addcmul() -> None:
         for total, grad in zip(sums, work.grads, strict=True):
@@ -75,7 +76,7 @@ def _selection(clock: Clock, device: str, rounds: int, scale: int) -> dict:
 
 
 def _state_bytes(device: str, scale: int) -> float:
-    """Bytes that D keeps for each maskable weight at p = 0.3: its state, and the mask."""
+    """Returns the bytes of state and mask that D keeps for each maskable weight at p = 0.3."""
     params = [Parameter(torch.zeros(tuple(size // scale for size in SCORES), device=device)) for _ in range(4)]
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -87,7 +88,7 @@ def _state_bytes(device: str, scale: int) -> float:
 
 
 def targets(data: dict, rate: float) -> Iterator[tuple[str, str, str, bool]]:
-    """Yields what is promised: its title, what was measured, the bound, and whether it is met."""
+    """Yields for each promise its title, the measured value, the bound, and whether the promise is met."""
     share = _share_of_copy(data, "ours", rate)
     yield "Fisher accumulation, share of copy bandwidth", f"{share:.2f}", "at least 0.85", share >= 0.85
     milliseconds = _median(data["selection_ms"]["select"])
@@ -99,7 +100,7 @@ def targets(data: dict, rate: float) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def table(data: dict, rate: float) -> str:
-    """Returns the tables of squares and of selection."""
+    """Returns the tables of squares and of selection, as Markdown."""
     rows = [
         [TITLES[name], f"{_median(samples):.3g}", f"{_share_of_copy(data, name, rate):.2f}"]
         for name, samples in data["samples_ms"].items()

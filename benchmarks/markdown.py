@@ -2,7 +2,7 @@
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Returns a table whose columns line up in a terminal too: the first to the left, the others to the right."""
+    """Returns a Markdown table padded to align in a terminal too: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, rule, *rows]]

@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli
 
 
 class NaiveChildAdamW(torch.optim.Optimizer):
-    """Child-Tuning_F with the arithmetic, the temporaries and the checks of the published code."""
+    """Child-Tuning_F with the arithmetic, the temporary tensors and the checks of the published code."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, reserve_p=0.3):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "reserve_p": reserve_p}

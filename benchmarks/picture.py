@@ -1,26 +1,26 @@
-"""The picture of a result: the time of a step on BERT-base by contestant, with the roof as a line."""
+"""Draws the picture of a result: each contestant's time for a step on BERT-base, with the roof as a line."""
 
 from pathlib import Path
 
 from .contestants import TITLES
 from .promises import Results
 
-# Colours that remain apart for colour-blind readers (Okabe and Ito): ours, torch's, the naive code, the roof.
+# Colours that colour-blind readers can tell apart (Okabe and Ito): ours, torch's, the naive code, the roof.
 OURS, TORCH, NAIVE, ROOF = "#D55E00", "#0072B2", "#7f7f7f", "#000000"
 COLOURS = {"ours": OURS, "ours_p1": OURS, "fused": TORCH, "foreach": TORCH, "forloop": TORCH, "naive": NAIVE}
-SCALE = 2.2  # the axis ends at so many times the longest bar among ours and torch's fused one; others are cut
+SCALE = 2.2  # the axis ends at this multiple of the longest bar of ours and torch's fused step; longer bars are cut
 
 
 def draw(results: Results, machine: str, path: Path) -> Path | None:
     """Draws one panel for each dtype and number of threads that were measured.
 
     Args:
-        results: of the benchmarks.
-        machine: what to call it.
-        path: of the picture.
+        results: results of the benchmarks.
+        machine: name of the machine, for the title.
+        path: file of the picture.
 
     Returns:
-        The path, or None if there is nothing to draw.
+        `path`, or None if nothing that the picture shows was measured.
     """
     import matplotlib
 
@@ -48,7 +48,7 @@ def draw(results: Results, machine: str, path: Path) -> Path | None:
 
 
 def _panels(results: Results):
-    """Yields a title and {contestant: ns per weight, with quartiles} for each panel."""
+    """Yields the title of each panel and {contestant: median and quartiles of ns per weight}."""
     for title, step in results.steps("bert-base").items():
         times = {
             name: {key: spread[key] / step["weights"] for key in ("q1", "median", "q3")}
@@ -63,7 +63,7 @@ def _panel(axis, title: str, times: dict[str, dict[str, float]]) -> None:
     for y, name in enumerate(names):
         median, q1, q3 = (times[name][key] for key in ("median", "q1", "q3"))
         axis.barh(y, median, color=COLOURS[name], height=0.72, alpha=0.55 if name == "ours_p1" else 1.0)
-        if median > 0.9 * end:  # the bar runs out of the panel, and is marked as broken
+        if median > 0.9 * end:  # the bar is longer than the panel, so it is marked as broken
             for at in (0.955, 0.967):
                 axis.plot([(at - 0.008) * end, (at + 0.008) * end], [y + 0.45, y - 0.45], color="white", linewidth=2)
             axis.text(0.93 * end, y, f"{median:.1f}", va="center", ha="right", color="white", fontsize=9, weight="bold")

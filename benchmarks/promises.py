@@ -1,19 +1,20 @@
-"""What is promised of speed and memory, each with how it is read from a result; the report says whether it is kept."""
+"""The promises on speed and memory, each with a function that reads the measured value from a result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Record = dict[str, Any]  # one benchmark in pytest-benchmark's JSON
+Record = dict[str, Any]  # a part of pytest-benchmark's JSON
 
 
-# Interruptions a second: two threads on two idle cores saw at most 50, beside one busy process 250. There torch's fused
-# step, which waits for its slowest thread, takes ten times as long, and every promise would seem kept.
+# Limit of interruptions per second. Two threads on two idle cores saw at most 50, and with one busy process beside them
+# 250. At 250, torch's fused step, which waits for its slowest thread, takes ten times as long, so that every promise
+# would seem kept.
 QUIET = 80
 
 
 class Results:
-    """The benchmarks of one JSON file."""
+    """The benchmarks in one JSON file of pytest-benchmark."""
 
     def __init__(self, data: Record) -> None:
         self.machine: Record = data["machine_info"]
@@ -22,24 +23,24 @@ class Results:
         self._by_name = {bench["name"]: bench["extra_info"] for bench in data["benchmarks"]}
 
     def interruptions(self) -> list[float]:
-        """Returns how many interruptions a second each benchmark noted, of those that count them."""
+        """Returns the interruptions per second of each benchmark that counts them."""
         key = "interruptions_per_s"
         return [noted[key] for noted in self._by_name.values() if key in noted]
 
     def cost(self, name: str) -> Record:
-        """Returns what a test without parameters noted. Raises KeyError if it was not run."""
+        """Returns what test_<name> noted; raises KeyError if it was not run."""
         return self._by_name[f"test_{name}"]
 
     def find(self, name: str) -> Record:
-        """Returns what a test without parameters noted; empty if it was not run."""
+        """Returns what test_<name> noted; {} if it was not run."""
         return self._by_name.get(f"test_{name}", {})
 
     def step(self, workload: str, dtype: str, threads: int) -> Record:
-        """Returns what test_step noted on one workload. Raises KeyError if it was not run."""
+        """Returns what test_step noted on one workload; raises KeyError if it was not run."""
         return self._by_name[f"test_step[{workload}-{dtype}-{threads}]"]
 
     def by_threads(self, name: str) -> dict[str, Record]:
-        """Returns {title: what a test noted} for each number of threads that it was run with."""
+        """Returns {title: what test_<name> noted} for each number of threads that it was run with."""
         noted = {threads: self._by_name.get(f"test_{name}[{threads}]") for threads in (2, 1)}
         return {f"{threads} thread{'s' * (threads > 1)}": record for threads, record in noted.items() if record}
 
@@ -55,13 +56,14 @@ class Results:
 
 @dataclass(frozen=True)
 class Promise:
-    """One line of the table.
+    """One line of the table of promises.
 
     Attributes:
-        text: what is measured.
-        at_most: the promise.
-        show: formats the promise and the measured values.
-        read: returns the spread, a dict of median and quartiles, or one number.
+        text: description of what is measured.
+        at_most: the promised upper bound.
+        show: function that formats the bound and the measured values.
+        read: function that returns the measured value of a result: one number, or a dict of median and quartiles. It
+            raises KeyError if nothing was measured.
     """
 
     text: str

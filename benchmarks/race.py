@@ -1,7 +1,7 @@
 """The method of comparison: contestants alternate within rounds, and ratios are taken within rounds.
 
-A machine's speed drifts by far more than contestants differ, but little within a round. So each round gives one ratio
-for each pair, and the median of those stands for the pair.
+A machine's speed drifts by far more than contestants differ, but it drifts little within a round. Each round therefore
+gives one ratio for each pair of contestants, and the result for the pair is the median of its ratios.
 """
 
 import random
@@ -15,16 +15,22 @@ WARMUP_ROUNDS = 2
 
 
 class Race:
-    """Times the others in rounds, while pytest-benchmark times the first contestant at the end of each round."""
+    """Times contestants in rounds; pytest-benchmark times the first one at the end of each round.
+
+    Attributes:
+        rounds: number of timed rounds.
+        interruptions_per_s: how often per second other processes took a core from this one, as a measure of quiet.
+        samples: {name: ns in each timed round, or None for a round that the contestant left out}.
+    """
 
     def __init__(self, contestants: dict[str, Contestant], rounds: int, untimed_step: bool) -> None:
         """Sets up the race.
 
         Args:
-            contestants: the first of them is the one that the benchmark fixture times.
-            rounds: how many are timed.
-            untimed_step: each timed step follows one of the same contestant that is not, so that small tensors, and
-                the code, are in the caches as in a loop of steps.
+            contestants: {name: contestant}; the benchmark fixture times the first of them.
+            rounds: number of timed rounds.
+            untimed_step: whether an untimed step of the same contestant precedes each timed step, so that small tensors
+                and the code are in the caches, as in a loop of steps.
         """
         self.rounds = rounds
         self._first, *_ = contestants
@@ -32,8 +38,8 @@ class Race:
         self._untimed_step = untimed_step
         self._order = random.Random(0)
         self._round = -WARMUP_ROUNDS
-        self.interruptions_per_s = 0.0  # how often other processes took a core from this one: whether all was quiet
-        self.samples: dict[str, list[int | None]] = {name: [] for name in contestants}  # ns; None: took no part
+        self.interruptions_per_s = 0.0
+        self.samples: dict[str, list[int | None]] = {name: [] for name in contestants}
 
     def run(self, benchmark) -> None:
         """Runs all rounds through pytest-benchmark's fixture."""
@@ -66,11 +72,11 @@ class Race:
         return time.perf_counter_ns() - start
 
     def times(self) -> dict[str, dict[str, float]]:
-        """Returns {name: spread of its time in ns}."""
+        """Returns {name: spread of the contestant's time in ns}."""
         return {name: spread([s for s in samples if s is not None]) for name, samples in self.samples.items()}
 
     def ratios(self, name: str) -> dict[str, dict[str, float]]:
-        """Returns {other: spread of the time of `name` to that of the other, over the rounds both took part in}."""
+        """Returns {other: spread of the ratio of the time of `name` to the other's, in the rounds of both}."""
         ours = self.samples[name]
         pairs = {other: zip(ours, samples, strict=True) for other, samples in self.samples.items() if other != name}
         return {other: spread([a / b for a, b in pair if a and b]) for other, pair in pairs.items()}
@@ -81,6 +87,6 @@ def _interruptions() -> int:
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Returns median, quartiles and number of samples."""
+    """Returns median ("median"), quartiles ("q1", "q3") and number ("count") of samples."""
     quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     return {"q1": quartiles[0], "median": quartiles[1], "q3": quartiles[2], "count": len(samples)}

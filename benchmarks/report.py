@@ -1,7 +1,7 @@
 """Makes tables and a picture of a result: `python -m benchmarks.report RESULT.json`.
 
-Prints the tables and keeps them, the picture and the numbers behind them in benchmarks/results/ (or in --out FOLDER),
-named after the CPU.
+Prints the tables, and writes the tables, the picture and the raw numbers to benchmarks/results/ (or to --out FOLDER),
+in files that are named after the CPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from .promises import PROMISES, QUIET, Results
 
 
 def main() -> None:
-    """Reads the command line and writes everything."""
+    """Reads the command line, and writes tables, picture and numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="what `pytest benchmarks --benchmark-json=RESULT.json` wrote")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
@@ -40,7 +40,7 @@ def slug(results: Results) -> str:
 
 
 def machine_name(results: Results) -> str:
-    """Returns what a reader calls the machine; a brand alone says little where it names a whole line of products."""
+    """Returns the CPU's brand and number of cores; adds family and model to a brand without a number."""
     cpu = results.machine["cpu"]
     brand = cpu.get("brand_raw") or results.machine["machine"]
     if not re.search(r"\d", brand):
@@ -49,7 +49,7 @@ def machine_name(results: Results) -> str:
 
 
 def report(results: Results) -> str:
-    """Returns everything but the picture, as Markdown."""
+    """Returns the whole report except the picture, as Markdown."""
     native = results.machine["native"]
     parts = [
         "# Benchmark results",
@@ -66,7 +66,7 @@ def report(results: Results) -> str:
 
 
 def quietness(results: Results) -> str:
-    """Returns whether other processes disturbed the measurement, in a sentence."""
+    """Returns a sentence that says whether other processes disturbed the measurement."""
     counts = results.interruptions()
     if not counts:
         return "Whether other processes disturbed the measurement was not recorded."
@@ -75,7 +75,7 @@ def quietness(results: Results) -> str:
 
 
 def promises_table(results: Results) -> str:
-    """Returns the promises, measured and judged."""
+    """Returns the table of promises with measured values and verdicts, as Markdown."""
     rows = []
     for promise in PROMISES:
         try:

@@ -1,4 +1,4 @@
-"""Builds roof.cpp and calls it: what a step would take if it did nothing but move its bytes."""
+"""Builds and calls roof.cpp, which does nothing but move the bytes that a step moves: the roof of a step's speed."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ from childtune_fast.ops.packed_mask import BLOCK, PackedMask
 
 from .workloads import Workload
 
-PIECE = 32768  # weights that a thread takes at a time; whole blocks of a mask
+PIECE = 32768  # weights that a thread takes at a time; a multiple of a mask's block
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "roof.so")
         subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(binary), "-ldl", "-lpthread"], check=True)
-        return ctypes.CDLL(str(binary))  # stays loaded after its file is gone
+        return ctypes.CDLL(str(binary))  # stays loaded after its file is removed
 
 
 class _Piece(ctypes.Structure):
@@ -43,12 +43,13 @@ class _Piece(ctypes.Structure):
 
 
 def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable[[], None]:
-    """Returns a function that reads and writes what our step would; all values stay as they are.
+    """Returns a function that reads and writes the bytes of a ChildAdamW step and changes no value.
 
     Args:
-        work: the tensors, which must live as long as the function, as must `masks`.
-        masks: of a child network, one for each parameter, all float32: its state is the first values of the workload's
-            (default: None, plain AdamW).
+        work: the tensors. The caller must keep them, and `masks`, as long as it uses the function.
+        masks: the masks of a child network, one for each parameter. The parameters must then be float32, and the state
+            of the child network is the first values of the workload's state. None moves the bytes of plain AdamW
+            (default: None).
     """
     pieces, starts, filled = [], [0], 0
     for i, param in enumerate(work.params):
@@ -76,7 +77,7 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
 
 
 def _piece(work: Workload, i: int, mask: PackedMask | None, begin: int, count: int) -> _Piece:
-    """Weights `begin` to `begin + count` of parameter `i`, with their state."""
+    """Returns the weights `begin` to `begin + count` of parameter `i`, with their state."""
     first, end, bits = begin, begin + count, None
     if mask is not None:
         first, end = (int(mask.offsets[-(-at // BLOCK)]) for at in (begin, end))

@@ -1,4 +1,4 @@
-"""The choice of a child network among 302 M scores: ours, and the threshold as the published code finds it."""
+"""Contestants in choosing a child network among 302 M scores: ours, and the published code's search of a threshold."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,10 @@ SHAPE, TENSORS = (1024, 4096), 72
 
 
 def make_scores() -> ParameterList:
-    """Returns scores over many orders of magnitude, as Fisher scores are; as parameters, to be their own model."""
+    """Returns scores that span many orders of magnitude, as Fisher scores do.
+
+    They are parameters of a module, so that they also serve as the model.
+    """
     generator = torch.Generator().manual_seed(0)
     return ParameterList(
         Parameter(torch.randn(SHAPE, generator=generator).mul_(3).sub_(20).exp_()) for _ in range(TENSORS)
@@ -24,13 +27,13 @@ def make_scores() -> ParameterList:
 
 
 def ours(scores: ParameterList) -> ChildNetwork:
-    """Chooses the weights and packs their masks."""
+    """Returns the child network of the highest scores, masks included."""
     named = dict(scores.named_parameters())
     return ChildNetwork.from_scores(scores, named, reserve_p=RESERVE_P, maskable=lambda name: True)
 
 
 def percentile(scores: ParameterList) -> np.float32:
-    """Finds the threshold, and makes no mask yet."""
+    """Returns the threshold of the highest scores, as numpy finds it; makes no mask."""
     flat = np.concatenate([tensor.detach().view(-1).numpy() for tensor in scores])
     return np.percentile(flat, 100 * (1 - RESERVE_P))
 
@@ -39,9 +42,9 @@ CONTESTANTS = {"ours": ours, "percentile": percentile}
 
 
 def extra_memory(name: str) -> float:
-    """Returns how many bytes a contestant takes at its peak beside scores and masks; to be run in a process of its own.
+    """Returns the most bytes that a contestant takes beside scores and masks; NaN if the system cannot say.
 
-    NaN where the system does not tell.
+    It must run in a new process, because memory that was used before may be used again.
     """
     load.load_native()
     scores = make_scores()

@@ -1,4 +1,4 @@
-"""The tables of a report, as Markdown; one for each thing that was measured."""
+"""Makes the tables of a report, as Markdown, one for each group of benchmarks."""
 
 from .contestants import CHILD_TITLES, TITLES
 from .markdown import markdown
@@ -16,14 +16,14 @@ CHOICE_TITLES = {
 
 
 def measured(results: Results) -> list[str]:
-    """Returns the tables of what was measured, each under its heading."""
+    """Returns the tables of all benchmarks that were run, each under its heading."""
     times = (times_table(results, workload) for workload in WORKLOAD_TITLES)
     others = (fisher_table, child_table, choice_table, saving_table, memory_table)
     return [table for table in (*times, *(make(results) for make in others)) if table]
 
 
 def times_table(results: Results, workload: str) -> str:
-    """Returns the times of all contestants on a workload, and F's ratios to them; empty if nothing was measured."""
+    """Returns the table of all contestants' times on a workload and F's ratios to them; "" if nothing was measured."""
     columns = results.steps(workload)
     if not columns:
         return ""
@@ -40,19 +40,19 @@ def times_table(results: Results, workload: str) -> str:
 
 
 def time_per_unit(step: Record, workload: str, name: str) -> float:
-    """Returns a contestant's median time: ns per weight, or us per tensor on the tiny tensors."""
+    """Returns a contestant's median time: ns per weight for "bert-base", us per tensor for the tiny tensors."""
     nanoseconds = step["times_ns"][name]["median"]
     return nanoseconds / step["weights"] if workload == "bert-base" else nanoseconds / 1e3 / step["tensors"]
 
 
 def ratio_to(step: Record, name: str) -> str:
-    """Returns the ratio of F's time to that of `name`."""
+    """Returns the ratio of F's time to that of contestant `name`, as text; "" if there is none."""
     ratio = step["ratios"]["ours"].get(name)
     return f"{ratio['median']:.2g}" if ratio else ""
 
 
 def fisher_table(results: Results) -> str:
-    """Returns the times to accumulate squared gradients; empty if they were not measured."""
+    """Returns the table of times to accumulate squared gradients; "" if they were not measured."""
     measured = results.by_threads("fisher")
     if not measured:
         return ""
@@ -64,7 +64,7 @@ def fisher_table(results: Results) -> str:
 
 
 def child_table(results: Results) -> str:
-    """Returns the times of a step with a child network, and D's ratios to them; empty if they were not measured."""
+    """Returns the table of a step's times with a child network and D's ratios to them; "" if nothing was measured."""
     columns = results.by_threads("child_step")
     if not columns:
         return ""
@@ -82,7 +82,7 @@ def child_table(results: Results) -> str:
 
 
 def choice_table(results: Results) -> str:
-    """Returns what it takes to choose a child network; empty if the time was not measured."""
+    """Returns the table of time and memory to choose a child network; "" if the time was not measured."""
     noted = results.find("selection")
     if not noted:
         return ""
@@ -96,7 +96,7 @@ def choice_table(results: Results) -> str:
 
 
 def saving_table(results: Results) -> str:
-    """Returns what a child network saves beside time, in bytes per weight; empty if nothing of it was measured."""
+    """Returns the table of bytes per weight that a child network saves; "" if nothing of it was measured."""
     rows = []
     state, file = results.find("child_state"), results.find("delta_file")
     if state:
@@ -113,7 +113,7 @@ def saving_table(results: Results) -> str:
 
 
 def memory_table(results: Results) -> str:
-    """Returns what a step allocates; empty if it was not measured."""
+    """Returns the table of the memory that a step allocates; "" if it was not measured."""
     cost = results.find("memory_of_a_step")
     if not cost:
         return ""

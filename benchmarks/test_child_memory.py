@@ -1,4 +1,4 @@
-"""What a child network saves: memory of the optimizer's state, size of the file that a fine-tuned model takes."""
+"""Measures what a child network saves: memory of the optimizer's state, and size of a fine-tuned model's file."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .workloads import LARGE, make_workload
 
 @dataclass
 class Trained:
-    """A model one step after its base, and what took the step."""
+    """A model one step after its base, with the child network and the optimizer of that step."""
 
     base: ParameterList
     model: ParameterList
@@ -24,7 +24,7 @@ class Trained:
 
     @property
     def weights(self) -> int:
-        """Number of weights in the model."""
+        """The number of weights in the model."""
         return sum(param.numel() for param in self.model)
 
 
@@ -61,14 +61,14 @@ def test_delta_file(benchmark, trained, tmp_path):
         ChildNetwork.apply_delta(delta, base)
     finally:
         for path in (delta, safetensors, pickled):
-            path.unlink(missing_ok=True)  # pytest would keep them for days
+            path.unlink(missing_ok=True)  # pytest would keep the large files for days
     assert all(map(torch.equal, base, model))
     full = min(sizes["full.safetensors"], sizes["full.pt"])
     benchmark.extra_info.update(weights=trained.weights, file_bytes=sizes, ratio=sizes["delta.safetensors"] / full)
 
 
 def _dense(trained):
-    """Returns torch's AdamW after a step on a copy of the base."""
+    """Returns a torch.optim.AdamW after a step on a copy of the base."""
     params = [Parameter(param.detach().clone()) for param in trained.base]
     for param, of_child in zip(params, trained.model, strict=True):
         param.grad = of_child.grad
@@ -82,5 +82,5 @@ def _states(optimizer):
 
 
 def _held(tensors):
-    """Returns the bytes of the tensors' memory, which counts once where several lie in it."""
+    """Returns the bytes of the tensors' memory; memory that several tensors share counts once."""
     return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())

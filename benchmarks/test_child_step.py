@@ -1,4 +1,4 @@
-"""The time of a step of Child-Tuning_D: random child networks against plain AdamW and the roof, in one process."""
+"""Measures the time of a step of Child-Tuning_D: random child networks, plain AdamW and the roof, in one process."""
 
 import os
 
@@ -26,7 +26,7 @@ def test_child_step(benchmark, rounds, quiet_process, threads):
         samples_ns=race.samples,
     )
     assert all(torch.isfinite(param).all() for param in work.params)
-    assert not any(_has_denormals(state) for state in (*work.exp_avgs, *work.exp_avg_sqs))  # some processors stumble
+    assert not any(_has_denormals(state) for state in (*work.exp_avgs, *work.exp_avg_sqs))  # they slow some CPUs down
 
 
 def _has_denormals(tensor):

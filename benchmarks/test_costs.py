@@ -1,4 +1,4 @@
-"""What else the library costs: memory of a step, Python around the compiled call, import, just-in-time build."""
+"""Measures other costs: memory of a step, Python around the compiled call, import, just-in-time build."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from .costs import (
 from .race import spread
 from .workloads import WORKLOADS, make_workload
 
-SINGLES = 1000  # parameters of one element each: a step of theirs is overhead only
+SINGLES = 1000  # number of parameters of one element each, whose step is almost only overhead
 
 
 def test_memory_of_a_step(benchmark, rounds, quiet_process):
@@ -38,7 +38,7 @@ def test_memory_of_a_step(benchmark, rounds, quiet_process):
 
 
 def test_python_overhead(benchmark, monkeypatch, rounds, quiet_process):
-    """A step's time less that of the compiled call inside it."""
+    """Measures the time of a step minus that of the compiled call inside it."""
     torch.set_num_threads(1)
     step = make_contestants(make_workload([(1,)] * SINGLES, torch.float32))["ours"].step
     native = load.load_native()
@@ -56,11 +56,11 @@ def test_python_overhead(benchmark, monkeypatch, rounds, quiet_process):
 
 
 def test_import_in_a_new_process(benchmark, rounds):
-    """The fixture's time is that of the whole process; what is promised is `milliseconds`."""
+    """Measures the import in `milliseconds`, on which the promise is; the fixture times the whole process."""
     samples = []
 
     def process():
-        keep = {"PYTHONDONTWRITEBYTECODE": ""}  # as an installed package: the warm-up round compiles, once
+        keep = {"PYTHONDONTWRITEBYTECODE": ""}  # the warm-up round writes bytecode, which an installed package has
         samples.append(1e3 * seconds_in_new_process("import torch", "import childtune_fast", **keep))
 
     benchmark.pedantic(process, rounds=rounds(7), warmup_rounds=1)
@@ -68,7 +68,7 @@ def test_import_in_a_new_process(benchmark, rounds):
 
 
 def test_cold_build_in_a_new_process(benchmark, rounds, tmp_path):
-    """Builds just in time in an empty cache folder, as the first step of a user without a prebuilt binary does."""
+    """Measures a just-in-time build in an empty cache folder, as a user without a prebuilt binary sees it."""
     samples = []
     folders = (tmp_path / str(i) for i in itertools.count())
 

@@ -1,4 +1,4 @@
-"""The time and the memory to choose a child network among many scores: ours against numpy's percentile."""
+"""Measures time and memory to choose a child network among many scores: our selection and numpy's percentile."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def test_selection(benchmark, rounds, quiet_process):
 
 
 def test_selection_memory(benchmark):
-    """The fixture's time is that of the processes; what is promised is `extra_bytes`."""
+    """Measures the memory in `extra_bytes`, on which the promise is; the fixture times the processes."""
     found = {}
 
     def processes():

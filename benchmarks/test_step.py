@@ -1,4 +1,4 @@
-"""The time of a step: ours against torch's AdamW, the naive published code and the roof, in one process."""
+"""Measures the time of a step: ChildAdamW, torch's AdamW, the naive published code and the roof, in one process."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Fine-tuning as a whole on a GPU: tokens per second and peak memory of a model of BERT-large's size, random weights.
+"""Measures fine-tuning as a whole on a GPU: tokens per second and peak memory of a BERT-large with random weights.
 
-Contestants cannot share memory here, for that is what is measured: each trains in turn, alone, and all do so twice. A
-step is forward, backward and the optimizer's, in bfloat16 autocast on float32 weights.
+Contestants cannot share memory, because memory is measured. Each trains alone, one after the other, twice. A step is
+the forward pass, the backward pass and the optimizer's step, in bfloat16 autocast on float32 weights.
 """
 
 import gc
@@ -36,7 +36,7 @@ CONTESTANTS: dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]] = {
 
 
 def measure(clock: Clock, device: str, steps: int, scale: int) -> dict:
-    """Returns {contestant: milliseconds of its steps, and peak bytes}, and how many tokens a step has."""
+    """Returns the number of tokens in a step, and the milliseconds of each contestant's steps with its peak bytes."""
     batch = max(BATCH // scale, 1)
     data = {"tokens": batch * LENGTH, "contestants": {name: {"ms": []} for name in CONTESTANTS}}
     for _ in range(REPETITIONS):
@@ -80,7 +80,7 @@ def _train(make_optimizer, clock: Clock, device: str, steps: int, batch: int, sc
 
 
 def table(data: dict) -> str:
-    """Returns the table."""
+    """Returns the table of all contestants, as Markdown."""
     rows = []
     for name, noted in data["contestants"].items():
         times = spread(noted["ms"])

@@ -1,4 +1,4 @@
-"""What a step works on: BERT-base's tensors, a thousand tiny ones, or large ones; all contestants on one memory."""
+"""The tensors that a step works on: BERT's, a thousand tiny ones, or large ones; all contestants share them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bert_shapes(hidden: int, layers: int) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of transformers' `BertModel`, in its order."""
+    """Returns the shapes of the parameters of transformers' `BertModel`, in its order."""
     inner, vocabulary, positions = 4 * hidden, 30522, 512
     dense, norm = [(hidden, hidden), (hidden,)], [(hidden,), (hidden,)]
     embeddings = [(vocabulary, hidden), (positions, hidden), (2, hidden), *norm]
@@ -29,10 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Workload:
-    """Parameters, fixed gradients and optimizer states. The lists run in parallel.
+    """Parameters, fixed gradients and optimizer states: entry `i` of each list belongs to the same parameter.
 
-    All contestants use these very tensors, so that none has a luckier placement in memory. There is a second pair of
-    states where peers keep them in another dtype than ours: theirs has the parameter's dtype, ours is float32.
+    All contestants use the same tensors, so that none has a better placement in memory. torch's optimizers keep their
+    state in the parameter's dtype and ChildAdamW keeps float32. Where the two differ, the peers have a second pair of
+    states.
     """
 
     params: list[Tensor]
@@ -44,7 +45,7 @@ class Workload:
 
     @property
     def weights(self) -> int:
-        """Number of weights in all parameters."""
+        """The number of weights in all parameters."""
         return sum(param.numel() for param in self.params)
 
     @property
@@ -54,7 +55,7 @@ class Workload:
 
 
 def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> Workload:
-    """Returns tensors of pretrained magnitude: weights of 0.02, gradients of 0.001, empty states."""
+    """Returns tensors of pretrained magnitude: weights of about 0.02, gradients of about 0.001, and states of zeros."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: tuple[int, ...], scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a bug report needs: `python -m childtune_fast` prints it and checks the native backend against pure torch."""
+"""`python -m childtune_fast` prints the facts for a bug report and checks the native backend against pure torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from .native import build, gpu, load
 
-SIZES = (1, 127, 128, 129, 4097)  # of the parameters in the self-check: a mask block is 128 elements
+SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
 
 
 def main() -> int:
-    """Prints the report; returns 1 if the self-check fails, 2 if an environment variable is wrong, else 0."""
+    """Prints the report; returns 1 if the self-check fails, 2 if an environment variable is invalid, else 0."""
     try:
         native = load.find_native()
         served = list(_devices(native))
@@ -34,12 +34,16 @@ def main() -> int:
 
 
 def self_check(native: load.Native) -> tuple[str, bool]:
-    """Takes the same steps with both backends; returns a sentence, and False if they differ by a single bit."""
+    """Takes the same steps with both backends and compares the weights.
+
+    Returns:
+        A sentence for the report, and False if a single bit differs or a step raises, else True.
+    """
     if native.module is None:
         return "skipped: there is no native backend to compare with pure torch", True
     try:
         ours, expected = _steps("native"), _steps("torch")
-    except Exception as error:  # a report must end with a line that says what happened
+    except Exception as error:  # the report must end with a line, whatever a step raises
         return f"FAILED: {type(error).__name__}: {error}", False
     differing = sum(
         int((a.view(torch.int32) != b.view(torch.int32)).sum()) for a, b in zip(ours, expected, strict=True)
@@ -56,7 +60,7 @@ def self_check(native: load.Native) -> tuple[str, bool]:
 
 
 def _steps(name: load.Backend) -> list[torch.Tensor]:
-    """Returns float32 parameters after a few steps with the named backend, from a fixed start: by F, then by D."""
+    """Returns float32 parameters after steps of mode F, then of mode D, with a backend, from fixed random numbers."""
     from . import ChildAdamW, ChildNetwork
 
     random = torch.Generator().manual_seed(0)
@@ -104,7 +108,7 @@ def _native(native: load.Native) -> Iterator[tuple[str, str]]:
 
 
 def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
-    """Says which backend serves which device when the code asks for "auto", and why."""
+    """Yields lines that say which backend serves each device if the code asks for "auto", and why."""
     asked = os.environ.get("CHILDTUNE_BACKEND")
     if asked:
         load.check(asked, "the environment variable CHILDTUNE_BACKEND")
@@ -124,7 +128,7 @@ def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
 
 
 def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
-    """Says which backend serves a GPU, and in which way its kernels are made."""
+    """Yields lines that say which backend serves a GPU, and in which way its kernels are made."""
     found = gpu.find(device)
     kernels = f"kernels {found.origin}" if found.kernels else "no kernels"
     if asked == "native":
@@ -136,7 +140,7 @@ def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _cpu_name() -> str:
-    """Returns the processor's name; Python alone knows only its architecture."""
+    """Returns the processor's name from Linux's /proc/cpuinfo, else what Python knows, such as its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

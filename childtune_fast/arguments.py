@@ -1,4 +1,4 @@
-"""What a public argument must be, and the sentence that a user gets if it is something else."""
+"""Checks of public arguments, which raise a sentence that says what was required and what was given."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 FilePath = str | os.PathLike[str]
-PLAIN_TENSORS = (Parameter, Tensor)  # A tensor of any other class may be a DTensor.
-Selector = str | re.Pattern[str] | Callable[[str], bool] | None  # Which parameters, by their names.
+PLAIN_TENSORS = (Parameter, Tensor)  # a tensor of any other class may be a DTensor
+Selector = str | re.Pattern[str] | Callable[[str], bool] | None  # selects parameters by their names
 
 
 def check_type(what: str, value: Any, kind: type | tuple[type, ...], noun: str) -> None:
-    """Raises TypeError unless `value` is an instance of `kind`; the sentence is "`what` must be `noun`"."""
+    """Raises TypeError, with the sentence "`what` must be `noun`", unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{what} must be {noun} (got {type(value).__name__})")
 
 
 def check_model(model: Any, what: str = "model") -> None:
-    """Raises TypeError unless `model` is a torch.nn.Module."""
+    """Raises TypeError unless `model` is a torch.nn.Module; the error calls the argument `what`."""
     check_type(what, model, nn.Module, "a torch.nn.Module")
 
 
@@ -46,7 +46,7 @@ def predicate(selector: Selector, what: str) -> Callable[[str], object]:
         what: the argument's name, with which an error begins.
 
     Raises:
-        ValueError: the string is no regular expression.
+        ValueError: the selector is a string, but no regular expression.
         TypeError: the selector is neither a string, nor a pattern, nor a function.
     """
     if isinstance(selector, (str, re.Pattern)):

@@ -1,7 +1,8 @@
-"""Fine-tunes a real transformer with AdamW and with ChildAdamW (F and D), and reports what it saw.
+"""Fine-tunes a real transformer with AdamW and with ChildAdamW (F and D), and reports the scores.
 
-Run `python -m examples.demo` for the comparison of all methods over three seeds: minutes on two cores, no network.
-Run `python -m examples.demo --quick` to see whether everything works: under a minute, and its scores mean nothing.
+Run `python -m examples.demo` to compare the methods over three seeds; it takes minutes on two cores and no network.
+Run `python -m examples.demo --quick` to see whether everything works; it takes under a minute, and its scores mean
+nothing.
 """
 
 import argparse
@@ -16,7 +17,7 @@ QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 
 
 def parse(arguments):
-    """Reads the command line; `--quick` changes the defaults listed in `QUICK` and overrides nothing that is given."""
+    """Returns the options on the command line; `--quick` sets the defaults in `QUICK`, which other options replace."""
     from benchmarks.finetune.methods import DEMO, METHODS, Settings
 
     parser = argparse.ArgumentParser(
@@ -46,7 +47,7 @@ def parse(arguments):
 
 
 def positive(kind, most=math.inf):
-    """Returns a converter of command-line text to a number of a kind, above 0 and at most `most`."""
+    """Returns a function that converts text to a number of the type `kind`, above 0 and at most `most`."""
 
     def convert(text):
         if not 0 < kind(text) <= most:
@@ -58,7 +59,7 @@ def positive(kind, most=math.inf):
 
 
 def prepare(options):
-    """Loads task and model, prints what they are, and returns the experiment and the model's name."""
+    """Loads and describes task and model, and returns the experiment and the model's name."""
     from benchmarks.finetune import data, methods, model, report, train
 
     device = model.find_device(options.device)
@@ -78,7 +79,7 @@ def prepare(options):
 
 
 def compare(experiment, methods, seeds):
-    """Runs every method with every seed, under a progress bar; returns the records of the runs."""
+    """Runs every method with every seed under a progress bar, and returns the records of the runs."""
     from tqdm import tqdm
 
     runs = []

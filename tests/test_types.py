@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = '''
+SCRIPT = """
 import torch
 from childtune_fast import ChildAdamW, ChildNetwork, FisherAccumulator, bernoulli_mask, estimate_fisher
 from childtune_fast.fisher import estimate_fisher as the_same
@@ -40,7 +40,7 @@ estimate_fisher(model, [], offload="disk")  # wrong
 the_same(model, [], parameters="weight")  # wrong
 FisherAccumulator(model, offload="disk")  # wrong
 number: int = ChildAdamW(model.parameters()).seed + "1"  # wrong
-'''
+"""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How a child network is chosen: which share of which scores, and what is required of them."""
+"""How a child network is chosen by scores, what is required of the scores, and random ones for an ablation."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
@@ -16,10 +16,17 @@ Scope = Literal["global", "tensor"]  # Among which weights the share is kept.
 
 
 def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest: bool = True) -> dict[str, PackedMask]:
-    """Returns masks of exactly the share `reserve_p` of all weights, or of each tensor's weights.
+    """Returns the masks of exactly the share `reserve_p` of all weights, or of each tensor's weights.
+
+    Args:
+        scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}.
+        reserve_p: share of the weights to choose, in (0, 1].
+        scope: "global" chooses among all weights together, "tensor" chooses the share in each tensor.
+        largest: whether the highest scores are chosen, or else the lowest (default: True).
 
     Raises:
-        ValueError, TypeError: as `ChildNetwork.from_scores` says.
+        ValueError: `reserve_p` or `scope` is out of its range, a score is NaN, or no weight would be chosen.
+        TypeError: `reserve_p` is no number, or a score has another dtype.
     """
     if isinstance(reserve_p, bool) or not isinstance(reserve_p, (int, float)):
         raise TypeError(f"reserve_p must be a float in (0, 1] (got {type(reserve_p).__name__})")
@@ -37,7 +44,7 @@ def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest
 
 
 def check_scores(scores: Mapping[str, Tensor], params: Mapping[str, Parameter], model: nn.Module) -> None:
-    """Raises unless `scores` are right for `model` and complete for `params`, its maskable parameters."""
+    """Raises unless every score fits a parameter of `model`, and every one of `params`, the maskable ones, has one."""
     check_tensors("scores", scores, dict(model.named_parameters()), (torch.float32, torch.bfloat16, torch.float16))
     missing = [name for name in params if name not in scores]
     if missing:
@@ -50,7 +57,18 @@ def check_scores(scores: Mapping[str, Tensor], params: Mapping[str, Parameter], 
 def check_tensors(
     what: str, tensors: Mapping[str, Tensor], params: Mapping[str, Parameter], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Raises if there is a tensor for no parameter, or one of another dtype or shape; `what` begins the sentence."""
+    """Raises unless each tensor has the name and shape of a parameter and one of the dtypes.
+
+    Args:
+        what: the argument's name, with which the error begins.
+        tensors: {parameter name: tensor}, the argument to check.
+        params: {parameter name: parameter}; tensors for only some of them are enough.
+        dtypes: the allowed dtypes of the tensors.
+
+    Raises:
+        ValueError: a name or a shape differs.
+        TypeError: `tensors` is no mapping, or a value is no tensor of an allowed dtype.
+    """
     check_type(what, tensors, Mapping, "a mapping from parameter names to tensors")
     for name, tensor in tensors.items():
         if name not in params:
@@ -70,7 +88,10 @@ def check_tensors(
 
 
 def random_scores(params: Mapping[str, Parameter], seed: int) -> dict[str, Tensor]:
-    """Returns 24 random bits per weight, as float32: of the raw Philox stream, which numpy promises not to change."""
+    """Returns a float32 score for each weight, 24 random bits that float32 holds exactly.
+
+    They come from numpy's raw Philox stream, which numpy promises to keep the same in every version.
+    """
     generator = np.random.Philox(key=check_seed(seed))
     scores = {}
     for name, param in params.items():

@@ -1,8 +1,9 @@
 """Delta files: what turns a base model into the fine-tuned one, and nothing that the base has already.
 
-For each masked parameter: the mask, and the child network's values in the parameter's dtype. Other parameters and
-buffers: in full if they differ from the base's or it has none, else not at all. For every value that is left out, the
-description has a digest of the base's, so that a delta is not applied to anything else.
+For each masked parameter, the file holds the mask and the child network's values in the parameter's dtype. Another
+parameter or buffer is stored in full if it differs from the base's or the base lacks it, else it is left out. For every
+tensor of which values are left out, the description holds a digest of the base's values, so that a delta cannot be
+applied to another base.
 """
 
 import os
@@ -25,7 +26,14 @@ def save(
     model: nn.Module,
     base: nn.Module | Mapping[str, Tensor],
 ) -> None:
-    """Writes what turns `base` into `model`; see `ChildNetwork.save_delta`."""
+    """Writes what turns `base` into `model`, as `ChildNetwork.save_delta` documents.
+
+    Args:
+        path: the file to write.
+        packed: {parameter name: mask} of the child network.
+        model: the fine-tuned model.
+        base: the model before fine-tuning, or its state dict.
+    """
     tuned = _tensors(model)
     before = base.state_dict() if isinstance(base, nn.Module) else base
     _check_outside(packed, tuned, before)
@@ -46,7 +54,7 @@ def save(
 
 
 def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
-    """Turns a base model into the fine-tuned one and returns the masks; see `ChildNetwork.apply_delta`."""
+    """Turns a base model into the fine-tuned one, as `ChildNetwork.apply_delta` documents; returns {name: mask}."""
     contents, description = files.read(path, _KIND)
     shapes = description["shapes"]
     tensors = _tensors(base_model)
@@ -68,14 +76,14 @@ def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and saved buffers of a model by name, tied ones once."""
+    """Returns the parameters and saved buffers of a model by name, each tied one once."""
     saved = model.state_dict(keep_vars=True)
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if name in saved}
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if a masked parameter is not like the base's, or a weight outside the child network moved."""
+    """Raises ValueError if a masked parameter's shape or dtype differs from the base's, or a weight outside changed."""
     moved = {}
     for name, mask in packed.items():
         for what, tensors in (("model", tuned), ("base", base)):
@@ -101,7 +109,7 @@ def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor]
 
 
 def _moved_outside(mask: PackedMask, tuned: Tensor, base: Tensor) -> int:
-    """How many weights outside the child network differ from the base, as bits."""
+    """Returns how many weights outside the child network differ from the base's in any bit."""
     differs = files.raw(tuned) != files.raw(base)
     outside = ~mask.unpack().cpu().reshape(-1)
     return int((differs.view(tuned.numel(), tuned.element_size()).any(dim=1) & outside).sum())

@@ -1,7 +1,8 @@
 """Files of child networks and deltas: safetensors files with a description, written whole or not at all.
 
 A file's metadata holds its kind, a description in JSON, and a SHA-256 of the description and of every tensor with its
-name, dtype and shape, by which damaged and foreign files are refused. Any safetensors reader can open it.
+name, dtype and shape. Reading compares that digest, and so refuses damaged and foreign files. Any safetensors reader
+can open the file.
 
 The file of a child network holds each mask's bits by parameter name; its description has shapes and fingerprint.
 """
@@ -35,10 +36,16 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Writes a file beside `path` and renames it, so that there is never half of one.
+    """Writes a file beside `path` and renames it, so that `path` never holds a part of a file.
+
+    Args:
+        path: the file to write; an existing one is replaced.
+        kind: the kind of file, which `read` requires.
+        tensors: {name: tensor}, on any devices.
+        description: what else to store, such as shapes; JSON must be able to hold it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -48,7 +55,7 @@ def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(unfinished, "wb"):
-            pass  # safetensors has errors of its own for a folder that is not there, or may not be written
+            pass  # raises the usual OSError for a missing or read-only folder; safetensors would raise its own error
         save_file(contents, unfinished, metadata)
         os.replace(unfinished, path)
     finally:
@@ -56,16 +63,16 @@ def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description:
 
 
 def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors and the description of a file that `write` made, in memory of their own.
+    """Returns the tensors, on the CPU and in memory of their own, and the description of a file that `write` made.
 
     Raises:
         ValueError: the file is damaged, or of another kind.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
     with open(path, "rb"):
-        pass  # safetensors has errors of its own for a path that is no file, or may not be read
+        pass  # raises the usual OSError for a missing or unreadable file; safetensors would raise its own error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -86,7 +93,7 @@ def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor in a storage of its own; safetensors refuses tensors that share one."""
+    """Returns the tensor in a storage of its own, because safetensors refuses tensors that share one."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -100,17 +107,18 @@ def _metadata(kind: str, description: str, tensors: Mapping[str, Tensor]) -> dic
 
 
 def save_masks(path: FilePath, packed: Mapping[str, PackedMask]) -> None:
-    """Writes masks by parameter name."""
+    """Writes the masks of a child network, {parameter name: mask}; raises OSError if the file cannot be written."""
     bits = {name: mask.bits for name, mask in packed.items()}
     shapes = {name: mask.shape for name, mask in packed.items()}
     write(path, _CHILD, bits, {"shapes": shapes, "fingerprint": fingerprint(packed.values())})
 
 
 def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
-    """Reads masks for a model that has parameters `params`.
+    """Returns the masks in a file, {parameter name: mask}, for a model that has the parameters `params`.
 
     Raises:
         ValueError: the file is damaged, of another kind, or for other parameters.
+        OSError: the file cannot be read.
     """
     bits, description = read(path, _CHILD)
     shapes = description["shapes"]
@@ -122,7 +130,7 @@ def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, Packed
 
 
 def check_shapes(path: FilePath, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the model has, among `tensors`, one of each name and shape that the file speaks of."""
+    """Raises ValueError unless the model's `tensors` include one of each name and shape in the file's `shapes`."""
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
             got = f"one of shape {tuple(tensors[name].shape)}" if name in tensors else "none of that name"

@@ -1,7 +1,8 @@
 """Which parameters a child network is chosen in: by default the weights of the repeated blocks, found by structure.
 
-The paper masks a transformer's layers and trains embeddings and head in full. Names of layers differ from family to
-family ("layer", "h", "block", "layers"); that they are a list of modules which have modules themselves does not.
+The paper masks a transformer's layers and trains embeddings and head in full. The names of layers differ between
+families of models ("layer", "h", "block", "layers"). All families keep their layers in a list of modules that contain
+modules themselves, and the search relies on that.
 """
 
 import re
@@ -12,8 +13,8 @@ from torch.nn import Parameter
 
 from ..arguments import Selector, check_model, predicate
 
-_LEAST_SHARE = 0.1  # of the trainable weights, that the blocks found must hold
-_HEAD_NAMES = re.compile(  # first or any later part of a name, in transformers and in common code
+_LEAST_SHARE = 0.1  # the share of the trainable weights that the found blocks must hold
+_HEAD_NAMES = re.compile(  # matches the first or a later part of a name; heads in transformers and in common code
     r"(^|\.)(\w*classifier|classification_head|score|qa_outputs|lm_head|cls|head|heads|fc|logits_proj|"
     r"\w+_predictions|vocab_projector)(\.|$)"
 )
@@ -23,12 +24,13 @@ def maskable_parameters(model: nn.Module, maskable: Selector = None) -> dict[str
     """Returns the trainable parameters that a child network is chosen in, by name, each tied one once.
 
     Args:
-        model: any module.
-        maskable: a predicate or a regex (`re.search`) over parameter names; None takes the repeated blocks.
+        model: the module whose parameters are selected.
+        maskable: a predicate over names, or a regular expression that is searched in them; None takes the parameters
+            of the repeated blocks (default: None).
 
     Raises:
-        ValueError: nothing is left, or the repeated blocks hold under a tenth of the trainable weights.
-        TypeError: `maskable` is of another kind.
+        ValueError: no weights are selected, or the repeated blocks hold under a tenth of the trainable weights.
+        TypeError: `model` is no module, or `maskable` is neither a string, nor a pattern, nor a function.
     """
     check_model(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -51,9 +53,10 @@ def maskable_parameters(model: nn.Module, maskable: Selector = None) -> dict[str
 def block_lists(model: nn.Module) -> list[str]:
     """Returns the names of the outermost lists of repeated blocks, such as "bert.encoder.layer".
 
-    Such a list is a ModuleList, or a Sequential of several, whose members have modules with parameters themselves, and
-    of which two are of one class. A list of whole models, with embeddings and repeated blocks inside, is none; nor is a
-    list with a head's name, or of plain perceptrons.
+    Such a list is a ModuleList or a Sequential whose members all contain modules with parameters. At least two members
+    must be of the same class, except in a ModuleList of one member. Three kinds of lists do not count: a list of whole
+    models, which have embeddings and repeated blocks inside; a list with the name of a head; and a list of plain
+    perceptrons.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -70,9 +73,9 @@ def _is_block_list(module: nn.Module) -> bool:
     if not members or not all(map(_is_composite, members)):
         return False
     if all(isinstance(member, nn.Sequential) and not any(map(_is_composite, member)) for member in members):
-        return False  # small perceptrons, as heads for several tasks are
+        return False  # small perceptrons, as in the heads of a model for several tasks
     if len(members) == 1:
-        return isinstance(module, nn.ModuleList)  # a model of one layer, or one layer that is used again and again
+        return isinstance(module, nn.ModuleList)  # a model with one layer, or with one layer that it applies repeatedly
     return len({type(member) for member in members}) < len(members)
 
 
@@ -92,17 +95,18 @@ def head_parameters(model: nn.Module, head: Selector = None) -> dict[str, Parame
     """Returns the trainable parameters of the task head, by name.
 
     Args:
-        model: any module.
-        head: a predicate or a regex (`re.search`) over parameter names; None takes what a transformers model has beside
-            its base model, else names that heads commonly have, outside the repeated blocks.
+        model: the module whose parameters are selected.
+        head: a predicate over names, or a regular expression that is searched in them; None takes the parameters that a
+            transformers model has beside its base model, and in other models those outside the repeated blocks with
+            names that heads commonly have (default: None).
 
     Raises:
-        ValueError: nothing is found, or nothing else is left.
-        TypeError: `head` is of another kind.
+        ValueError: no trainable parameter is in the head, or all are.
+        TypeError: `model` is no module, or `head` is neither a string, nor a pattern, nor a function.
     """
     check_model(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)  # as transformers names it
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)  # transformers' attribute
     if head is None and isinstance(base, nn.Module):
         of_base = {id(param) for param in base.parameters()}
         found = {name: param for name, param in trainable.items() if id(param) not in of_base}
@@ -131,7 +135,7 @@ def _no_blocks(model: nn.Module, chosen: dict[str, Parameter], trainable: dict[s
 
 
 def _candidates(model: nn.Module, trainable: dict[str, Parameter]) -> str:
-    """The largest modules near the root, with their shares of the trainable weights."""
+    """Returns the names of the largest modules near the root, with their shares of the trainable weights, as text."""
     total = max(_size(trainable.values()), 1)
     shares = {}
     for name, module in model.named_modules():

@@ -22,19 +22,17 @@ if TYPE_CHECKING:
 class ChildNetwork:
     """The child network of Child-Tuning_D (Xu, Luo et al., EMNLP 2021, section 2.3): a mask for some parameters.
 
-    Made by `from_scores`, `lowest`, `random`, `from_masks`, `head_only`, `load` or `apply_delta`, and not changed
-    afterwards. Parameters that it has no mask for train in full.
+    It is made by `from_scores`, `lowest`, `random`, `from_masks`, `head_only`, `load` or `apply_delta`, and does not
+    change afterwards. Parameters without a mask are trained in full.
 
     Attributes:
-        packed: the masks by parameter name, one bit per weight.
+        packed: {parameter name: PackedMask}, one bit per weight, on the device where the parameter was.
     """
 
     def __init__(self, packed: Mapping[str, PackedMask], params: Mapping[str, Parameter]) -> None:
-        """Takes masks by name, and the parameters of these names, which it recognises but does not keep alive."""
+        """Holds the masks `packed`, by name, and weak references to the masked ones of `params`, by name."""
         self.packed = {name: mask.to(params[name].device) for name, mask in packed.items()}
         self._names = {id(params[name]): (weakref.ref(params[name]), name) for name in packed}
-
-    # ---- How one is made -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_scores(
@@ -46,25 +44,26 @@ class ChildNetwork:
         scope: Scope = "global",
         maskable: Selector = None,
     ) -> "ChildNetwork":
-        """Keeps exactly `round(reserve_p * n)` of the n maskable weights: those with the highest scores.
+        """Returns the child network of exactly `round(reserve_p * n)` of n maskable weights: the highest scores.
 
-        Ties go to the lower index, by the order of `model.named_parameters()`. Parameters that do not require a
-        gradient are left out, and tied ones count once.
+        Of equal scores, the one of the earlier parameter in `model.named_parameters()` is kept, then the one of the
+        lower flat index. Parameters that do not require a gradient are left out, and tied ones count once.
 
         Args:
-            model: whose weights are chosen.
-            scores: by parameter name, float32, bfloat16 or float16 tensors of the parameters' shapes, such as
-                `estimate_fisher` returns. Scores of parameters that are not maskable are not used.
+            model: torch.nn.Module whose weights are chosen.
+            scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}, such as
+                `estimate_fisher` returns; every maskable parameter needs one, and those of others are not used.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
-            scope: "global" chooses among all maskable weights together; "tensor" keeps that share of each tensor
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
                 (default: "global").
-            maskable: a predicate or a regex (`re.search`) over parameter names; None takes the weights of the repeated
-                transformer blocks and leaves embeddings and head to be trained in full, as the paper did.
+            maskable: selects the maskable parameters: a predicate over names, or a regular expression that is searched
+                in them; None takes the weights of the repeated transformer blocks, so that embeddings and head are
+                trained in full, as in the paper (default: None).
 
         Raises:
             ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; an
                 argument is out of its range; no maskable weights are found, or none would be kept.
-            TypeError: scores are no tensors of these dtypes.
+            TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
         params = maskable_parameters(model, maskable)
         check_scores(scores, params, model)
@@ -80,7 +79,19 @@ class ChildNetwork:
         scope: Scope = "global",
         maskable: Selector = None,
     ) -> "ChildNetwork":
-        """Keeps the lowest scores instead of the highest (the paper's ablation); else as `from_scores`."""
+        """Returns the child network of exactly `round(reserve_p * n)` of n maskable weights: the lowest scores.
+
+        This is the paper's ablation. Ties, `maskable` and errors are as in `from_scores`.
+
+        Args:
+            model: torch.nn.Module whose weights are chosen.
+            scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}.
+            reserve_p: share of the maskable weights that is kept, in (0, 1].
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
+                (default: "global").
+            maskable: a predicate or a regular expression over parameter names; None takes the weights of the repeated
+                transformer blocks (default: None).
+        """
         params = maskable_parameters(model, maskable)
         check_scores(scores, params, model)
         return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=False), params)
@@ -89,32 +100,38 @@ class ChildNetwork:
     def random(
         cls, model: nn.Module, *, reserve_p: float, seed: int, scope: Scope = "global", maskable: Selector = None
     ) -> "ChildNetwork":
-        """Keeps exactly `round(reserve_p * n)` maskable weights at random (the paper's ablation).
+        """Returns a child network of exactly `round(reserve_p * n)` of n maskable weights, chosen at random.
 
-        The same on every machine, and independent of torch's random state. Takes 4 bytes of temporary memory for each
-        maskable weight.
+        This is the paper's ablation. The choice is the same on every machine and independent of torch's random state.
+        It takes 4 bytes of temporary memory for each maskable weight.
 
         Args:
-            model: whose weights are chosen.
+            model: torch.nn.Module whose weights are chosen.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
-            seed: an integer of 64 bits.
-            scope: as in `from_scores` (default: "global").
-            maskable: as in `from_scores` (default: None).
+            seed: integer of 64 bits that determines the choice.
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
+                (default: "global").
+            maskable: a predicate or a regular expression over parameter names; None takes the weights of the repeated
+                transformer blocks (default: None).
+
+        Raises:
+            ValueError: an argument is out of its range; no maskable weights are found, or none would be kept.
+            TypeError: `model`, `reserve_p`, `seed` or `maskable` is of another type.
         """
         params = maskable_parameters(model, maskable)
         return cls(choose(random_scores(params, seed), reserve_p, scope), params)
 
     @classmethod
     def from_masks(cls, model: nn.Module, masks: Mapping[str, Tensor]) -> "ChildNetwork":
-        """Takes given masks, for any parameters.
+        """Returns the child network of given masks, which may be for any parameters.
 
         Args:
-            model: that has these parameters.
-            masks: by parameter name, bool tensors of the parameters' shapes; True is in the child network.
+            model: torch.nn.Module that has the masked parameters.
+            masks: {parameter name: bool tensor of the parameter's shape}; True puts a weight into the child network.
 
         Raises:
-            ValueError: a name or shape that the model does not have.
-            TypeError: a mask is no bool tensor.
+            ValueError: a mask has a name or a shape that the model's parameters do not have.
+            TypeError: `model` is no module, or a mask is no bool tensor.
         """
         check_model(model)
         params = dict(model.named_parameters())
@@ -123,33 +140,33 @@ class ChildNetwork:
 
     @classmethod
     def head_only(cls, model: nn.Module, head: Selector = None) -> "ChildNetwork":
-        """Trains the head in full and nothing else: the frozen feature extractor.
+        """Returns the child network that trains the head in full and nothing else: a frozen feature extractor.
 
         Args:
-            model: any module.
-            head: a predicate or a regex (`re.search`) over parameter names; None takes what a transformers model has
-                beside its base model, else names that heads commonly have.
+            model: torch.nn.Module with a task head.
+            head: selects the head's parameters: a predicate over names, or a regular expression that is searched in
+                them; None takes the parameters that a transformers model has beside its base model, and in other models
+                those with names that heads commonly have (default: None).
 
         Raises:
-            ValueError: no head is found, or nothing else is left.
+            ValueError: no trainable parameter is in the head, or all are.
+            TypeError: `model` is no module, or `head` is of another type.
         """
         of_head = head_parameters(model, head)
         params = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in of_head}
         empty = {n: torch.zeros(packed_size(p.numel()), dtype=torch.uint8) for n, p in params.items()}
         return cls({name: PackedMask(params[name].shape, bits) for name, bits in empty.items()}, params)
 
-    # ---- What it holds ---------------------------------------------------------------------------------------------
-
     def mask_of(self, param: Tensor, name: str | None = None) -> PackedMask | None:
-        """Returns the mask of a parameter, on its device; None if it is to be trained in full.
+        """Returns the PackedMask of a parameter, on the parameter's device; None if it is trained in full.
 
         Args:
-            param: recognised by identity if the child network was made for the model that it belongs to.
-            name: of the parameter, by which any other is recognised.
+            param: the parameter, recognised by identity if it is of the model that the child network was made for.
+            name: the parameter's name in its model, by which every other parameter is recognised (default: None).
 
         Raises:
-            ValueError: the mask of that name has another shape, as where parameters were flattened or sharded; or there
-                is no name, and this is a copy, which knows parameters by name only.
+            ValueError: the mask called `name` has another shape, as happens after parameters are flattened or sharded;
+                or `name` is None, and this is a copied child network, which knows parameters by name only.
         """
         known = self._names.get(id(param))
         if known is not None and known[0]() is param:
@@ -168,20 +185,20 @@ class ChildNetwork:
         return None if mask is None else mask.to(param.device)
 
     def masks(self) -> dict[str, Tensor]:
-        """Returns the masks as bool tensors of the parameters' shapes, by name; True is in the child network."""
+        """Returns {parameter name: bool tensor of the parameter's shape}; True marks the child network's weights."""
         return {name: mask.unpack() for name, mask in self.packed.items()}
 
     @property
     def fingerprint(self) -> str:
-        """A SHA-256, in hexadecimal, of all masks and their shapes, whatever their names."""
+        """The SHA-256, in hexadecimal, of all masks and their shapes; parameter names and order do not matter."""
         return fingerprint(self.packed.values())
 
     def summary(self) -> Summary:
-        """Returns the density per tensor and per kind of module, in rows; `print` shows a table."""
+        """Returns the density of each tensor and of each kind of module; printed, it is a table."""
         return summarize(self.packed)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the density by layer and kind of module, and returns the matplotlib Axes; `ax` is drawn on, if given.
+        """Draws the density by layer and kind of module on matplotlib Axes, by default new ones, and returns them.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -193,26 +210,24 @@ class ChildNetwork:
         return f"ChildNetwork({count:,} of {numel:,} weights, in {len(self.packed)} tensors)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"packed": self.packed, "_names": {}}  # a copy recognises parameters by name
-
-    # ---- Sets ------------------------------------------------------------------------------------------------------
+        return {"packed": self.packed, "_names": {}}  # weak references cannot be copied: a copy goes by names
 
     def overlap(self, other: "ChildNetwork") -> float:
-        """Returns the weights in both child networks as a share of the smaller one's; 0 if that is empty.
+        """Returns how many weights are in both, as a share of the smaller child network; 0 if that is empty.
 
         Raises:
-            ValueError: they do not mask the same parameters.
+            ValueError: the two child networks do not mask parameters of the same names and shapes.
         """
         both = sum(mask.count for mask in self.intersection(other).packed.values())
         smaller = min(sum(mask.count for mask in child.packed.values()) for child in (self, other))
         return both / smaller if smaller else 0.0
 
     def union(self, other: "ChildNetwork") -> "ChildNetwork":
-        """Returns the child network of the weights in either; raises as `overlap` does."""
+        """Returns the child network of the weights in either; ValueError unless both mask the same parameters."""
         return self._combined(other, torch.bitwise_or)
 
     def intersection(self, other: "ChildNetwork") -> "ChildNetwork":
-        """Returns the child network of the weights in both; raises as `overlap` does."""
+        """Returns the child network of the weights in both; ValueError unless both mask the same parameters."""
         return self._combined(other, torch.bitwise_and)
 
     def _combined(self, other: "ChildNetwork", operation: Callable[[Tensor, Tensor], Tensor]) -> "ChildNetwork":
@@ -231,38 +246,37 @@ class ChildNetwork:
         combined._names = dict(self._names)
         return combined
 
-    # ---- Files -----------------------------------------------------------------------------------------------------
-
     def save(self, path: FilePath) -> None:
-        """Writes the masks to a safetensors file, all of it or nothing."""
+        """Writes the masks to a safetensors file at `path`; an OSError leaves what was there before."""
         files.save_masks(path, self.packed)
 
     @classmethod
     def load(cls, path: FilePath, model: nn.Module) -> "ChildNetwork":
-        """Reads what `save` wrote.
+        """Returns the child network that `save` wrote to `path`, for a `model` of the same parameter names and shapes.
 
         Raises:
             ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         check_model(model)
         params = dict(model.named_parameters())
         return cls(files.load_masks(path, params), params)
 
     def save_delta(self, path: FilePath, model: nn.Module, base: nn.Module | Mapping[str, Tensor]) -> None:
-        """Writes what turns `base` into `model`, to a safetensors file, all of it or nothing.
+        """Writes what turns `base` into `model` to a safetensors file, the whole file or, on an error, nothing.
 
-        That is the masks, the child network's values, and whatever other parameters and buffers differ from the base's
-        or are not in it, in full.
+        The file holds the masks, the child network's values, and in full every other parameter and buffer that differs
+        from the base's or that the base does not have.
 
         Args:
-            path: of the file.
-            model: fine-tuned with this child network.
-            base: the model before, or its state dict.
+            path: the file to write; an existing one is replaced.
+            model: torch.nn.Module that was fine-tuned with this child network.
+            base: the module before fine-tuning, or its state dict.
 
         Raises:
             ValueError: a weight outside the child network is not the base's, bit for bit; or names, shapes or dtypes of
                 masked parameters differ.
+            OSError: the file cannot be written.
         """
         check_model(model)
         check_type("base", base, (nn.Module, Mapping), "a torch.nn.Module or its state dict")
@@ -270,11 +284,11 @@ class ChildNetwork:
 
     @classmethod
     def apply_delta(cls, path: FilePath, base_model: nn.Module) -> "ChildNetwork":
-        """Turns a base model into the fine-tuned one that `save_delta` saw, bit for bit, and returns the child network.
+        """Turns a base model into the fine-tuned one, bit for bit, and returns the child network.
 
         Args:
-            path: of the file.
-            base_model: has the base's values wherever the file holds none, and is written to.
+            path: the file that `save_delta` wrote.
+            base_model: torch.nn.Module with the base's values wherever the file holds none; it is written in place.
 
         Raises:
             ValueError: the file is damaged or of another kind, or the model is not the base. Nothing is written then.

@@ -1,4 +1,4 @@
-"""What a child network looks like: its density per tensor and per kind of module, as a table and as a picture."""
+"""The report on a child network: its density in each tensor and each kind of module, as a table and as a picture."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,18 +11,19 @@ from ..ops.packed_mask import PackedMask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LAYER = re.compile(r"(?P<layer>(?:.*?\.)?\d+)\.(?P<kind>.+)\.[^.]+")  # the first number in a name is the layer's
+_LAYER = re.compile(r"(?P<layer>(?:.*?\.)?\d+)\.(?P<kind>.+)\.[^.]+")  # the first number in a name is that of the layer
 
 
 class Row(NamedTuple):
-    """One tensor, or all tensors of one kind.
+    """One line of a `Summary`: one masked parameter, or all masked parameters of one kind of module.
 
     Attributes:
-        name: of the parameter, or of the kind.
-        layer: the block that it is in, such as "bert.encoder.layer.3"; empty outside of blocks and for a kind.
-        kind: the module that it is in, within its block, such as "attention.self.query".
-        count: weights in the child network.
-        numel: weights.
+        name: name of the parameter, or of the kind of module.
+        layer: block that the parameter is in, such as "bert.encoder.layer.3"; "" for a parameter outside of blocks and
+            for a kind of module.
+        kind: name within its block of the module that the parameter is in, such as "attention.self.query".
+        count: number of weights that are in the child network.
+        numel: number of all weights.
     """
 
     name: str
@@ -33,16 +34,16 @@ class Row(NamedTuple):
 
     @property
     def density(self) -> float:
-        """The share of weights in the child network; 0 for an empty tensor."""
+        """The share of the weights that are in the child network, from 0 to 1; 0 if there are no weights."""
         return self.count / self.numel if self.numel else 0.0
 
 
 class Summary(NamedTuple):
-    """Density of a child network. As a string, a table by kind of module.
+    """The density of a child network; `str` and `print` show it as a table with a line for each kind of module.
 
     Attributes:
-        tensors: a row for each masked parameter, in the child network's order.
-        kinds: a row for each kind of module.
+        tensors: a Row for each masked parameter, in the child network's order.
+        kinds: a Row for each kind of module, in the order of their first parameters.
     """
 
     tensors: list[Row]
@@ -57,7 +58,7 @@ class Summary(NamedTuple):
 
 
 def summarize(packed: Mapping[str, PackedMask]) -> Summary:
-    """Returns the rows of all tensors, and those of all kinds."""
+    """Returns the summary of a child network with the masks `packed`, {parameter name: mask}."""
     rows = []
     for name, mask in packed.items():
         parts = _LAYER.fullmatch(name)
@@ -73,7 +74,11 @@ def _merged(name: str, rows: Iterable[Row]) -> Row:
 
 
 def plot_density(summary: Summary, ax: "Axes | None" = None) -> "Axes":
-    """Draws density by layer and kind of module; see `ChildNetwork.plot`."""
+    """Draws the density by layer and kind of module on `ax`, on new Axes if it is None, and returns the Axes.
+
+    Raises:
+        ImportError: `ax` is None, and matplotlib is not installed.
+    """
     if ax is None:
         try:
             from matplotlib import pyplot

@@ -24,8 +24,8 @@ class FisherAccumulator:
             fisher.update()
         child = ChildNetwork.from_scores(model, fisher.scores(), reserve_p=0.3)
 
-    The parameters that require a gradient when this is made are scored, tied ones once, by their first name.
-    docs/numerics.md says how exact the sums are.
+    The parameters that require a gradient when the accumulator is made are scored. A tied parameter is scored once,
+    under its first name. docs/numerics.md says how exact the sums are.
 
     Args:
         model: torch.nn.Module whose gradients are squared; float32, float64, bfloat16 or float16, on any devices.
@@ -119,7 +119,11 @@ class FisherAccumulator:
         self._sums.weight += other._sums.weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has been accumulated. As in torch, the tensors are the ones in use, not copies."""
+        """Returns what has been accumulated. As in torch, the tensors are the ones in use, not copies.
+
+        Raises:
+            ValueError: a gradient was not finite.
+        """
         self._check_usable("state_dict")
         return {"sums": dict(self._sums.sums), "weight": self._sums.weight, "grad_clip": self.grad_clip}
 
@@ -127,12 +131,13 @@ class FisherAccumulator:
         """Replaces what has been accumulated by a copy of what another accumulator's `state_dict` returned.
 
         Args:
-            state_dict: of a FisherAccumulator of the same parameters and `grad_clip`.
+            state_dict: what `state_dict` of a FisherAccumulator with the same parameters and `grad_clip` returned; it
+                is only read.
 
         Raises:
-            ValueError: it holds no sums, sums of other parameters, sums that were clipped otherwise, or damaged ones.
-                Nothing has been loaded then.
-            TypeError: it is no mapping.
+            ValueError: `state_dict` holds no sums, sums of other parameters, sums that were clipped otherwise, or
+                damaged ones. Nothing has been loaded then.
+            TypeError: `state_dict`, or the sums in it, is no mapping.
         """
         check_type("FisherAccumulator.load_state_dict: state_dict", state_dict, Mapping, "a mapping")
         missing = {"sums", "weight", "grad_clip"} - state_dict.keys()

@@ -31,40 +31,46 @@ def estimate_fisher(
 ) -> dict[str, Tensor]:
     """Estimates the diagonal of the Fisher information: Child-Tuning_D's scores (Xu, Luo et al., EMNLP 2021, sec. 2.3).
 
-    By default, the mean over batches of the squared gradient of the batch's loss; with `per_example`, the mean over
-    examples of each example's own, which is the paper's formula. Each gradient is squared and freed as soon as
-    backward has it, so there is never a second full set of them. Afterwards, also when this raises, these are what they
-    were: training flags, buffers, gradients, hooks and the random states of torch, Python and numpy.
+    By default, a score is the mean over batches of the squared gradient of the batch's loss. With `per_example`, it is
+    the mean over examples of the squared gradient of each example's loss, which is the paper's formula. Except
+    in `vmap` (see `per_example`), each gradient is squared and freed as soon as the backward pass has computed it, so
+    that a full set of gradients is never in memory. Training flags, buffers, gradients, hooks and the random states of
+    torch, Python and numpy are restored afterwards, also when this function raises.
 
     Args:
-        model: on any device, in float32, bfloat16, float16 or float64. Frozen parameters are left out, tied ones are
-            scored once, by their first name.
+        model: torch.nn.Module with float32, float64, bfloat16 or float16 parameters, on any device. Frozen parameters
+            are left out. A tied parameter is scored once, under its first name.
         dataloader: yields batches: tensors in any nesting of mappings, lists and tuples, which are moved to the
             model's device.
-        loss_fn: from (model, batch) to the loss, one number. None takes `model(**batch).loss` of mappings with
-            `labels`, as transformers' models have it (default: None).
-        max_batches: uses no more batches than this; None uses all (default: None).
-        per_example: squares each example's gradient; examples are split along dimension 0 of every tensor in the
-            batch, and what is no tensor goes to each of them. Small models go through `torch.func.vmap` in chunks whose
-            gradients take up to 256 MiB; others, and what vmap cannot run, example by example (default: False).
+        loss_fn: function of (model, batch) that returns the loss, a tensor of one number. None takes
+            `model(**batch).loss`, which transformers' models compute if the batch is a mapping with `labels`
+            (default: None).
+        max_batches: number of batches to use at most; None uses all (default: None).
+        per_example: squares each example's gradient instead of each batch's. Examples are split along dimension 0 of
+            every tensor in the batch; values that are no tensors are passed with each of them. Examples of small models
+            go through `torch.func.vmap` in chunks whose gradients take up to 256 MiB. Examples of larger models, and of
+            models that vmap cannot run, are taken one at a time (default: False).
         grad_clip: scales the gradient of each tensor, on its own, by `min(1, grad_clip / (norm + 1e-6))`; None does not
-            (default: None). The published code's recipe is `grad_clip=1.0, train_mode=True`.
+            clip (default: None). The published code's recipe is `grad_clip=1.0, train_mode=True`.
         names: selects the parameters to score: a predicate over names, or a regular expression that is searched in
             them; None scores all (default: None).
-        train_mode: keeps dropout and the like on (default: False).
-        offload: "cpu" keeps the scores in the CPU's memory and squares there, for models whose scores do not fit beside
-            them on a GPU: each gradient is copied. None keeps them on the parameters' devices (default: None).
+        train_mode: puts the model into training mode, so that dropout is on; False uses evaluation mode
+            (default: False).
+        offload: "cpu" keeps the scores in the CPU's memory and squares there, for a model that leaves no room for its
+            scores on a GPU; each gradient is then copied. None keeps the scores on the parameters' devices
+            (default: None).
         progress: shows a progress bar (default: True).
 
     Returns:
-        {parameter name: float32 tensor of its shape, on its device, or on the CPU with `offload`}. A parameter that got
-        no gradient scores 0.
+        {parameter name: float32 tensor of the parameter's shape}, on the parameter's device, or with `offload="cpu"` on
+        the CPU. A parameter that received no gradient scores 0.
 
     Raises:
-        ValueError: a batch whose loss or gradient is not finite (the message has its index, from 0), no batch at all,
-            or an argument that cannot be honoured.
-        TypeError: the loss of a batch is unknown; pass `loss_fn`.
-        RuntimeError: backward reached a parameter twice, as reentrant checkpointing of shared weights makes it.
+        ValueError: a loss or a gradient is not finite (the message has the index of the batch, from 0), there is no
+            batch, a parameter has a post-accumulate-grad hook, or an argument cannot be honoured.
+        TypeError: an argument has a wrong type, or `loss_fn` is None and a batch or the model's output has no loss.
+        RuntimeError: the backward pass reached a parameter twice, as it does with reentrant checkpointing of shared
+            weights.
     """
     if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
         raise ValueError(
@@ -90,22 +96,27 @@ def estimate_fisher(
 
 
 class _Estimate:
-    """One estimation under way: its hooks, and what they have added so far."""
+    """Adds up the squared gradients of one estimation, through hooks on the parameters.
+
+    Attributes:
+        finite: {parameter name: whether its gradient was finite}, of the present backward pass.
+        count: number of batches or examples whose gradients have been squared.
+    """
 
     def __init__(self, model: nn.Module, loss: LossFn, sums: SquareSums) -> None:
         self.model = model
         self.loss = loss
         self.sums = sums
-        self.kernels = sums.kernels()  # once for the whole pass
+        self.kernels = sums.kernels()  # found once for the whole estimation, not for each gradient
         self.names = {param: name for name, param in sums.params.items()}
         self.device = next(iter(self.names)).device
         self.per_example = PerExampleGrads(model, sums.params, loss)
-        self.finite: dict[str, bool | Tensor] = {}  # of each gradient of the present backward
-        self.count = 0  # of gradients squared
+        self.finite: dict[str, bool | Tensor] = {}
+        self.count = 0
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        """Has every gradient squared and freed as soon as it is whole, those of parameters without a score freed."""
+        """Registers hooks that free every gradient as soon as it is complete, after squaring the scored ones."""
         handles = [
             param.register_post_accumulate_grad_hook(self._take)
             for param in self.model.parameters()
@@ -122,7 +133,7 @@ class _Estimate:
         name = self.names.get(param)
         if name is None or grad is None:
             return
-        if name in self.finite:  # the first part of its gradient is squared and gone
+        if name in self.finite:  # the first part of its gradient is already squared and freed
             raise RuntimeError(
                 f"estimate_fisher: backward must reach each parameter once (it reached '{name}' twice, as reentrant "
                 "activation checkpointing of shared weights makes it); use checkpointing with use_reentrant=False"
@@ -131,7 +142,7 @@ class _Estimate:
             self.finite[name] = self.sums.add(self.kernels, name, grad)
 
     def whole(self, index: int, batch: Any) -> None:
-        """Adds the squared gradient of the loss of a batch, or of one example."""
+        """Adds the squared gradient of one loss: that of batch number `index`, or of one example in it."""
         loss = self.loss(self.model, batch)
         _check_loss(loss, index)
         self.finite = {}
@@ -139,7 +150,7 @@ class _Estimate:
         self._close(index)
 
     def examples(self, index: int, batch: Any) -> None:
-        """Adds the squared gradient of each example's loss."""
+        """Adds the squared gradient of the loss of each example in batch number `index`."""
         tensors = tensors_of(batch)
         total, done = examples_in(tensors, index), 0
         if self.per_example.worthwhile:
@@ -158,7 +169,7 @@ class _Estimate:
 
 
 def _check_no_hooks(model: nn.Module) -> None:
-    """A user's hooks of this kind do things with a gradient once it is there, such as stepping an optimizer."""
+    """Raises ValueError if a parameter has a post-accumulate-grad hook, which may step an optimizer."""
     for name, param in model.named_parameters():
         if param._post_accumulate_grad_hooks:
             raise ValueError(
@@ -168,10 +179,10 @@ def _check_no_hooks(model: nn.Module) -> None:
 
 
 def _shown(batches: Iterable[Any], dataloader: Iterable[Any], max_batches: int | None, progress: bool) -> Iterable[Any]:
-    """The batches, with a progress bar if there is to be one."""
+    """Returns the batches, under a progress bar if `progress` is true."""
     if not progress:
         return batches
-    from tqdm import tqdm  # here: an import of this package costs milliseconds
+    from tqdm import tqdm  # imported only when needed, to keep `import childtune_fast` fast
 
     known = [count for count in (_length(dataloader), max_batches) if count is not None]
     return tqdm(batches, total=min(known, default=None), desc="Fisher", unit="batch")
@@ -180,7 +191,7 @@ def _shown(batches: Iterable[Any], dataloader: Iterable[Any], max_batches: int |
 def _length(dataloader: Iterable[Any]) -> int | None:
     try:
         return len(dataloader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # an iterable dataset, or a sampler that does not know
+    except (TypeError, NotImplementedError):  # an iterable dataset or a sampler has no length
         return None
 
 
@@ -188,7 +199,11 @@ def _length(dataloader: Iterable[Any]) -> int | None:
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that transformers' models compute themselves."""
+    """Returns the loss that a transformers model computes from a batch with labels.
+
+    Raises:
+        TypeError: the batch is no mapping with `labels`, or the model's output has no loss.
+    """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         got = f"keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(
@@ -206,7 +221,7 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _check_loss(loss: Any, index: int) -> None:
-    """Raises ValueError if the loss of batch number `index` is not one finite number that has a graph."""
+    """Raises ValueError unless the loss of batch number `index` is one finite number with a graph."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"shape {tuple(loss.shape)}, {loss.requires_grad=}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(

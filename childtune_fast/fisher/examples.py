@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK_BYTES = 256 * 2**20  # of gradients that a chunk holds at once
+_CHUNK_BYTES = 256 * 2**20  # limit of the gradients that a chunk of examples has in memory at once
 
 
 class PerExampleGrads:
-    """Gradients of single examples, several at once through `torch.func.vmap`.
+    """Computes the gradients of single examples, several at once through `torch.func.vmap`.
 
     Args:
-        model: the model.
-        params: which of its parameters to differentiate by, by name.
-        loss: from (model, batch) to the loss.
+        model: module that the loss is computed with.
+        params: {name: parameter of the model}, those to differentiate by.
+        loss: function of (model, batch) that returns the loss, a tensor of one number.
     """
 
     def __init__(
@@ -27,21 +27,21 @@ class PerExampleGrads:
         self._loss = _Loss(model, loss)
         self._params = {f"model.{name}": param for name, param in params.items()}
         size = sum(param.numel() * param.element_size() for param in params.values())
-        self._chunk = _CHUNK_BYTES // max(size, 1)  # examples
+        self._chunk = _CHUNK_BYTES // max(size, 1)  # number of examples
 
     @property
     def worthwhile(self) -> bool:
-        """Whether a chunk holds more than one example; False for good once vmap has failed."""
+        """Whether a chunk holds more than one example; always False after vmap has failed."""
         return self._chunk > 1
 
     def of_batch(self, batch: Any, tensors: list[Tensor]) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
-        """Yields, for one chunk of examples after the other, their losses and their gradients by parameter name.
+        """Yields, for each chunk of examples, their losses and a list of their gradients, {parameter name: gradient}.
+
+        If vmap fails, it warns with the reason and ends early; the caller must do the examples that were not yielded.
 
         Args:
-            batch: what the loss takes.
-            tensors: those in it, in order, with the examples in dimension 0.
-
-        It ends early, with a warning that says why, where vmap fails; the examples not yielded remain to be done.
+            batch: the batch, of any nesting, that the loss takes.
+            tensors: the tensors in the batch, in the order of `tensors_of`, with the examples in dimension 0.
         """
 
         def loss_of_one(params: dict[str, Tensor], example: list[Tensor]) -> Tensor:
@@ -53,9 +53,9 @@ class PerExampleGrads:
         for begin in range(0, tensors[0].shape[0], self._chunk):
             chunk = [tensor[begin : begin + self._chunk] for tensor in tensors]
             try:
-                with torch.no_grad():  # no second graph, of the gradient's own computation
+                with torch.no_grad():  # otherwise autograd would record how the gradients are computed
                     grads, losses = gradients(params, chunk)
-            except Exception as error:  # whatever torch, or the model, raises under vmap
+            except Exception as error:  # under vmap, torch and the model may raise any exception
                 self._chunk = 0
                 reason = textwrap.shorten(str(error), 200)
                 warnings.warn(
@@ -69,7 +69,7 @@ class PerExampleGrads:
 
 
 class _Loss(nn.Module):
-    """The loss as a module of the batch, as `torch.func.functional_call` wants it."""
+    """Wraps model and loss in one module, which `torch.func.functional_call` requires."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class _Loss(nn.Module):
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Returns the batch with `change(tensor)` in the place of each tensor, always in the same order.
+    """Returns a copy of the batch in which `change(tensor)` replaces each tensor, always in the same order.
 
-    Mappings, lists, tuples and named tuples are gone through, and copied; anything else that is no tensor stays as it
-    is.
+    Mappings, lists, tuples and named tuples are copied, at every depth. All other values that are no tensors are shared
+    with the batch.
     """
     if isinstance(batch, Tensor):
         return change(batch)
@@ -105,7 +105,7 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """Returns every tensor in the batch, in the order of `map_tensors`."""
+    """Returns every tensor in the batch, in the order in which `map_tensors` visits them."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
-    """Returns the batch with `tensors`, in the order of `tensors_of`, in the place of its own."""
+    """Returns a copy of the batch in which `tensors`, in the order of `tensors_of`, replace its own tensors."""
     remaining = iter(tensors)
     return map_tensors(batch, lambda _: next(remaining))
 
@@ -126,7 +126,7 @@ def examples_in(tensors: list[Tensor], index: int) -> int:
     """Returns how many examples the tensors of batch number `index` hold: their size in dimension 0.
 
     Raises:
-        ValueError: there is no tensor, one has no dimensions, or sizes differ.
+        ValueError: there is no tensor, a tensor has no dimensions, or their sizes differ.
     """
     sizes = {tensor.shape[0] if tensor.ndim else -1 for tensor in tensors}
     if len(sizes) != 1 or -1 in sizes:

@@ -1,19 +1,20 @@
-"""Leaves a model and the global random state as they were found, also when the work in between raises."""
+"""Restores a model and the global random states after work that changes them, also when that work raises."""
 
 import contextlib
 import random
 from collections.abc import Iterator
 
-import numpy as np  # its global state, which a user's code may draw from
+import numpy as np  # for its global random state, which a user's data set or model may draw from
 import torch
 from torch import nn
 
 
 @contextlib.contextmanager
 def leaving_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restores, at its end: training flags, buffers, gradients (the same objects), and random states.
+    """Restores training flags, buffers, gradients (as the same objects) and random states when the context ends.
 
-    Random states are torch's on the CPU and on CUDA, Python's and numpy's. Within, parameters begin without gradients.
+    The random states are torch's on the CPU and on CUDA, Python's and numpy's. When the context begins, the gradient of
+    every parameter is set to None.
     """
     with contextlib.ExitStack() as stack:
         for restored in (_random_states(), _gradients(model), _buffers(model), _training_flags(model)):
@@ -49,7 +50,10 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers(model: nn.Module) -> Iterator[None]:
-    """Batch norm's statistics, for one. What has not changed is not written: autograd would take it for changed."""
+    """Restores the buffers, such as batch norm's statistics.
+
+    Writes only to buffers that have changed, because autograd counts every write as a change.
+    """
     before = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -72,6 +76,6 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if model.training != before[0][1]:
-            model.train(before[0][1])  # some classes do more in it than set flags
+            model.train(before[0][1])  # some classes override train() and do more than set flags
         for module, training in before:
             module.training = training

@@ -14,13 +14,14 @@ Offload = Literal["cpu"]
 
 
 class SquareSums:
-    """One float32 sum for each scored weight, and the weight that the squares in them have together.
+    """Weighted sums of squared gradients, one float32 number for each scored weight, and their total weight.
 
     Attributes:
-        params: the scored parameters, by name.
+        params: {parameter name: parameter}, those that are scored.
         grad_clip: limit of each gradient's 2-norm before it is squared; None does not clip.
-        sums: by the parameters' names, float32 tensors of their shapes.
-        weight: of the squares in the sums.
+        offload: device that keeps the sums; None keeps each sum on its parameter's device.
+        sums: {parameter name: float32 tensor of the parameter's shape}.
+        weight: total weight of the gradients whose squares are in the sums.
         damaged: whether the sums hold a part of a gradient that was not finite.
     """
 
@@ -32,7 +33,7 @@ class SquareSums:
         names: Selector = None,
         offload: Offload | None = None,
     ) -> None:
-        """Checks the arguments as FisherAccumulator documents them, and begins with zeros."""
+        """Makes sums of zeros; raises for the same arguments as FisherAccumulator."""
         if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
             raise ValueError(
                 f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
@@ -43,7 +44,7 @@ class SquareSums:
         self.params = _scored(model, names)
         self.grad_clip = grad_clip
         self.offload = None if offload is None else torch.device(offload)
-        self.kernels()  # a build, or the reason why there is none, comes now and not amid a backward pass
+        self.kernels()  # builds the kernels, or raises, before a backward pass begins
         self.reset()
 
     @torch.inference_mode(False)  # sums made in inference mode could not be written outside of it
@@ -65,6 +66,13 @@ class SquareSums:
     ) -> bool | Tensor:
         """Adds `weight * (grad * grad_factor)**2` to one parameter's sum, without waiting for a GPU.
 
+        Args:
+            kernels: what `self.kernels()` returned for this pass over the gradients.
+            name: name of the parameter.
+            grad: its gradient, dense or sparse, of the parameter's shape; it is only read.
+            weight: weight of the square in the sum (default: 1).
+            grad_factor: number that the gradient is multiplied by before it is clipped and squared (default: 1).
+
         Returns:
             Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
         """
@@ -76,15 +84,15 @@ class SquareSums:
         return kernels.add(self.sums[name], grad, weight, grad_factor, self.grad_clip)
 
     def close(self, finite: dict[str, bool | Tensor], weight: float, where: str) -> None:
-        """Counts the gradients just added as one of the given weight.
+        """Ends the addition of one set of gradients: checks that all were finite, and adds their weight.
 
         Args:
-            finite: by the parameters' names, what `add` returned.
-            weight: that the gradients were added with.
-            where: begins the error's sentence.
+            finite: {parameter name: what `add` returned for its gradient}.
+            weight: weight that the gradients were added with.
+            where: text that the error begins with.
 
         Raises:
-            ValueError: a gradient was not finite. The sums are damaged then.
+            ValueError: a gradient was not finite. The sums are then marked as damaged.
         """
         known = iter(numbers([flag for flag in finite.values() if isinstance(flag, Tensor)]))
         bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
@@ -98,11 +106,11 @@ class SquareSums:
         self.weight += weight
 
     def means(self) -> dict[str, Tensor]:
-        """Returns the weighted means of the squares, as new tensors."""
+        """Returns {parameter name: weighted mean of the squares}, as new float32 tensors."""
         return {name: _mean(sums.clone(), self.weight) for name, sums in self.sums.items()}
 
     def take_means(self) -> dict[str, Tensor]:
-        """Returns the weighted means of the squares in the memory of the sums, which are no longer there."""
+        """Returns {parameter name: weighted mean of the squares} in the memory of the sums, and forgets the sums."""
         return {name: _mean(self.sums.pop(name), self.weight) for name in list(self.sums)}
 
 
@@ -131,12 +139,15 @@ def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
 
 
 def _readable(grad: Tensor) -> Tensor:
-    """Returns the gradient as the kernels read it: dense, and not lazily negated."""
+    """Returns the gradient in the form that the kernels can read: dense, and not lazily negated."""
     if grad.layout != torch.strided:
         return grad.to_dense()
     return grad.resolve_neg() if grad.is_neg() else grad
 
 
 def _mean(sums: Tensor, weight: float) -> Tensor:
-    """Divides sums by their weight, in place; by a number, torch on CUDA would multiply with the reciprocal."""
+    """Divides sums by their weight, in place, and returns them.
+
+    The divisor is a tensor, because on CUDA torch divides by a Python number as a multiplication with the reciprocal.
+    """
     return sums.div_(torch.full((), weight, dtype=sums.dtype, device=sums.device))

@@ -1,1 +1,1 @@
-"""Child-Tuning inside other libraries' training loops. Leaves: the rest of the package imports none of them."""
+"""Child-Tuning inside the training loops of other libraries; no other folder of the package imports this one."""

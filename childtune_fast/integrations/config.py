@@ -1,4 +1,4 @@
-"""ChildTuningConfig: what a trainer needs to know of Child-Tuning, checked when it is made."""
+"""ChildTuningConfig: the options of Child-Tuning for a trainer, checked when they are given."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -15,30 +15,39 @@ _ONLY_F = ("seed",)
 
 @dataclass(frozen=True, kw_only=True)
 class ChildTuningConfig:
-    """Options of Child-Tuning (Xu, Luo et al., EMNLP 2021). An option that its mode would not use raises.
+    """Options of Child-Tuning (Xu, Luo et al., EMNLP 2021, section 2), for `ChildTuningTrainer`.
+
+    An option of the other mode must keep its default value.
 
     Attributes:
-        mode: "F", a random child network in each step, or "D", the weights with the highest Fisher scores in all of
-            them. Must be given.
-        reserve_p: share of the weights trained, in (0, 1]: of all in each step for F, of the maskable ones for D
-            (default: 0.3).
-        decay: "all" decays every weight, "child" only those in the child network; "auto" is "all" for F, "child" for D
-            (default: "auto").
-        variant: "torch" is torch.optim.AdamW's arithmetic, "hf" the published code's (default: "torch").
-        seed: F only: of the masks, an integer of 64 bits; None takes that of the TrainingArguments (default: None).
-        fisher_batches: D only: how many batches of the training set to estimate scores on; None for all
+        mode: "F" trains a random child network in each step; "D" trains in all steps the child network of the weights
+            with the highest Fisher scores. There is no default.
+        reserve_p: share of the weights in the child network, in (0, 1]: in mode "F" of all weights, in mode "D" of the
+            maskable ones (default: 0.3).
+        decay: "all" decays every weight, "child" only those in the child network (mode "D" only); "auto" is "all" in
+            mode "F" and "child" in mode "D" (default: "auto").
+        variant: "torch" is torch.optim.AdamW's arithmetic; "hf" is that of the published code, which adds eps before
+            the bias correction and decays after the update (default: "torch").
+        seed: mode "F" only: integer of 64 bits that determines the random masks; None takes `TrainingArguments.seed`
             (default: None).
-        per_example: D only: squares each example's gradient, not each batch's; see `estimate_fisher` (default: False).
-        grad_clip: D only: clips each tensor's gradient before it is squared; see `estimate_fisher` (default: None).
-        train_mode: D only: keeps dropout on in the estimation (default: False).
-        scope: D only: "global" or "tensor"; see `ChildNetwork.from_scores` (default: "global").
-        maskable: D only: a predicate or a regex over parameter names; None takes the repeated transformer blocks
+        fisher_batches: mode "D" only: number of batches of the training set to estimate the scores on; None takes all
             (default: None).
-        refresh_every: D only: "epoch" chooses the child network anew at the start of each later epoch; None keeps the
-            first (default: None).
+        per_example: mode "D" only: squares each example's gradient, as in the paper's formula; False squares each
+            batch's (default: False).
+        grad_clip: mode "D" only: limit of each tensor's gradient norm, to which the gradient is scaled before it is
+            squared; None does not clip (default: None).
+        train_mode: mode "D" only: estimates the scores with dropout on; False estimates them with dropout off
+            (default: False).
+        scope: mode "D" only: "global" chooses among all maskable weights together; "tensor" keeps the share in each
+            tensor (default: "global").
+        maskable: mode "D" only: selects the maskable parameters: a predicate over names, or a regular expression that
+            is searched in them; None takes the weights of the repeated transformer blocks (default: None).
+        refresh_every: mode "D" only: "epoch" chooses the child network again at the start of each later epoch; None
+            keeps the first one (default: None).
 
     Raises:
-        ValueError, TypeError: an option is unknown, out of its range, of another kind, or not of this mode.
+        ValueError: an option is out of its range, or the mode does not use it.
+        TypeError: an option has a wrong type, or is unknown.
     """
 
     mode: Mode

@@ -2,7 +2,7 @@
 
     trainer = ChildTuningTrainer(model=model, args=args, train_dataset=data, child_tuning=ChildTuningConfig(mode="D"))
 
-Decay groups, clipping, schedule, data order and dropout are Trainer's own, whatever the mode.
+Decay groups, clipping, schedule, data order and dropout are Trainer's own in both modes.
 """
 
 import contextlib
@@ -33,35 +33,37 @@ from .config import ChildTuningConfig
 
 __all__ = ["CHILD_FILE", "ChildTuningConfig", "ChildTuningTrainer"]
 
-CHILD_FILE = "child.safetensors"  # in the folder of a checkpoint or of a saved model
+CHILD_FILE = "child.safetensors"  # name of the child network's file in the folder of a checkpoint or a saved model
 
 logger = logging.get_logger(__name__)
 
 
 class ChildTuningTrainer(Trainer):
-    """Trainer with ChildAdamW in the place of AdamW (Child-Tuning; Xu, Luo et al., EMNLP 2021).
+    """transformers.Trainer with ChildAdamW instead of AdamW (Child-Tuning; Xu, Luo et al., EMNLP 2021, section 2).
 
-    With mode "D" it estimates the Fisher scores on the training set before the first step, with the loss that it trains
-    with, and chooses the child network. The random states are afterwards what they were, so that the training that
-    follows sees the data order and the dropout of mode "F" and of Trainer. Every checkpoint and saved model has the
-    child network in `child.safetensors`; a resumed run takes it from there. On several processes the scores are
-    averaged over all of them.
+    In mode "D" it estimates the Fisher scores on the training set before the first step, with the loss that it trains
+    with, and chooses the child network. It then restores the random states, so that training has the same data order
+    and dropout as in mode "F" and in Trainer. Every checkpoint and saved model contains the child network in
+    `child.safetensors`, and a resumed run loads it from there. With several processes, the scores are the mean over all
+    processes.
 
-    With `refresh_every="epoch"`, the child network is chosen anew at the start of each later epoch. The state of the
-    parameters that it masks then begins anew, step count included: weights that enter with empty moments beside an old
-    step count would move by several times the learning rate, since nothing corrects their bias. Weights that leave keep
-    the value that they have.
+    With `refresh_every="epoch"`, the child network is chosen again at the start of each later epoch. The state of the
+    parameters that it masks then begins again, step count included. Otherwise weights that enter would have empty
+    averages and an old step count, which does not correct the averages' bias, and would move by several times the
+    learning rate. Weights that leave keep their value.
 
     Args:
-        *args, **kwargs: Trainer's. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and the arguments'
-            `optim` must be one of torch's AdamW, whose learning rate, betas and epsilon are used.
-        child_tuning: a ChildTuningConfig.
+        *args, **kwargs: arguments of transformers.Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left
+            out, and `optim` of the TrainingArguments must be one of torch's AdamW, whose learning rate, betas and
+            epsilon are used.
+        child_tuning: ChildTuningConfig with the options of Child-Tuning.
 
     Attributes:
-        child_network: the present ChildNetwork of mode "D", from the start of `train`; else None.
+        child_network: in mode "D", the present ChildNetwork, from the start of `train` on; otherwise None.
 
     Raises:
-        ValueError: something is asked for that cannot be honoured.
+        ImportError: transformers 4.47 or newer, or accelerate, is not installed (when this module is imported).
+        ValueError: an argument or a combination of arguments cannot be honoured.
         TypeError: `child_tuning` is no ChildTuningConfig.
     """
 
@@ -70,7 +72,7 @@ class ChildTuningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.child_tuning = child_tuning
         self.child_network: ChildNetwork | None = None
-        self._checkpoint: FilePath | None = None  # that the present training resumes from
+        self._checkpoint: FilePath | None = None  # the checkpoint that the present training resumes from
         self._check_supported()
         if child_tuning.refresh_every is not None:
             self.add_callback(_Refresh(self))
@@ -96,16 +98,30 @@ class ChildTuningTrainer(Trainer):
     # ---- What Trainer calls ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, as Trainer does; see there."""
-        if resume_from_checkpoint is True:  # which stays if there is no checkpoint: Trainer says so then
+        """Trains, and returns what Trainer.train returns.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint to resume from, or True for the last one in the output
+                folder; None begins a new training (default: None).
+            *args: further positional arguments of Trainer.train.
+            **kwargs: further keyword arguments of Trainer.train.
+
+        Raises:
+            ValueError: the checkpoint has no child network in mode "D", or has one in mode "F".
+        """
+        if resume_from_checkpoint is True:  # stays True if there is no checkpoint, for which Trainer has an error
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
         if self._checkpoint is not None:
-            self.optimizer = None  # an earlier call's may have another child network than the checkpoint
+            self.optimizer = None  # one of an earlier call may have another child network than the checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Makes the ChildAdamW, over Trainer's parameter groups; before it, with mode "D", the child network."""
+        """Returns the ChildAdamW over Trainer's parameter groups; chooses the child network first in mode "D".
+
+        Raises:
+            ValueError: `optim` of the TrainingArguments is not one of torch's AdamW.
+        """
         if self.optimizer is None:
             optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._model)
             if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
@@ -118,7 +134,11 @@ class ChildTuningTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss, as Trainer does; see there."""
+        """Returns what Trainer.compute_loss returns; explains the error of a model that gets no labels.
+
+        Raises:
+            ValueError: the model cannot compute a loss because the batch has no labels.
+        """
         keys = list(inputs)
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -132,7 +152,13 @@ class ChildTuningTrainer(Trainer):
             ) from error
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Saves the model, as Trainer does, and the child network beside it."""
+        """Saves the model as Trainer does, and in mode "D" the child network as `child.safetensors` beside it.
+
+        Args:
+            output_dir: folder to write to; None takes `TrainingArguments.output_dir` (default: None).
+            *args: further positional arguments of Trainer.save_model.
+            **kwargs: further keyword arguments of Trainer.save_model.
+        """
         if self.child_network is not None and self.args.should_save:
             folder = str(self.args.output_dir if output_dir is None else output_dir)
             os.makedirs(folder, exist_ok=True)
@@ -146,7 +172,7 @@ class ChildTuningTrainer(Trainer):
     # ---- The child network -----------------------------------------------------------------------------------------
 
     def _child_options(self) -> dict[str, Any]:
-        """What ChildAdamW is given beside AdamW's options."""
+        """Returns the arguments of ChildAdamW that AdamW does not have."""
         config = self.child_tuning
         options: dict[str, Any] = {"decay": config.decay, "variant": config.variant}
         if config.mode == "D":
@@ -155,7 +181,7 @@ class ChildTuningTrainer(Trainer):
         return {**options, "reserve_p": config.reserve_p, "seed": seed}
 
     def _first_child(self) -> ChildNetwork | None:
-        """The child network to begin with: none for F, a checkpoint's, or one that is chosen now."""
+        """Returns the first child network: None in mode "F", else that of the checkpoint, else one that it chooses."""
         path = None if self._checkpoint is None else os.path.join(self._checkpoint, CHILD_FILE)
         found = path is not None and os.path.isfile(path)
         if self.child_tuning.mode == "F":
@@ -176,7 +202,10 @@ class ChildTuningTrainer(Trainer):
         return ChildNetwork.load(path, self._model)
 
     def _chosen_child(self, epoch: int) -> ChildNetwork:
-        """Estimates scores with the present weights and chooses; the same for the same weights, seed and epoch."""
+        """Returns a child network chosen by scores that it estimates with the present weights.
+
+        The choice depends only on the weights, the data, the seed and the epoch.
+        """
         config = self.child_tuning
         if config.refresh_every is not None and not has_length(self.train_dataset):
             raise ValueError(
@@ -191,11 +220,11 @@ class ChildTuningTrainer(Trainer):
         return child
 
     def _scores(self, epoch: int) -> dict[str, Tensor]:
-        """The Fisher scores of the maskable weights, the mean over all processes."""
+        """Returns {parameter name: Fisher scores} of the maskable weights, the mean over all processes."""
         config = self.child_tuning
         maskable = maskable_parameters(self._model, config.maskable)
         with leaving_as_it_was(self._model):
-            set_seed(self.args.seed + epoch)  # a resumed run is here with another random state than one that went on
+            set_seed(self.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
             batches = self.get_train_dataloader()
             if hasattr(batches, "set_epoch"):
                 batches.set_epoch(epoch)
@@ -213,23 +242,23 @@ class ChildTuningTrainer(Trainer):
                 )
             finally:
                 if self.accelerator.gradient_state.active_dataloader is batches:
-                    batches.end()  # max_batches, or an error, ended it early: accelerate believes it under way
+                    batches.end()  # after max_batches or an error, accelerate would still take it for active
         return self.accelerator.reduce(scores, reduction="mean") if self.args.world_size > 1 else scores
 
     def _fisher_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of one batch that Trainer would train with, in the precision of the forward pass there.
+        """Returns the loss of one batch that Trainer would train with, in the precision of its forward pass.
 
-        With fp16 it is float32, for there is no GradScaler in the estimation.
+        With fp16 the precision is float32, because the estimation has no GradScaler.
         """
         counts = {}
         if self.compute_loss_func is not None and "labels" in batch:
             counts["num_items_in_batch"] = (batch["labels"] != -100).sum()
         autocast = contextlib.nullcontext() if self.args.fp16 else self.accelerator.autocast()
         with self.compute_loss_context_manager(), autocast:
-            return self.compute_loss(model, dict(batch), **counts)  # a copy: labels may be popped
+            return self.compute_loss(model, dict(batch), **counts)  # a copy, because labels may be popped
 
     def _refresh_child(self) -> None:
-        """Chooses the child network anew if a later epoch begins, rather than goes on after a resume."""
+        """Chooses the child network again if a later epoch begins, but not if one continues after a resume."""
         epoch = self.state.epoch or 0
         if epoch and epoch == int(epoch):
             self.child_network = self._chosen_child(int(epoch))
@@ -238,7 +267,7 @@ class ChildTuningTrainer(Trainer):
 
 
 class _Refresh(TrainerCallback):
-    """Tells the trainer that an epoch begins."""
+    """Lets the trainer choose its child network again at the start of an epoch."""
 
     def __init__(self, trainer: ChildTuningTrainer) -> None:
         self._trainer = trainer

@@ -1,7 +1,7 @@
 """The build description: which files make the native backend, with which flags, and their fingerprint.
 
-`setup.py` (ahead of time) and `jit.py` (just in time) both read it, so the two builds cannot drift apart. It needs
-nothing but the standard library: `setup.py` loads it by path where neither torch nor this package is installed.
+`setup.py` (ahead of time) and `jit.py` (just in time) both read it, so that the two builds cannot differ. It needs only
+the standard library, because `setup.py` loads it by path where neither torch nor this package is installed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MODULE = "_native"
-RECORD = "_native.json"  # lies beside a prebuilt binary and says which sources it was made from
-FATBIN = "_kernels.fatbin"  # device code that `pip install` compiled, with such a record of its own
+RECORD = "_native.json"  # file beside a prebuilt binary that holds the fingerprint of its sources
+FATBIN = "_kernels.fatbin"  # device code that `pip install` compiled; "_kernels.json" holds its fingerprint
 
-# No fast-math, no contraction, no -march=native: the same bits on every machine (docs/numerics.md). Instruction sets
-# are chosen inside the files. The last two flags only drop errno and floating-point traps, which nobody reads.
+# Fast-math, contraction and -march=native would change bits between machines (docs/numerics.md), so none is used.
+# Instruction sets are chosen inside the files. The last two flags drop only errno and floating-point traps, which the
+# code does not use.
 UNIX_FLAGS = [
     "-O3",
-    "-DNDEBUG",  # Python sets it, torch does not
-    "-g0",  # Python's own flags ask for debug information: ten times the size, half as long again to build
+    "-DNDEBUG",  # drops assertions; Python's own flags have it, torch's have not
+    "-g0",  # Python's own flags ask for debug information, which takes ten times the size and half as much time again
     "-std=c++17",
     "-fvisibility=hidden",
     "-ffp-contract=off",
@@ -31,37 +32,44 @@ UNIX_FLAGS = [
     "-fno-trapping-math",
 ]
 MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
-DEVICE_CODES = (75, 80, 90, 100, 120)  # compute capabilities; each serves the later ones of its major version too
-# Of nvcc and NVRTC: no contraction, IEEE division and square root, denormals, as on the CPU.
+DEVICE_CODES = (75, 80, 90, 100, 120)  # compute capabilities; code for one also runs on later ones of its major version
+# The arithmetic of the CPU's kernels, for nvcc and NVRTC: no contraction, IEEE division and square root, denormals.
 DEVICE_FLAGS = ["-std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"]
 
 
 def csrc() -> Path:
-    """Returns the folder of the C++ sources: inside an installed package, beside it in a source tree."""
+    """Returns the folder of the C++ sources: inside the package if it is installed, else beside it."""
     installed = PACKAGE / "csrc"
     return installed if installed.is_dir() else PACKAGE.parent / "csrc"
 
 
 def sources() -> list[Path]:
-    """Returns every file to compile, in a fixed order."""
+    """Returns every C++ file to compile, in a fixed order."""
     return sorted(csrc().rglob("*.cpp"))
 
 
 def headers() -> list[Path]:
-    """Returns what else is in the folder: every header that those files may include, and the kernels for GPUs."""
+    """Returns the other files of the C++ sources: all headers, and the kernels for GPUs."""
     return sorted([*csrc().rglob("*.h"), *csrc().rglob("*.cu")])
 
 
 def find_nvcc() -> str | None:
-    """Returns the path of CUDA's compiler: of the toolkit that CUDA_HOME or CUDA_PATH names, else the first found."""
+    """Returns the path of nvcc: from the folder in CUDA_HOME or CUDA_PATH, else the PATH, else /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [os.path.join(home, "bin")] if home else []
-    places = [*folders, None, "/usr/local/cuda/bin"]  # None: the PATH
+    places = [*folders, None, "/usr/local/cuda/bin"]  # None searches the PATH
     return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 def nvcc_command(nvcc: str, codes: list[int], target: Path) -> list[str]:
-    """Returns the command that compiles the kernels: to a cubin for one GPU, to a fatbin with PTX for several."""
+    """Returns the command that compiles the kernels into `target`.
+
+    Args:
+        nvcc: path of the compiler.
+        codes: compute capabilities, such as 90 for 9.0. For one, the command makes a cubin; for several, a fatbin that
+            also has PTX of the last one.
+        target: file to write.
+    """
     if len(codes) == 1:
         what = ["-cubin", f"-arch=sm_{codes[0]}"]
     else:
@@ -76,7 +84,7 @@ def device_source() -> Path:
 
 
 def device_headers() -> list[Path]:
-    """Returns every header that it may include."""
+    """Returns every header that the kernels for a GPU may include."""
     return sorted((csrc() / "core").glob("*.h")) + sorted((csrc() / "cuda").glob("*.h"))
 
 
@@ -86,10 +94,11 @@ def compile_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
 
 
 def link_flags(*, msvc: bool = sys.platform == "win32") -> list[str]:
-    """Returns the flags of the link step: torch's own OpenMP is looked up at run time, so little is needed."""
+    """Returns the flags of the link step; OpenMP is not among them, because the module finds torch's at run time."""
     if msvc or sys.platform == "darwin":
         return []
-    # The standard library ahead of torch's, which export pieces of it and come with every just-in-time build.
+    # The standard library must come before torch's libraries, which a just-in-time build links and which export parts
+    # of it.
     return ["-Wl,--as-needed", "-lstdc++", "-ldl", "-lpthread"]
 
 
@@ -101,12 +110,12 @@ def version() -> str:
 
 
 def fingerprint() -> str:
-    """Returns a digest of version, flags, sources and headers: a binary that has another one is not ours."""
+    """Returns the digest of version, flags, sources and headers; a binary with another digest is not used."""
     return _digest([compile_flags(), link_flags()], sources() + headers())
 
 
 def device_fingerprint() -> str:
-    """Returns such a digest for device code."""
+    """Returns the digest of version, flags, kernels and headers of the device code."""
     return _digest([DEVICE_FLAGS], [device_source(), *device_headers()])
 
 
@@ -114,7 +123,7 @@ def _digest(flags: list[list[str]], paths: list[Path]) -> str:
     digest = hashlib.sha256(json.dumps([version(), *flags]).encode())
     root = csrc()
     for path in paths:
-        # Length-prefixed, so that no text can move from one file to its neighbour unnoticed.
+        # The lengths make the digest change if text moves from one file to the next.
         name, text = path.relative_to(root).as_posix().encode(), path.read_bytes()
         digest.update(b"%d %d " % (len(name), len(text)) + name + text)
     return digest.hexdigest()

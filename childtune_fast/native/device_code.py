@@ -1,7 +1,8 @@
 """Device code for a GPU: prebuilt by `pip install`, else compiled now by NVRTC or nvcc, and cached on disk.
 
-All three make the same kernels from `csrc/cuda/kernels.cu`. NVRTC comes with torch's CUDA wheels, so it matches torch
-and driver and needs neither a toolkit, nor a host compiler, nor a GPU. nvcc is the way where NVRTC is missing.
+All three ways make the same kernels from `csrc/cuda/kernels.cu`. NVRTC comes with torch's CUDA wheels, so that its
+version fits torch and the driver, and it needs no toolkit, no host compiler and no GPU. nvcc is used where NVRTC is
+missing.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def images(capability: tuple[int, int]) -> Iterator[tuple[str, Callable[[], byte
     """Yields the ways to make device code for a GPU of this compute capability, the best one first.
 
     Yields:
-        The way's name, and a function that returns the device code or raises BackendError. A driver may still refuse
-        the code.
+        The name of the way, and a function that returns the device code or raises BackendError. The driver may refuse
+        the code later.
     """
     architecture = 10 * capability[0] + capability[1]
     yield "prebuilt", _prebuilt
@@ -41,7 +42,11 @@ def images(capability: tuple[int, int]) -> Iterator[tuple[str, Callable[[], byte
 
 
 def _prebuilt() -> bytes:
-    """The fatbin that `pip install` made, if it was made from the very sources of this package."""
+    """Returns the fatbin that `pip install` made.
+
+    Raises:
+        BackendError: there is none, or it was made from other sources than those of this package.
+    """
     path = build.PACKAGE / build.FATBIN
     try:
         recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
@@ -53,11 +58,11 @@ def _prebuilt() -> bytes:
     return image
 
 
-Compile = Callable[[int], bytes]  # Compiles a cubin for an architecture, such as 90 for compute capability 9.0.
+Compile = Callable[[int], bytes]  # compiles a cubin for an architecture, such as 90 for compute capability 9.0
 
 
 def _nvrtc_compiler() -> tuple[str, Compile]:
-    """NVRTC's version, and the function that compiles with it."""
+    """Returns the path and version of NVRTC, and the function that compiles with it; raises BackendError if none."""
     wanted = (torch.version.cuda or "").partition(".")[0]
     libraries = sorted(nvrtc_libraries(), key=lambda path: not path.name.endswith(f".{wanted}"))
     if not libraries:
@@ -67,7 +72,7 @@ def _nvrtc_compiler() -> tuple[str, Compile]:
 
 
 def _nvcc_compiler() -> tuple[str, Compile]:
-    """What nvcc says of its version, and the function that compiles with it."""
+    """Returns the path and version of nvcc, and the function that compiles with it; raises BackendError if none."""
     path = build.find_nvcc()
     if path is None:
         raise BackendError("there is no nvcc: install a CUDA toolkit, and set CUDA_HOME to its folder")
@@ -96,7 +101,15 @@ def _run(command: list[str], timeout: float) -> tuple[int, str]:
 
 
 def _cached(architecture: int, compiler: str, compile_for: Compile) -> bytes:
-    """The compiler's cubin, from the cache if it holds a whole one; a cache that cannot be written is done without."""
+    """Returns the compiler's cubin, from the cache if it holds a complete one.
+
+    A new cubin is written to the cache, unless the folder cannot be written.
+
+    Args:
+        architecture: compute capability, such as 90 for 9.0.
+        compiler: path and version of the compiler, on which the cached file depends.
+        compile_for: function that compiles the cubin.
+    """
     facts = json.dumps([build.device_fingerprint(), compiler, architecture])
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     cache = cache_folder()
@@ -111,7 +124,7 @@ def _cached(architecture: int, compiler: str, compile_for: Compile) -> bytes:
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as private:
             written = Path(private, "cubin")
             written.write_bytes(image)
-            os.replace(written, cache / f"{key}-{_digest(image)}.cubin")  # whole, or not there
+            os.replace(written, cache / f"{key}-{_digest(image)}.cubin")  # renaming never leaves a part of a file
     return image
 
 
@@ -121,9 +134,9 @@ def _digest(image: bytes) -> str:
 
 # ---- NVRTC ---------------------------------------------------------------------------------------------------------
 
-FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")  # Where NVIDIA's wheels put NVRTC, below site-packages/nvidia.
-# NVRTC reads no files: it is given every header by name. Of the three headers of the standard library that the kernels
-# include, it lacks only the names of integers.
+FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")  # where NVIDIA's wheels put NVRTC, below site-packages/nvidia
+# NVRTC reads no files, so it is given the text of every header. The kernels include three headers of the standard
+# library. NVRTC has their functions built in and lacks only the names of the integer types.
 STANDARD_HEADERS = {
     "cstdint": """#pragma once
         typedef signed char int8_t; typedef unsigned char uint8_t;
@@ -138,7 +151,7 @@ STANDARD_HEADERS = {
 
 
 def nvrtc_libraries() -> list[Path]:
-    """Returns the NVRTC libraries that can be found: those of the wheels that torch brings, else the system's."""
+    """Returns the NVRTC libraries in the wheels that torch depends on, else the system's, else an empty list."""
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else list(spec.submodule_search_locations or [])
     found = [path for root in roots for folder in FOLDERS for path in Path(root, folder).glob("libnvrtc.so.*")]
@@ -149,14 +162,14 @@ def nvrtc_libraries() -> list[Path]:
 
 
 def kernel_source() -> tuple[str, dict[str, str]]:
-    """Returns the text of the kernels and of every header that they include, by the names they use."""
+    """Returns the text of the kernels, and {name used in `#include`: text} of every header."""
     root = build.csrc()
     headers = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in build.device_headers()}
     return build.device_source().read_text(encoding="utf-8"), STANDARD_HEADERS | headers
 
 
 class Nvrtc:
-    """One NVRTC library."""
+    """A loaded NVRTC library; raises BackendError if it cannot be loaded."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -170,16 +183,21 @@ class Nvrtc:
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     def version(self) -> tuple[int, int]:
-        """Returns the version of CUDA that it belongs to."""
+        """Returns major and minor version of the CUDA release that the library belongs to."""
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         return major.value, minor.value
 
     def compile(self, source: str, headers: dict[str, str], architecture: int) -> bytes:
-        """Returns the machine code, a cubin, for GPUs of compute capability `architecture`, such as 90 for 9.0.
+        """Returns the machine code, a cubin, of CUDA source code.
+
+        Args:
+            source: the text of the source file.
+            headers: {name used in `#include`: text} of every header.
+            architecture: compute capability of the GPU, such as 90 for 9.0.
 
         Raises:
-            BackendError: it does not compile; with what NVRTC says.
+            BackendError: the source does not compile; the message has NVRTC's log.
         """
         program = ctypes.c_void_p()
         names = (ctypes.c_char_p * len(headers))(*[name.encode() for name in headers])

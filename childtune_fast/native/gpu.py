@@ -18,8 +18,8 @@ class Gpu(NamedTuple):
 
     Attributes:
         kernels: the compiled module's GpuKernels; None if there are none.
-        origin: the way in which their device code was made; empty without kernels.
-        notes: why the ways tried before it failed, one line each.
+        origin: the way in which the kernels' device code was made; "" without kernels.
+        notes: the failures of all other ways that were tried, one line each.
     """
 
     kernels: Any
@@ -28,15 +28,15 @@ class Gpu(NamedTuple):
 
 
 def stream_of(device: int) -> int:
-    """Returns torch's current stream on a GPU, as the kernels take it."""
+    """Returns the handle of torch's current stream on a GPU, as the kernels take it."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 def load_kernels(device: int) -> Any:
-    """Returns the kernels of a GPU.
+    """Returns the kernels of a GPU, the compiled module's GpuKernels.
 
     Raises:
-        BackendError: there are none. The first failure holds for the process.
+        BackendError: there are none. The first failure is kept for the process and raised again.
     """
     gpu = find(device)
     if gpu.kernels is None:
@@ -48,9 +48,9 @@ def load_kernels(device: int) -> Any:
 
 
 def find(device: int) -> Gpu:
-    """Returns the kernels of a GPU, compiled and loaded at the first call, or the causes of their absence."""
+    """Returns the kernels of a GPU, which the first call compiles and loads, or why there are none."""
     if device not in _found:
-        with _lock:  # Threads wait for the one that compiles.
+        with _lock:  # threads wait for the one that compiles
             if device not in _found:
                 _found[device] = _look(device)
     return _found[device]
@@ -77,7 +77,7 @@ def _look(device: int) -> Gpu:
 
 @contextlib.contextmanager
 def _noting(origin: str, notes: list[str]) -> Iterator[None]:
-    """Notes why one way fails, in the words of the compiler or of the driver."""
+    """Adds the error of one way to `notes` instead of raising it."""
     try:
         yield
     except (BackendError, RuntimeError) as error:
@@ -90,5 +90,5 @@ def memory(device: int, size: int) -> Tensor:
 
 
 def place(device: int) -> torch.device:
-    """Returns a GPU as torch names it."""
+    """Returns the torch.device of a GPU."""
     return torch.device("cuda", device)

@@ -1,8 +1,9 @@
 """The just-in-time build: `torch.utils.cpp_extension.load` with a cache that survives crashes, kills and full disks.
 
-torch's own lock file outlives a killed build and then blocks everybody (pytorch#189245), so torch only ever sees a
-fresh private folder here. Shared are (1) a lock that the operating system drops when its holder dies, and (2) finished
-binaries, put in place by an atomic rename under a name that holds their own digest: half a file never passes for one.
+torch's own lock file remains after a killed build and then blocks every later build (pytorch#189245). Each build here
+therefore gives torch a new private folder. Processes share two things: a lock that the operating system releases when
+its holder dies, and finished binaries. A binary is put in place by an atomic rename, under a name that contains its
+digest, so that an incomplete file is never loaded.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ from filelock import FileLock, Timeout
 
 from . import BackendError, build, toolchain
 
-LOCK_TIMEOUT = 120.0  # seconds to wait for another process's build; then this one builds too, which does no harm
-STALE_AFTER = 3600.0  # seconds after which a build folder has lost its owner: no build is let run so long
-SPACE_NEEDED = 8 << 20  # bytes: objects and binary of one build, with room to spare
+LOCK_TIMEOUT = 120.0  # seconds to wait for another process's build; after that, both build, which is safe
+STALE_AFTER = 3600.0  # seconds after which a build folder is removed; every build is stopped much earlier
+SPACE_NEEDED = 8 << 20  # bytes; more than the objects and the binary of one build take
 SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 
 
 def load() -> ModuleType:
-    """Returns the compiled module, from the cache if it holds a whole one, else built now.
+    """Returns the compiled module, from the cache if it holds a complete one, else built now.
 
     Raises:
-        BackendError: it cannot be had; the message holds the cause, the compiler's last lines and the remedy.
+        BackendError: the module cannot be built or loaded; the message has the cause, the compiler's last lines and the
+            remedy.
     """
     compiler = toolchain.find_compiler()
     cache, key = cache_folder(), _key(compiler)
-    module = _cached(cache, key)  # before anything is written: a read-only cache serves as well
+    module = _cached(cache, key)  # looks before it writes anything, so that a read-only cache works too
     if module is not None:
         return module
     try:
@@ -63,7 +65,7 @@ def load() -> ModuleType:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of finished builds: CHILDTUNE_CACHE, else a subfolder of torch's own for extensions."""
+    """Returns the folder of finished builds: CHILDTUNE_CACHE, else a subfolder of torch's folder for extensions."""
     chosen = os.environ.get("CHILDTUNE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -76,7 +78,7 @@ def cache_folder() -> Path:
 
 
 def _key(compiler: toolchain.Compiler) -> str:
-    """Returns the digest of everything that decides whether a binary fits this process."""
+    """Returns the digest of all facts on which a binary depends: sources, compiler, flags, Python, system, torch."""
     facts = [
         build.fingerprint(),
         compiler.path,
@@ -84,16 +86,16 @@ def _key(compiler: toolchain.Compiler) -> str:
         toolchain.local_flags(),
         sysconfig.get_config_var("SOABI") or sys.version,
         [sys.platform, platform.machine(), *platform.libc_ver()],
-        torch.__version__,  # its pybind11 headers are the ones that are compiled in
+        torch.__version__,  # the build includes torch's own pybind11 headers
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _cached(cache: Path, key: str) -> ModuleType | None:
-    """Imports a finished binary; one that is damaged, or does not load here any more, is thrown away."""
+    """Imports and returns a finished binary, or returns None; deletes binaries that are damaged or do not load."""
     for path in sorted(cache.glob(f"{key}-*{SUFFIX}")):
         with contextlib.suppress(OSError):
-            if path.stem == f"{key}-{_digest(path)}":  # a truncated library would not raise but crash
+            if path.stem == f"{key}-{_digest(path)}":  # checked first, because loading a truncated library crashes
                 with contextlib.suppress(ImportError):
                     return _import(path)
             path.unlink()
@@ -101,7 +103,12 @@ def _cached(cache: Path, key: str) -> ModuleType | None:
 
 
 def _build_in(folder: Path, key: str, compiler: toolchain.Compiler) -> ModuleType:
-    """Builds in a fresh subfolder of `folder`, puts the binary there and imports it."""
+    """Builds in a new subfolder of `folder`, moves the binary into `folder`, and imports and returns it.
+
+    Raises:
+        BackendError: the build fails, or its binary does not load.
+        OSError: `folder` cannot be written, or has too little space.
+    """
     private = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
         _check_space(private / "probe")
@@ -109,7 +116,7 @@ def _build_in(folder: Path, key: str, compiler: toolchain.Compiler) -> ModuleTyp
         toolchain.compile_native(private, compiler)
         built = private / f"{build.MODULE}{SUFFIX}"
         with built.open("rb+") as file:
-            os.fsync(file.fileno())  # the content first, then the name that vouches for it
+            os.fsync(file.fileno())  # the content must be on the disk before the name with its digest is
         finished = folder / f"{key}-{_digest(built)}{SUFFIX}"
         os.replace(built, finished)
         return _import(finished)
@@ -134,7 +141,7 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock at `path`, or goes on without it if its holder takes too long."""
+    """Holds the lock at `path`; after LOCK_TIMEOUT, continues without it."""
     lock = FileLock(path)
     try:
         try:
@@ -149,13 +156,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _check_space(path: Path) -> None:
-    """Raises OSError unless a build's worth of bytes can be written: a compiler would say so far less clearly."""
+    """Raises OSError unless as many bytes can be written as a build needs; a compiler's error would be less clear."""
     path.write_bytes(bytes(SPACE_NEEDED))
     path.unlink()
 
 
 def _remove_stale(cache: Path) -> None:
-    """Removes what killed builds left behind."""
+    """Removes the folders of builds that were killed."""
     for folder in cache.glob("build-*"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > STALE_AFTER:

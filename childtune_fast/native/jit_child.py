@@ -1,7 +1,7 @@
-"""The compile step of a just-in-time build, run by `jit.py` as a script in a process of its own.
+"""The compile step of a just-in-time build, which `toolchain.py` runs as a script in a separate process.
 
-A process of its own because it can be given a time limit and killed with all its compilers, keeps torch's long output
-and its changes of state to itself, and is the one to die if the new binary crashes when it is first loaded.
+A separate process can be given a time limit and killed with all its compilers. It keeps torch's long output and torch's
+changes of global state away from the parent. If the new binary crashes when it is first loaded, only this process ends.
 """
 
 import json
@@ -12,17 +12,17 @@ import threading
 
 
 def die_with_parent() -> None:
-    """Waits on the pipe that only the parent holds open, then ends this process and ninja, which ends its compilers."""
+    """Ends this process and ninja, which ends its compilers, when the parent dies and so closes the pipe."""
     os.read(0, 1)
     os.killpg(0, signal.SIGTERM)
 
 
 def main() -> None:
-    """Builds and loads what the command line describes; on failure the output ends with the compiler's."""
+    """Builds and loads the extension that the command line describes; a failure prints the compiler's output last."""
     job = json.loads(sys.argv[1])
     if hasattr(os, "killpg"):
         threading.Thread(target=die_with_parent, daemon=True).start()
-    sys.path[:] = job["sys_path"]  # the parent's torch, wherever it found it
+    sys.path[:] = job["sys_path"]  # so that this process imports the same torch as the parent
     try:
         from torch.utils.cpp_extension import load
 

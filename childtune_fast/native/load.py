@@ -1,7 +1,7 @@
-"""The compiled module: what the word `backend` asks for, and how the module is found, when it is first needed.
+"""The compiled module: whether a value of `backend` asks for it, and how it is found when it is first needed.
 
-The module is prebuilt by `pip install`, else built just in time (`jit.py`). The outcome, success or failure, holds for
-the process.
+The module is prebuilt by `pip install`, else built just in time (`jit.py`). The outcome, success or failure, is kept
+for the process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Native(NamedTuple):
 
     Attributes:
         module: the compiled module; None if there is none.
-        origin: "prebuilt" or "built just in time"; empty without a module.
-        notes: what went wrong on the way, one line per attempt; empty if the first one succeeded.
+        origin: "prebuilt" or "built just in time"; "" without a module.
+        notes: the failures, one line for each attempt; empty if the first attempt succeeded.
     """
 
     module: ModuleType | None
@@ -40,12 +40,12 @@ def resolve(requested: Backend) -> ModuleType | None:
     """Returns the compiled module that a request for a backend asks for; None stands for pure torch.
 
     Args:
-        requested: "native" raises if there is no compiled module, "torch" does not look for one, "auto" takes it if
-            there is one, else pure torch, with one warning per process. The environment variable CHILDTUNE_BACKEND, if
-            set, replaces "auto".
+        requested: "native" raises if there is no compiled module; "torch" does not look for one; "auto" takes the
+            compiled module if there is one, else pure torch with one warning in the process. The environment variable
+            CHILDTUNE_BACKEND, if set, replaces "auto".
 
     Raises:
-        ValueError: the argument or CHILDTUNE_BACKEND is another word.
+        ValueError: the argument or CHILDTUNE_BACKEND is none of these three words.
         BackendError: "native" was requested and there is no compiled module.
     """
     choice = chosen(requested)
@@ -60,7 +60,7 @@ def resolve(requested: Backend) -> ModuleType | None:
 
 
 def chosen(requested: Backend) -> Backend:
-    """Returns the request itself, or for "auto" what CHILDTUNE_BACKEND says; raises ValueError for another word."""
+    """Returns `requested`, or if it is "auto" the value of CHILDTUNE_BACKEND; ValueError if that is no backend."""
     choice = check(requested, "backend")
     if choice == "auto":
         choice = check(os.environ.get("CHILDTUNE_BACKEND") or "auto", "the environment variable CHILDTUNE_BACKEND")
@@ -70,7 +70,7 @@ def chosen(requested: Backend) -> Backend:
 def wants_gpu_kernels(requested: Backend) -> bool:
     """Returns whether a request for a backend includes the kernels on GPUs.
 
-    "auto" does not, because no GPU has run these kernels yet: it leaves parameters on a GPU to torch.
+    "native" does. "auto" does not, because no GPU has run these kernels yet; torch steps parameters on a GPU then.
     """
     return chosen(requested) == "native"
 
@@ -79,7 +79,7 @@ def load_native() -> ModuleType:
     """Returns the compiled module: prebuilt, else from the cache of earlier builds, else built now.
 
     Raises:
-        BackendError: all three fail. The first failure holds for the process and is raised again.
+        BackendError: all three fail. The first failure is kept for the process and raised again.
         ValueError: CHILDTUNE_FORCE_JIT is neither 0 nor 1.
     """
     native = find_native()
@@ -89,8 +89,12 @@ def load_native() -> ModuleType:
 
 
 def find_native() -> Native:
-    """Returns the compiled module, or the causes of its absence instead of raising them."""
-    with _lock:  # Threads wait for the one that loads.
+    """Returns the compiled module, or why there is none.
+
+    Raises:
+        ValueError: CHILDTUNE_FORCE_JIT is neither 0 nor 1.
+    """
+    with _lock:  # threads wait for the one that loads
         return _find_native()
 
 
@@ -104,7 +108,7 @@ def _find_native() -> Native:
         try:
             return Native(_load_prebuilt(), "prebuilt", notes)
         except ModuleNotFoundError:
-            pass  # the usual case in a source tree: nothing worth telling
+            pass  # usual in a source tree, so it is no failure to note
         except (BackendError, ImportError) as error:
             notes.append(f"the prebuilt binary is unusable ({error})")
     from . import jit
@@ -123,7 +127,12 @@ def _force_jit() -> bool:
 
 
 def _load_prebuilt() -> ModuleType:
-    """Imports `childtune_fast._native`, if it was made from the very sources of this package."""
+    """Imports and returns `childtune_fast._native`.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+        BackendError: it was made from other sources than those of this package, or its record is missing.
+    """
     name = f"childtune_fast.{build.MODULE}"
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
@@ -139,7 +148,7 @@ def _load_prebuilt() -> ModuleType:
 
 
 def check(choice: str, what: str) -> Backend:
-    """Returns `choice`, or raises ValueError if it is no backend; `what` begins the sentence."""
+    """Returns `choice`, or raises ValueError if it is no backend; the error begins with `what`."""
     if choice not in CHOICES:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, CHOICES))} (got {choice!r})")
     return cast(Backend, choice)

@@ -1,4 +1,4 @@
-"""The compiler and ninja: finding them, running them with a time limit, and telling what they said when they failed."""
+"""The compiler and ninja: finds them, runs them with a time limit, and reports their output if they fail."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from . import BackendError, build
 
 PROBE_TIMEOUT = 10.0  # seconds for `c++ --version`
 BUILD_TIMEOUT = 300.0  # seconds for the whole build
-USUAL_SECONDS = 30  # what a build takes on two cores, for the line that announces it
+USUAL_SECONDS = 30  # usual duration of a build on two cores, for the line that announces the build
 LAST_LINES = 12  # lines of a compiler's output that go into an error
 REMEDY = 'repair it, name another compiler in the environment variable CXX, or choose backend="torch"'
 
 
 class Compiler(NamedTuple):
-    """A C++ compiler that answers.
+    """A C++ compiler that can be run.
 
     Attributes:
-        command: as the user named it; may be several words ("ccache g++").
-        path: the resolved path of its first word.
-        banner: what it says about its version.
+        command: the command as the user gave it; it may be several words ("ccache g++").
+        path: the resolved path of the command's first word.
+        banner: what the compiler prints about its version.
     """
 
     command: str
@@ -39,10 +39,10 @@ class Compiler(NamedTuple):
 
 
 def find_compiler() -> Compiler:
-    """Returns the compiler that torch will call: CXX, else the platform's usual one.
+    """Returns the compiler that torch will call: the one in CXX, else `c++`, or `cl` on Windows.
 
     Raises:
-        BackendError: there is none, or it does not answer.
+        BackendError: there is no such compiler, or it does not print its version.
     """
     windows = sys.platform == "win32"
     command = os.environ.get("CXX") or ("cl" if windows else "c++")
@@ -63,7 +63,7 @@ def find_compiler() -> Compiler:
 
 
 def local_flags() -> list[str]:
-    """Returns the flags that only a build on the machine it is for may have: no kernels its processor cannot run."""
+    """Returns the flags for a build that only this machine runs: without AVX-512 kernels if its CPU cannot run them."""
     import torch
 
     skips = platform.machine().lower() in ("x86_64", "amd64") and not (
@@ -76,7 +76,8 @@ def compile_native(folder: Path, compiler: Compiler) -> None:
     """Builds the native backend in the empty `folder`, in a child process that also loads it once.
 
     Raises:
-        BackendError: something is missing, fails or takes too long; with the compiler's last lines.
+        BackendError: the sources or a tool are missing, or the build fails or takes too long; the message has the
+            compiler's last lines.
     """
     if not build.sources():
         raise BackendError(f"the C++ sources are not at {build.csrc()}; install childtune_fast again")
@@ -109,13 +110,19 @@ def compile_native(folder: Path, compiler: Compiler) -> None:
 def run(
     command: list[str], *, timeout: float, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """Runs a command and returns its status and output; it and its children end at the latest when this process does.
+    """Runs a command and returns its exit status and its output.
+
+    Args:
+        command: the program and its arguments.
+        timeout: limit in seconds.
+        cwd: the command's working folder; None takes this process's (default: None).
+        env: the command's environment; None takes this process's (default: None).
 
     Raises:
-        subprocess.TimeoutExpired: it took longer than `timeout` seconds and was killed with all its children.
-        OSError: it could not be started.
+        subprocess.TimeoutExpired: the command took longer than `timeout` seconds and was killed with all its children.
+        OSError: the command could not be started.
     """
-    read_end, write_end = os.pipe()  # never written to: the child sees its end if this process dies
+    read_end, write_end = os.pipe()  # never written to; jit_child.py ends when this process dies and so closes it
     try:
         with subprocess.Popen(
             command,
@@ -128,7 +135,7 @@ def run(
         ) as process:
             try:
                 output, _ = process.communicate(timeout=timeout)
-            except BaseException:  # Ctrl-C too
+            except BaseException:  # includes KeyboardInterrupt
                 _kill(process)
                 raise
     finally:
@@ -138,7 +145,10 @@ def run(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its children; politely at first, for ninja then ends its compilers, which leave its group."""
+    """Ends a process and its children.
+
+    The first signal is SIGTERM, because ninja then ends its compilers, which are in process groups of their own.
+    """
     if not hasattr(os, "killpg"):
         process.kill()
         return
@@ -152,7 +162,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(compiler: Compiler) -> dict[str, str]:
-    """Returns the environment of the build: ninja is found even if its virtual environment is not activated."""
+    """Returns the environment of the build, in which ninja is found even if the virtual environment is not active.
+
+    Raises:
+        BackendError: ninja is not installed.
+    """
     folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
     try:
         import ninja
@@ -167,7 +181,7 @@ def environment(compiler: Compiler) -> dict[str, str]:
 
 
 def quoted(output: str) -> str:
-    """Returns the last lines that a compiler wrote, without ninja's and the command lines, indented."""
+    """Returns the last lines of a compiler's output, indented, without the lines of ninja and the command lines."""
     noise = ("[", "FAILED:", "ninja: ")
     lines = [line.rstrip() for line in output.splitlines() if line.strip() and not line.startswith(noise)]
     lines = [line[:300] for line in lines if "-DTORCH_EXTENSION_NAME=" not in line]

@@ -1,9 +1,9 @@
 """One bit per weight: the mask of a child network in one parameter, and how it lies in memory.
 
 Weight `i`, by flat index in the parameter's logical order, is in the child network if bit `i % 8` of byte `i // 8` is
-set. Bits go in blocks of 1024: the last block is filled with zeros, and `offsets[b]` counts the weights of the child
-network before block `b`, so that the place of any of them in the compact state is found in one block.
-csrc/core/packed_mask.h is the same in C++.
+set. Bits are stored in blocks of 1024, the last of which is filled up with zeros. `offsets[b]` counts the child
+network's weights before block `b`, so that a kernel finds the place of a weight in the compact state without reading
+other blocks. csrc/core/packed_mask.h describes the same layout in C++.
 """
 
 import hashlib
@@ -18,24 +18,30 @@ from torch import Tensor
 
 BLOCK = 1024  # weights
 _BLOCK_BYTES = BLOCK // 8
-_ALIGNMENT = 16  # bytes that a GPU reads at once
+_ALIGNMENT = 16  # bytes that a kernel on a GPU reads at once
 _POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
 
 
 class PackedMask:
-    """Which weights of one parameter are in the child network. Never changed once made.
+    """The mask of one parameter: which of its weights are in the child network. It never changes.
 
     Attributes:
-        shape: of the parameter.
-        offsets: int64, one for each 1024 weights begun, and the whole count at the end; on the device of `bits`.
-        count: how many weights are in the child network.
+        shape: the parameter's shape.
+        offsets: int64 tensor of shape [blocks + 1], on the device of `bits`: entry `b` is the number of the child
+            network's weights before block `b` of 1024 weights, and the last entry is `count`.
+        count: number of weights in the child network.
     """
 
     def __init__(self, shape: Sequence[int], bits: Tensor) -> None:
-        """Takes the mask as it lies in memory; `bits` is kept, not copied, unless a GPU needs it aligned.
+        """Makes a mask from its bits in memory.
+
+        Args:
+            shape: the parameter's shape.
+            bits: uint8 tensor of shape [packed_size(number of weights)], contiguous, on any device. It is kept and not
+                copied, unless it is on a GPU and not aligned to 16 bytes.
 
         Raises:
-            ValueError: `bits` is not of the dtype and length that `shape` requires, or has bits beyond it.
+            ValueError: `bits` has another dtype or length, or bits beyond the last weight.
         """
         self.shape = tuple(shape)
         if bits.is_cuda and bits.data_ptr() % _ALIGNMENT:
@@ -58,10 +64,10 @@ class PackedMask:
 
     @property
     def bits(self) -> Tensor:
-        """The mask in memory: uint8, 128 bytes for each 1024 weights begun.
+        """The mask in memory: a uint8 tensor of 128 bytes for each block of 1024 weights.
 
         Raises:
-            RuntimeError: somebody wrote to it.
+            RuntimeError: the tensor has been written to since the mask was made.
         """
         if _version(self._bits) != self._version:
             raise RuntimeError(
@@ -78,12 +84,12 @@ class PackedMask:
 
     @property
     def numel(self) -> int:
-        """Weights of the parameter."""
+        """The number of the parameter's weights."""
         return math.prod(self.shape)
 
     @classmethod
     def pack(cls, mask: Tensor) -> "PackedMask":
-        """Packs a bool tensor of the parameter's shape."""
+        """Returns the mask that a bool tensor of the parameter's shape holds, on that tensor's device."""
         return cls(mask.shape, pack(mask.detach()))
 
     def unpack(self) -> Tensor:
@@ -91,35 +97,46 @@ class PackedMask:
         return unpack(self.bits, self.shape)
 
     def to(self, device: torch.device) -> "PackedMask":
-        """Returns the mask on `device`; itself if it is there."""
+        """Returns the mask on `device`: this object if it is on it already, else a copy."""
         return self if self.bits.device == device else PackedMask(self.shape, self.bits.to(device))
 
     def gather(self, dense: Tensor) -> Tensor:
-        """Returns the child network's values in `dense`, of the parameter's shape, as one dimension by flat index."""
+        """Returns the child network's values of a tensor.
+
+        Args:
+            dense: tensor of the parameter's shape, on the device of `bits`.
+
+        Returns:
+            tensor of shape [count] and the dtype of `dense`, ordered by flat index.
+        """
         return dense.masked_select(self.unpack())
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Returns `values`, as `gather` gives them, in a tensor of the parameter's shape, zeros elsewhere."""
+        """Returns a tensor of the parameter's shape that holds the child network's values, and zeros elsewhere.
+
+        Args:
+            values: tensor of shape [count], ordered by flat index, on the device of `bits`.
+        """
         return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
 
 
 def _popcounts(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """How many bits are set in each eight bytes."""
-    if hasattr(np, "bitwise_count"):  # numpy 2, several times faster
+    """Returns how many bits are set in each group of eight bytes."""
+    if hasattr(np, "bitwise_count"):  # new in numpy 2, and several times faster than the table
         return np.bitwise_count(packed.view(np.uint64))
     return _POPCOUNT[packed].reshape(-1, 8).sum(axis=1, dtype=np.uint8)
 
 
 def _version(bits: Tensor) -> int | None:
-    """Torch's count of writes to a tensor; None for one made in inference mode, which has none."""
+    """Returns torch's count of writes to a tensor; None for a tensor made in inference mode, which has no count."""
     return None if bits.is_inference() else bits._version
 
 
-Masks = dict[Tensor, PackedMask]  # by parameter
+Masks = dict[Tensor, PackedMask]  # {parameter: its mask}
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Returns the bits of a bool tensor, on its device."""
+    """Returns the bits of a bool tensor of any shape, as a uint8 tensor of shape [packed_size(numel)] on its device."""
     bits = torch.empty(packed_size(mask.numel()), dtype=torch.uint8, device=mask.device)
     flat = torch.nn.functional.pad(mask.reshape(-1).view(torch.uint8), (0, 8 * bits.numel() - mask.numel()))
     return torch.sum(flat.view(-1, 8) << _places(bits), dim=1, dtype=torch.uint8, out=bits)
@@ -136,12 +153,12 @@ def _places(bits: Tensor) -> Tensor:
 
 
 def packed_size(numel: int) -> int:
-    """Returns how many bytes the bits of `numel` weights take."""
+    """Returns the number of bytes that the bits of `numel` weights take, padding included."""
     return -(-numel // BLOCK) * _BLOCK_BYTES
 
 
 def fingerprint(masks: Iterable[PackedMask]) -> str:
-    """Returns a SHA-256 in hexadecimal of a set of masks: of their shapes and bits, whatever their order and names."""
+    """Returns the SHA-256, in hexadecimal, of the shapes and bits of masks; their order does not matter."""
     digests = []
     for mask in masks:
         digest = hashlib.sha256(repr(mask.shape).encode())

@@ -1,4 +1,4 @@
-"""The mask of Child-Tuning_F in pure torch: csrc/core/philox.h and csrc/core/mask.h, bit for bit."""
+"""The random mask of Child-Tuning_F in pure torch, with the same bits as csrc/core/philox.h and csrc/core/mask.h."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from ..arguments import check_seed
 
-MASK_VERSION = 1  # Counts the placements of elements in Philox words; csrc/core/mask.h documents this one.
-KEEP_ALL = 1 << 16
-_BLOCK = 128  # Elements that share 16 counters.
+MASK_VERSION = 1  # changes whenever elements use other Philox words; csrc/core/mask.h documents version 1
+KEEP_ALL = 1 << 16  # the threshold that keeps every weight
+_BLOCK = 128  # elements that share 16 counters
 _COUNTERS = 16
-_CHUNK_BLOCKS = 1 << 15  # Blocks drawn at once: bounds the temporary memory at about 30 MB.
+_CHUNK_BLOCKS = 1 << 15  # blocks drawn at once; limits the temporary memory to about 30 MB
 _LOW32 = 0xFFFFFFFF
 
 
 def keep_threshold(reserve_p: float) -> int:
-    """Returns how many of 65536 values of a 16-bit random number keep their weight: `round(reserve_p * 65536)`.
+    """Returns how many of the 65536 values of a 16-bit random number keep a weight: `round(reserve_p * 65536)`.
 
     Raises:
         TypeError: `reserve_p` is not a real number.
-        ValueError: it lies outside (0, 1], is NaN, or is so small that no weight would ever be kept.
+        ValueError: `reserve_p` lies outside (0, 1], is NaN, or is so small that no weight would ever be kept.
     """
     if isinstance(reserve_p, bool) or not isinstance(reserve_p, (int, float)):
         raise TypeError(f"reserve_p must be a float in (0, 1] (got {type(reserve_p).__name__})")
@@ -35,14 +35,14 @@ def keep_threshold(reserve_p: float) -> int:
 
 
 def philox4x32_10(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Runs Philox4x32-10 on many counters (Salmon et al., SC 2011).
+    """Returns the random words of the generator Philox4x32-10 (Salmon et al., SC 2011) for many counters.
 
     Args:
-        counter: four int64 tensors of one shape, holding unsigned 32-bit words.
+        counter: four int64 tensors of one shape, which hold unsigned 32-bit words.
         key: two unsigned 32-bit words.
 
     Returns:
-        Four int64 tensors of that shape, holding unsigned 32-bit words.
+        Four int64 tensors of the counters' shape, which hold unsigned 32-bit words.
     """
     c0, c1, c2, c3 = counter
     key0, key1 = key
@@ -68,25 +68,28 @@ def bernoulli_mask(
     offset: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Returns the very mask that `ChildAdamW` applies to a parameter in a step.
+    """Returns the mask that `ChildAdamW` without `child` applies to a parameter in a step (Child-Tuning_F).
 
-    A pure function of its arguments: it draws nothing from torch's random state, and neither device nor shape matters,
-    only the flat index of each element.
+    Source: Xu, Luo et al., EMNLP 2021, section 2.2. The mask is a pure function of the arguments. Nothing is drawn from
+    torch's random state, and an element's value depends on its flat index but not on the shape or the device.
 
     Args:
-        shape: of the parameter, or of a piece of it that is consecutive in its flat order.
-        reserve_p: share of weights kept, in (0, 1]; exactly, `round(reserve_p * 65536) / 65536`.
-        seed: the optimizer's (`opt.seed`), any integer of 64 bits, signed or not.
-        step: the parameter's own step count, 1 at its first step.
-        param_index: its index in the optimizer, from 0, counted through all groups.
-        offset: flat index, in the whole parameter, of the piece's first element.
-        device: of the result.
+        shape: shape of the parameter, or of a piece of it that is consecutive in the parameter's flat order.
+        reserve_p: share of weights whose gradient is used, in (0, 1]; it is rounded to a multiple of 1/65536.
+        seed: the optimizer's seed (`opt.seed`), an integer of 64 bits, signed or unsigned.
+        step: the parameter's own step count, 1 at its first step, an integer in [0, 2**32).
+        param_index: index of the parameter in the optimizer, from 0, counted through all groups, an integer in
+            [0, 2**32).
+        offset: flat index of the first element of `shape` in the whole parameter, an integer in [0, 2**62)
+            (default: 0).
+        device: device of the result (default: "cpu").
 
     Returns:
-        bool tensor of `shape`: True where the weight's gradient is used.
+        bool tensor of shape `shape`: True where the weight's gradient is used.
 
     Raises:
-        TypeError, ValueError: an argument is no number of the range given here.
+        TypeError: an argument is no number of the required kind.
+        ValueError: an argument lies outside its range.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(shape)
@@ -109,7 +112,7 @@ def bernoulli_mask(
 
 
 def _random16(start: int, end: int, seed: int, step: int, param_index: int, device: torch.device | str) -> Tensor:
-    """The 16-bit random numbers of the blocks [start, end), one per element, in the elements' order."""
+    """Returns the 16-bit random numbers of the blocks [start, end), one for each element, in the elements' order."""
     number = torch.arange(start * _COUNTERS, end * _COUNTERS, device=device).view(-1, 1, _COUNTERS)
     counter = [number & _LOW32, number >> 32, torch.full_like(number, step), torch.full_like(number, param_index)]
     words = torch.cat(philox4x32_10(counter, (seed & _LOW32, seed >> 32)), dim=1)  # block, word, counter

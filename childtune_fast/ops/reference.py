@@ -1,7 +1,7 @@
 """The four operations in pure torch, on any device: the readable specification of the compiled kernels.
 
-The results have the same bits. Each line rounds as csrc/core does: no fused multiply-add, no reciprocal, constants
-computed in double and rounded once.
+The results have the same bits as the kernels'. Each line rounds as csrc/core does: no fused multiply-add, no
+reciprocal, constants computed in double and rounded once.
 """
 
 import itertools
@@ -21,7 +21,7 @@ _NORM_CHUNK = 1024
 
 
 class AdamWConstants(NamedTuple):
-    """Everything in a step that does not depend on the element, as csrc/core/constants.h has it."""
+    """The numbers of a step that do not depend on the element; csrc/core/constants.h has the same."""
 
     grad_factor: float
     decay_before: float
@@ -31,7 +31,7 @@ class AdamWConstants(NamedTuple):
 
 
 def integer_power(base: float, exponent: int) -> float:
-    """`base**exponent` by repeated squaring, which has the same bits on every machine (libm's `pow` has not)."""
+    """Returns `base**exponent` by repeated squaring, whose bits, unlike those of libm's `pow`, never vary."""
     result = 1.0
     while exponent:
         if exponent & 1:
@@ -42,7 +42,7 @@ def integer_power(base: float, exponent: int) -> float:
 
 
 def step_constants(group: StepGroup, step: int) -> AdamWConstants:
-    """Computes the constants of the step number `step`, 1 for the first, in double."""
+    """Returns the constants, computed in double, of step number `step`; the first step is 1."""
     bias_correction1 = 1 - integer_power(group.beta1, step)
     bias_correction2_sqrt = math.sqrt(1 - integer_power(group.beta2, step))
     step_size = group.lr / bias_correction1
@@ -67,7 +67,7 @@ def _step_param(group: StepGroup, i: int) -> None:
 
     child = unpack(group.child_bits[i], param.shape) if group.child_bits else None
     weights = param
-    if child is not None:  # `weights` and `grad` become those of the child network, as the state is
+    if child is not None:  # the state has only the child network's values, so `weights` and `grad` get the same
         weights, grad = param[child], grad[child]
         if group.decay_outside:
             param.copy_(param.to(exp_avg.dtype) * c.decay_before * c.decay_after)
@@ -81,7 +81,7 @@ def _step_param(group: StepGroup, i: int) -> None:
     if group.amsgrad:
         second_moment = group.max_exp_avg_sqs[i]
         second_moment.copy_(torch.where(exp_avg_sq <= second_moment, second_moment, exp_avg_sq))
-    # A divisor in a tensor on the device: by a number, torch multiplies with the reciprocal on CUDA.
+    # The divisor is a tensor, because on CUDA torch divides by a Python number as a multiplication with the reciprocal.
     bias_correction2_sqrt = torch.full((), c.bias_correction2_sqrt, dtype=exp_avg.dtype, device=exp_avg.device)
     denom = _sqrt(second_moment) / bias_correction2_sqrt + group.eps
     decayed = weights.to(exp_avg.dtype) * c.decay_before
@@ -113,7 +113,10 @@ def _mask(group: StepGroup, i: int, step: int) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Returns the correctly rounded square root; on the CPU, torch's (MKL's) is off by an ulp for a tenth of floats."""
+    """Returns the correctly rounded square root.
+
+    On the CPU it is numpy's, because torch's (MKL's) is off by an ulp for a tenth of all floats.
+    """
     return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.is_cpu else torch.sqrt(x)
 
 
@@ -121,12 +124,12 @@ def clip_factor(max_norm: float, squares: float, grad_factor: float) -> float:
     """Returns the factor that limits the 2-norm of gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
 
     Args:
-        max_norm: the limit.
-        squares: the sum of the gradients' squares, before they are multiplied by `grad_factor`.
-        grad_factor: what the gradients are multiplied by before they are clipped.
+        max_norm: limit of the 2-norm.
+        squares: sum of the squares of the gradients, before they are multiplied by `grad_factor`.
+        grad_factor: number that the gradients are multiplied by before they are clipped.
     """
     factor = max_norm / (math.sqrt(squares) * abs(grad_factor) + 1e-6)
-    return 1.0 if factor >= 1.0 else factor  # a NaN gets through, as in clip_grad_norm_
+    return 1.0 if factor >= 1.0 else factor  # NaN stays NaN, as in clip_grad_norm_
 
 
 def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
@@ -137,7 +140,7 @@ def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None
 
     Args:
         tensors: gradients of any dtype and shape.
-        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+        child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     totals: list[Tensor] = []
     for tensor, bits in zip(tensors, child_bits, strict=True):
@@ -184,13 +187,13 @@ def accumulate_squares(score: Tensor, grad: Tensor, weight: float, grad_factor: 
 
 
 def select(names: list[str], scores: list[Tensor], k: int, largest: bool) -> list[Tensor]:
-    """Returns the packed masks of the `k` highest or lowest of all scores; of equal ones, the earlier index.
+    """Returns the packed masks of the `k` highest or lowest of all scores; of equal scores, the earlier is selected.
 
     Args:
-        names: of the tensors, for the error.
+        names: names of the tensors, for the error.
         scores: float32 tensors, contiguous.
-        k: how many scores to select.
-        largest: whether the highest scores are selected.
+        k: number of scores to select.
+        largest: whether the highest scores are selected, or else the lowest.
 
     Raises:
         ValueError: a score is NaN.

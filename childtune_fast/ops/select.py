@@ -1,4 +1,4 @@
-"""The k highest, or lowest, of all scores in a list of tensors, as packed masks; exact, with deterministic ties."""
+"""Selection of exactly k weights, those with the highest or the lowest scores of many tensors, as packed masks."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,27 +9,28 @@ from ..native import gpu, load
 from . import reference
 from .packed_mask import PackedMask, packed_size
 
-_DIGITS = 1 << 11  # Values of the 11 bits that a GPU's kernel counts in one pass.
+_DIGITS = 1 << 11  # number of values of a digit; a kernel on a GPU counts digits of 11 bits in one pass
 
 
 def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[str, PackedMask]:
     """Selects exactly `k` weights by their scores, over all tensors together.
 
-    Scores are compared as float32: 0.0 equals -0.0, infinities are in order. Of equal scores the one with the lower
-    index is taken, in both directions: the earlier tensor, then the lower flat index. Contiguous float32 scores on the
-    CPU are not copied, nor are those on GPUs where kernels are asked for.
+    Scores are compared as float32; 0.0 equals -0.0, and infinities are the highest and lowest values. Of equal scores,
+    the one in the earlier tensor is selected, then the one of the lower flat index, whether the highest or the lowest
+    are selected. The compiled kernels, on the CPU and on GPUs, do not copy contiguous float32 scores.
 
     Args:
-        scores: by name, float32, bfloat16 or float16, of any shape.
-        k: how many to select, from 0 to the number of all scores.
-        largest: the highest scores, else the lowest (default: True).
+        scores: {name: tensor of any shape, float32, bfloat16 or float16}.
+        k: number of weights to select, from 0 to the number of all scores.
+        largest: whether the highest scores are selected, or else the lowest (default: True).
 
     Returns:
-        A mask for each tensor, by the same names in the same order, on the device of its scores.
+        {name: mask}, with the names of `scores` in the same order; each mask is on the device of its scores.
 
     Raises:
-        TypeError: scores of another dtype.
+        TypeError: a score has another dtype.
         ValueError: a score is NaN, or `k` is out of range.
+        BackendError: CHILDTUNE_BACKEND is "native", and there are no kernels for a device of the scores.
     """
     total = sum(tensor.numel() for tensor in scores.values())
     if not 0 <= k <= total:
@@ -68,9 +69,13 @@ def _select_on_gpus(names: list[str], scores: list[Tensor], k: int, largest: boo
 
 
 def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
-    """What the host does between the passes of csrc/cuda/select_kernel.h; None if a score is NaN."""
+    """Selects `k` keys over several GPUs, in the passes of csrc/cuda/select_kernel.h.
+
+    Returns:
+        {number of a tensor: bits of its mask}; None if a score is NaN.
+    """
     left, key, wanted_shift = k, 0, 32
-    for shift in (21, 10, 0):  # of 11, 11 and 10 bits
+    for shift in (21, 10, 0):  # the digits have 11, 11 and 10 bits
         found = torch.stack([part.count_digits(key, wanted_shift, shift) for part in parts]).sum(dim=0)
         counts, nan = found.split([_DIGITS, 1])
         if nan:
@@ -81,7 +86,7 @@ def _select_in_parts(parts: list["_OnGpu"], k: int) -> dict[int, Tensor] | None:
         left -= int(reached[digit] - counts[digit])
         key, wanted_shift = key << (wanted_shift - shift) | digit, shift
     ties = _merged(part.write_above(key) for part in parts)
-    in_order = [ties[i] for i in sorted(ties)]  # of the tensors, wherever they are
+    in_order = [ties[i] for i in sorted(ties)]  # in the order of the tensors, not of the GPUs
     of_all = torch.cat(in_order)
     before = of_all.cumsum(0) - of_all
     taken = (left - before).clamp(min=0).minimum(of_all).split([of_one.numel() for of_one in in_order])
@@ -93,7 +98,12 @@ def _merged(of_parts: Iterable[dict[int, Tensor]]) -> dict[int, Tensor]:
 
 
 class _OnGpu:
-    """The scores that lie on one GPU, by their number among all, and the passes over them."""
+    """The passes over the scores on one GPU.
+
+    Attributes:
+        scores: {number of a tensor among all: its scores, float32 and contiguous}.
+        bits: {number of a tensor among all: bits of its mask}, written by the passes.
+    """
 
     def __init__(self, device: torch.device, scores: dict[int, Tensor], largest: bool) -> None:
         self.device, self.scores, self.largest = device, scores, largest
@@ -104,7 +114,12 @@ class _OnGpu:
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     def count_digits(self, wanted: int, wanted_shift: int, shift: int) -> Tensor:
-        """Returns, on the CPU, how many keys have which digit, and at the end something above 0 if a score is NaN."""
+        """Counts the digits at bit `shift` of the keys whose higher bits, from `wanted_shift` on, are `wanted`.
+
+        Returns:
+            int64 tensor of shape [_DIGITS + 1] on the CPU: how many keys have each digit; the last entry is above 0 if
+            a score is NaN.
+        """
         found = self._zeros(_DIGITS + 1, torch.int64)
         counts, nan = found[:-1], found[-1:].view(torch.uint8)[:1]
         digit = wanted, wanted_shift, shift
@@ -112,14 +127,18 @@ class _OnGpu:
         return found.cpu()
 
     def write_above(self, key: int) -> dict[int, Tensor]:
-        """Selects the keys above this one; returns, on the CPU, how many equal it in each block of 1024 scores."""
+        """Selects the keys above `key`.
+
+        Returns:
+            {number of a tensor: int32 tensor on the CPU that counts the keys equal to `key` in each block of 1024}.
+        """
         sizes = [self.kernels.tie_counts(tensor.numel()) for tensor in self.scores.values()]
         ties = self._zeros(sum(sizes), torch.int32)
         self._write(self.kernels.write_above, key, ties)
         return dict(zip(self.scores, ties.cpu().split(sizes), strict=True))
 
     def add_ties(self, key: int, taken: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Selects the first keys that equal it, so many of each block; returns the bits."""
+        """Selects the first keys equal to `key` in each block of 1024, as many as `taken` says; returns the bits."""
         ties = torch.cat([taken[i] for i in self.scores]).to(self.device, torch.int32)
         self._write(self.kernels.add_ties, key, ties)
         return self.bits

@@ -1,4 +1,4 @@
-"""Sums of squares and squared gradients: the CPU's kernels, a GPU's or torch compute them.
+"""Sums of squares and squared gradients: kernels on the CPU, kernels on a GPU, or torch compute them.
 
 The choice is made once for a step, or once for a pass over a model's gradients, and not once for each gradient.
 """
@@ -21,7 +21,7 @@ def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_b
     Args:
         native: the compiled module, if every tensor is on the CPU; None computes it in torch, on any device.
         tensors: gradients of any dtype and shape.
-        child_bits: for each tensor, the packed mask of the elements that count, or None if all do.
+        child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     if native is None:
         return reference.sum_of_squares(tensors, child_bits)
@@ -32,8 +32,8 @@ class SquareKernels(NamedTuple):
     """The kernels that add squared gradients to scores, found once for a pass over a model's gradients.
 
     Attributes:
-        native: the compiled module; None if torch squares what is on the CPU.
-        gpus: by a GPU's number, its kernels; torch squares what is on any other device.
+        native: the compiled module, which squares gradients on the CPU; None if torch squares them.
+        gpus: {number of a GPU: its kernels}; torch squares the gradients on all other GPUs and devices.
     """
 
     native: ModuleType | None
@@ -41,7 +41,7 @@ class SquareKernels(NamedTuple):
 
     @classmethod
     def find(cls, devices: Iterable[torch.device]) -> "SquareKernels":
-        """Returns the kernels for gradients on these devices, which CHILDTUNE_BACKEND decides, if it is set.
+        """Returns the kernels for gradients on these devices; CHILDTUNE_BACKEND, if set, chooses the backend.
 
         Raises:
             BackendError: CHILDTUNE_BACKEND is "native", and there are no kernels for one of the devices.
@@ -59,11 +59,11 @@ class SquareKernels(NamedTuple):
         """Adds `weight * (grad * grad_factor)**2` to a score, in place, without waiting for a GPU.
 
         Args:
-            score: float32, of the gradient's shape and on its device; contiguous.
-            grad: float32, float64, bfloat16 or float16, any strides; not lazily negated.
-            weight: of the squares.
-            grad_factor: what the gradient is multiplied by before it is clipped and squared.
-            grad_clip: the limit of its 2-norm; None does not clip.
+            score: contiguous float32 tensor of the gradient's shape, on the gradient's device.
+            grad: float32, float64, bfloat16 or float16 tensor, of any strides, but not lazily negated.
+            weight: weight of the squares in the score.
+            grad_factor: number that the gradient is multiplied by before it is clipped and squared.
+            grad_clip: limit of the gradient's 2-norm after that multiplication; None does not clip.
 
         Returns:
             Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
@@ -83,7 +83,7 @@ class SquareKernels(NamedTuple):
 def _add_on_gpu(
     kernels: Any, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None
 ) -> Tensor:
-    """Adds squares on the GPU that holds both tensors, on its current stream, which in a hook is the gradient's."""
+    """Adds squares on the GPU that holds both tensors, on its current stream; in a hook, that is the gradient's."""
     device = grad.get_device()
     finite = torch.ones((), dtype=torch.uint8, device=grad.device)
     memory_of = functools.partial(gpu.memory, device)

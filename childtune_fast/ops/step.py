@@ -1,4 +1,4 @@
-"""The step: the CPU's kernels, a GPU's or torch take it; before them the host scales, skips and clips."""
+"""The step: kernels on the CPU, kernels on a GPU, or torch take it; before it, the host scales, skips and clips."""
 
 import contextlib
 import functools
@@ -17,9 +17,9 @@ from . import reference
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
-Where = (
-    str | int | None
-)  # Who steps a parameter: "cpu", the compiled kernels; a GPU's number, its kernels; None, torch.
+# Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and
+# None for torch.
+Where = str | int | None
 
 
 class StepKernels(NamedTuple):
@@ -27,7 +27,7 @@ class StepKernels(NamedTuple):
 
     Attributes:
         native: the compiled module; None if torch steps everything.
-        use_gpus: whether the kernels of GPUs step what lies there; else torch does.
+        use_gpus: whether the kernels on GPUs step the parameters there; otherwise torch does.
     """
 
     native: ModuleType | None
@@ -40,14 +40,15 @@ class StepKernels(NamedTuple):
 
     @property
     def on_cpu(self) -> Where:
-        """Who steps a parameter that lies on the CPU."""
+        """Who steps a parameter on the CPU: "cpu" or, without the compiled module, None."""
         return None if self.native is None else "cpu"
 
     def where(self, tensors: Sequence[Tensor]) -> Where:
         """Returns who steps a parameter.
 
         Args:
-            tensors: the parameter, its gradient and the averages in its state; of shards, the local tensors.
+            tensors: the parameter, its gradient and the averages in its state; for a sharded parameter, their local
+                parts.
 
         Raises:
             BackendError: the kernels of its GPU are asked for and there are none.
@@ -71,15 +72,18 @@ def take_step(
     """Takes one step; returns whether it was taken, as far as the host knows.
 
     Args:
-        groups: by who steps them.
-        kernels: with which `groups` were sorted.
-        gpu_memory: the optimizer's memory on each GPU, which a step uses while it runs; grows here.
-        grad_scale: one number, by which a GradScaler has multiplied all gradients; None for 1.
-        found_inf: one number; unless it is 0, the step is not taken. None for 0.
+        groups: the groups to step, by who steps them.
+        kernels: the kernels with which `groups` were sorted.
+        gpu_memory: {number of a GPU: the optimizer's memory on it}, which a step uses while it runs; this call may
+            make it grow.
+        grad_scale: tensor of one number, by which a GradScaler has multiplied all gradients; None for 1
+            (default: None).
+        found_inf: tensor of one number; unless it is 0, the step is not taken. None for 0 (default: None).
 
     Raises:
-        RuntimeError, TypeError, ValueError: as `check_group` says, or a norm that no rank knows, or a capture that
-            could not be replayed. Nothing has been written then.
+        RuntimeError, TypeError, ValueError: `check_group` refuses a group, `max_grad_norm` is given for sharded
+            gradients, whose norm no rank knows, or a CUDA graph captures a step that it could not replay. Nothing has
+            been written then.
     """
     on_cpu, on_torch = groups.get("cpu", []), groups.get(None, [])
     on_gpus = {where: on_gpu for where, on_gpu in groups.items() if isinstance(where, int)}
@@ -95,7 +99,7 @@ def take_step(
             return False
         _unscale(everything, grad_scale)
         grad_scale = found_inf = None
-    for group in on_torch if alone else on_torch + of_gpus:  # kernels check before they write, but only their own
+    for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
     with _explaining(on_cpu + of_gpus):
         if by_host:
@@ -113,7 +117,7 @@ def take_step(
 
 @contextlib.contextmanager
 def _explaining(groups: list[StepGroup]) -> Iterator[None]:
-    """Raises a sentence where the kernels refuse with a word."""
+    """Replaces the short errors of the kernels by the sentences of `check_group`."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, BufferError):
@@ -147,11 +151,11 @@ def _clip(native: ModuleType | None, on_cpu: list[StepGroup], elsewhere: list[St
         return
     squares = sum_of_squares(native, *_normed(on_cpu)) if on_cpu else 0.0
     squares += sum_of_squares(None, *_normed(elsewhere))
-    before = groups[0].grad_factor  # of one size in all groups; maximize changes its sign
+    before = groups[0].grad_factor  # all groups have the same, except for the sign, which maximize changes
     for group in groups:
         if group.max_grad_norm is not None:
             group.grad_factor *= reference.clip_factor(group.max_grad_norm, squares, before)
-            group.max_grad_norm = None  # done, so that no kernel clips again
+            group.max_grad_norm = None  # so that no kernel clips again
 
 
 def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -186,7 +190,7 @@ def _step_on_gpu(
     place = gpu.place(device)
     for count in itertools.chain.from_iterable(group.steps for group in groups):
         if count.is_cpu:
-            count.data = count.to(place, torch.float32)  # remains the tensor that is in the state
+            count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
     scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
     kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device), *scaler)
 
@@ -211,13 +215,13 @@ _is_on_cpu = operator.attrgetter("is_cpu")
 
 
 def _is_counted_on_gpu(group: StepGroup) -> bool:
-    """Returns whether a group's step needs what only the GPU knows, or an earlier one did."""
+    """Returns whether a group's step, or an earlier one, needs a number that only the GPU knows."""
     reads = group.capturable or group.lr_on_device is not None or group.max_grad_norm is not None
     return reads or not all(map(_is_on_cpu, group.steps))
 
 
 def _memory_of(memory: dict[int, Tensor], device: int, size: int) -> Tensor:
-    """Returns at least so many bytes on a GPU, allocated at the first step and when a later one needs more."""
+    """Returns at least `size` bytes on a GPU, allocated at the first step and when a later one needs more."""
     if device not in memory or memory[device].numel() < size:
         memory[device] = gpu.memory(device, size)
     return memory[device]

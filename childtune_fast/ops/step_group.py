@@ -31,7 +31,7 @@ class StepGroup:
     grad_factor: float  # clip factor / GradScaler's scale, negative if maximize
     keep_threshold: int  # round(reserve_p * 65536); 65536 keeps every weight
     published_code: bool  # variant="hf"
-    seed: int  # of the random masks, unsigned, 64 bits
+    seed: int  # determines the random masks; unsigned, 64 bits
     max_grad_norm: float | None
     lr_on_device: Tensor | None = None  # the learning rate as a tensor on the GPU that steps the group
     capturable: bool = False  # a CUDA graph may replay the step

@@ -82,9 +82,9 @@ class ChildAdamW(CheckpointedAdamW):
             on a GPU. The environment variable CHILDTUNE_BACKEND replaces "auto" (default: "auto").
 
     Raises:
-        ValueError, TypeError, RuntimeError: as torch.optim.AdamW does; for `reserve_p` outside (0, 1] or beside
-            `child`, for parameters that share memory, and for arguments that cannot be honoured.
-        BackendError: backend="native", and there is no compiled module.
+        ValueError, TypeError, RuntimeError: torch.optim.AdamW raises for these arguments, `reserve_p` lies outside
+            (0, 1] or is given together with `child`, parameters share memory, or an argument cannot be honoured.
+        BackendError: `backend` is "native", and there is no compiled module.
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler to leave unscaling and skipping to step()
@@ -153,7 +153,14 @@ class ChildAdamW(CheckpointedAdamW):
         return self.param_groups[0]["seed"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch does. Raises as the constructor does, and then has added nothing."""
+        """Adds a parameter group.
+
+        Args:
+            param_group: dict with "params" and, optionally, the options that differ from the constructor's.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: the constructor would raise for this group. Nothing is added then.
+        """
         self.defaults = {**self._child_defaults, **self.defaults}  # the base class's constructor lacks ours
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -185,11 +192,11 @@ class ChildAdamW(CheckpointedAdamW):
     def replace_child(self, child: ChildNetwork) -> None:
         """Gives the optimizer another child network, between two steps.
 
-        The state of every parameter that either child network masks begins anew, step count included; the state of
-        others stays.
+        The state of every parameter that the old or the new child network masks begins again, step count included. The
+        state of all other parameters stays.
 
         Args:
-            child: ChildNetwork of the model whose parameters the optimizer has.
+            child: the new ChildNetwork, of the model whose parameters the optimizer has.
 
         Raises:
             ValueError: the child network masks no parameter of the optimizer, or differs between ranks. Nothing has
@@ -212,10 +219,11 @@ class ChildAdamW(CheckpointedAdamW):
         """Takes one step.
 
         Args:
-            closure: reevaluates the model and returns the loss; called with gradients enabled, before the step.
+            closure: function that reevaluates the model and returns the loss. It is called before the step, with
+                gradients enabled; None calls nothing (default: None).
 
         Returns:
-            What the closure returned, else None.
+            What the closure returned; None without a closure.
 
         Raises:
             RuntimeError: a gradient is sparse, or a mask has been written to.
@@ -245,7 +253,7 @@ class ChildAdamW(CheckpointedAdamW):
         """Takes the step; returns whether it was taken, as far as the host knows."""
         kernels = StepKernels.find(self.backend)
         groups = collect(self.param_groups, self.state, self.child_masks, kernels, states_before)
-        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # by a GradScaler
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler
         return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf)
 
     def __repr__(self) -> str:

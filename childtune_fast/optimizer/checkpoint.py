@@ -1,4 +1,4 @@
-"""Checkpoints of an AdamW with masks: saved with what they need to resume, loaded from and for torch's own AdamW."""
+"""Checkpoints of an AdamW with masks, which can also be saved for and loaded from torch.optim.AdamW."""
 
 import itertools
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ..ops.random_mask import MASK_VERSION
 from .collect import check_options, settle_options
 from .state import check_saved_state, dense_state, restored_state
 
-FINGERPRINT = "child_fingerprint"  # in each param group of a checkpoint with a child network
+FINGERPRINT = "child_fingerprint"  # key in each param group of a checkpoint with a child network
 
 
 class CheckpointedAdamW(torch.optim.AdamW):
@@ -26,7 +26,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
     child_masks: Masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the checkpoint, as torch does; with a child network, it holds the masks and their fingerprint."""
+        """Returns a checkpoint in torch's format; with a child network, it holds the masks and their fingerprint."""
         state_dict = super().state_dict()
         if self.child_masks:
             identity = fingerprint(self.child_masks.values())
@@ -35,14 +35,17 @@ class CheckpointedAdamW(torch.optim.AdamW):
         return state_dict
 
     def dense_state_dict(self) -> dict[str, Any]:
-        """Returns the checkpoint as torch.optim.AdamW has it: state of every weight, zero outside the child network."""
+        """Returns a checkpoint for torch.optim.AdamW, without masks.
+
+        Its averages have the parameters' shapes, and are zero outside the child network.
+        """
         dense = self.state_dict()
         masks = self._by_number(dense["param_groups"], self.child_masks)
         states = {i: dense_state(state, masks.get(i)) for i, state in dense["state"].items()}
         for group in dense["param_groups"]:
             group.pop(FINGERPRINT, None)
             if group["decay"] == "child":
-                group["decay"] = "auto"  # who loads this decides whether there is a child network
+                group["decay"] = "auto"  # the optimizer that loads it may have a child network or none
         return {**dense, "state": {i: state for i, state in states.items() if state}}
 
     def _by_number(self, packed_groups: list[dict[str, Any]], of: Mapping[Tensor, Any]) -> dict[int, Any]:
@@ -54,17 +57,22 @@ class CheckpointedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of torch.optim.AdamW.
 
-        State keeps its precision: it is float32 for bfloat16 and float16 parameters too (torch casts it to the
-        parameter's dtype), and it is copied, never shared with `state_dict`. What a checkpoint of torch.optim.AdamW
-        does not hold (`reserve_p`, `seed`, ...) stays as it is.
+        The state keeps its precision: it is float32 for bfloat16 and float16 parameters too, where torch would cast it
+        to the parameter's dtype. It is copied and never shared with `state_dict`. Options that a checkpoint of
+        torch.optim.AdamW does not hold, such as `reserve_p` and `seed`, stay as they are.
 
-        A checkpoint with a child network makes it this optimizer's. One without, loaded into an optimizer with a child
-        network, gives the values inside it.
+        If the checkpoint has a child network, this optimizer takes it. If only this optimizer has one, it takes the
+        values inside the child network from the checkpoint's dense state.
+
+        Args:
+            state_dict: what `state_dict` or `dense_state_dict` of a ChildAdamW, or `state_dict` of a torch.optim.AdamW,
+                returned; it is only read.
 
         Raises:
-            ValueError: as torch does; also for a checkpoint whose masks were placed by another version, are damaged, or
-                are not those of the child network that this optimizer was built with.
-            TypeError: it is no checkpoint, or a state is no tensor. Whatever is raised, nothing has been loaded then.
+            ValueError: the checkpoint does not fit the parameter groups, its masks were made by another version of the
+                random masks, are damaged, or are not those of the child network that this optimizer was built with.
+                Nothing has been loaded then.
+            TypeError: `state_dict` is no checkpoint, or a state is no tensor. Nothing has been loaded then.
         """
         loaded: dict[str, Any] = {}
 
@@ -84,7 +92,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 group.pop(FINGERPRINT, None)
                 settle_options(group, bool(masks))
             self.child_masks = masks
-            self.defaults["seed"] = self.param_groups[0]["seed"]  # of groups that are added later
+            self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
         check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")
@@ -121,10 +129,10 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
 
 def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
-    """Returns the masks in a checkpoint, {} if it has none.
+    """Returns {parameter: mask} of a checkpoint; {} if it has no child network.
 
     Args:
-        params: the optimizer's parameters, by their numbers in the checkpoint.
+        params: {number in the checkpoint: parameter of the optimizer}.
         state_dict: the checkpoint, of a ChildAdamW or of another optimizer.
 
     Raises:
@@ -148,10 +156,14 @@ def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Mas
 
 
 def adopt(present: Masks, saved: Masks) -> Masks:
-    """Returns the checkpoint's masks, else those that the optimizer was built with.
+    """Returns the checkpoint's masks, or if it has none, those that the optimizer was built with.
+
+    Args:
+        present: {parameter: mask} of the optimizer's child network; {} without one.
+        saved: {parameter: mask} of the checkpoint's child network; {} without one.
 
     Raises:
-        ValueError: both have a child network, and not the same.
+        ValueError: both have a child network, and the two differ.
     """
     present = {param: mask.to(param.device) for param, mask in present.items()}  # the model may have moved
     if not saved:

@@ -1,4 +1,4 @@
-"""What a ChildAdamW requires of its child network, its ranks and its parameters when it is made."""
+"""Checks of a ChildAdamW's child network, ranks and parameters when it is made."""
 
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ def agreed_seed(seed: int | None) -> int:
 
 
 def check_masks(child: ChildNetwork, masks: Masks, whose: str) -> None:
-    """Raises ValueError if a child network masks no parameter of an optimizer; `whose` are the parameters."""
+    """Raises ValueError if a child network has no mask for an optimizer's parameters, which the error calls `whose`."""
     if not masks:
         raise ValueError(
             f"ChildAdamW: child must mask a parameter of {whose} (got a child network of {len(child.packed)} others); "
@@ -119,7 +119,10 @@ def _check_cluster(cluster: list[tuple[str, int, int, Tensor]]) -> None:
 
 
 def _is_dense(param: Tensor) -> bool:
-    """Returns True if no stride falls into the dimensions with smaller ones; then no element is stored twice."""
+    """Returns True if every stride leaps over all elements of the dimensions of smaller strides.
+
+    Then no two elements share memory. The converse does not hold.
+    """
     reach = 0
     for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
         if n > 1 and stride <= reach:

@@ -1,4 +1,4 @@
-"""What is to be stepped: the optimizer's parameters and options, turned into the structs that `ops.step` takes."""
+"""Turns the optimizer's parameters, state and options into the structs that `ops.step` takes."""
 
 import itertools
 import math
@@ -21,12 +21,12 @@ Variant = Literal["torch", "hf"]
 NormOf = Literal["all", "child"]
 _DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
 _OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # of AdamW
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # AdamW's
     *("decay", "variant", "max_grad_norm", "norm_of", "seed"),
 )
-_LR_DTYPES = (float32, float64)  # of a learning rate that the kernels of a GPU read
+_LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on a GPU can read
 
-# What a row holds of one parameter: the names of a StepGroup's lists, in the order of the row.
+# A row holds the entries of one parameter in a StepGroup's lists. These are the names of the lists, in a row's order.
 _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
 _MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")
@@ -43,10 +43,10 @@ def collect(
     """Sorts the parameters that have a gradient by who steps them.
 
     Args:
-        param_groups: the optimizer's.
-        states: the optimizer's, which begin here where they have not begun.
-        masks: of the child network, by parameter; {} without one. They move to where their parameters are.
-        kernels: what may step the parameters.
+        param_groups: the optimizer's parameter groups.
+        states: {parameter: its state}, the optimizer's state. Where a state has not begun, this call begins it.
+        masks: {parameter: mask} of the child network; {} without one. This call moves a mask to its parameter's device.
+        kernels: the kernels that may step the parameters.
         states_before: receives, for each parameter whose state this call begins or extends, what the state was.
 
     Raises:
@@ -89,7 +89,7 @@ def _rows(
             grad = grad.resolve_neg()
         state = states[param]
         mask = masks.get(param) if masks else None
-        if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # mostly without the call
+        if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # the first test saves most calls
             states_before[param] = dict(state)
             mask = _begin(state, param, masks, amsgrad)
         try:
@@ -101,7 +101,7 @@ def _rows(
         if mask is not None:
             check_mask(mask, param)
             rows[_where(kernels, fields, row), False, True].append((*row, mask.bits, mask.offsets, mask.count))
-        elif type(param) is Parameter and param.is_cpu:  # most of them; a step has under 1 us for each
+        elif type(param) is Parameter and param.is_cpu:  # the usual case, and a step may take under 1 us for each
             plain_rows.append(row)
         else:
             rows[_where(kernels, fields, row), is_sharded(param), False].append(row)
@@ -116,7 +116,7 @@ def _incomplete(error: KeyError) -> ValueError:
 
 
 def _begin(state: dict[str, Any], param: Tensor, masks: Masks, amsgrad: bool) -> PackedMask | None:
-    """Begins or extends a parameter's state; returns its mask, moved to where the model may have moved since."""
+    """Begins or extends a parameter's state; returns its mask, moved to the device where the parameter is now."""
     mask = masks.get(param)
     if mask is not None:
         mask = masks[param] = mask.to(param.device)
@@ -152,7 +152,7 @@ def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, w
         seed = first_group["seed"]
     except KeyError as error:
         raise _incomplete(error) from error
-    check_options(options, seed)  # options may have been changed since they were given
+    check_options(options, seed)  # again, because a user may have changed them in `param_groups`
     lr = options["lr"]
     on_its_gpu = isinstance(lr, Tensor) and lr.is_cuda and lr.get_device() == where and lr.dtype in _LR_DTYPES
     return StepGroup(
@@ -175,7 +175,7 @@ def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, w
 
 
 def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, first: Tensor) -> None:
-    """Raises ValueError if a group says that a CUDA graph captures its step, and no GPU steps `first`, one of it."""
+    """Raises ValueError if a group has capturable=True, but no GPU steps its parameters, of which `first` is one."""
     if group.capturable and not isinstance(where, int):
         raise ValueError(
             "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, with "
@@ -185,11 +185,15 @@ def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, firs
 
 
 def check_options(options: dict[str, Any], seed: int) -> None:
-    """Raises for options of a group that ChildAdamW adds to AdamW's, or cannot honour.
+    """Raises if an option of a group is invalid; checks those that torch.optim.AdamW does not know or does not refuse.
 
     Args:
-        options: of a group; without `reserve_p` where there is a child network.
-        seed: the optimizer's, which every group must have.
+        options: the group's options; without `reserve_p` if there is a child network.
+        seed: the optimizer's seed, which every group must have.
+
+    Raises:
+        ValueError: an option is out of its range or cannot be honoured.
+        TypeError: `reserve_p` is no number.
     """
     if "reserve_p" in options:
         keep_threshold(options["reserve_p"])
@@ -213,7 +217,7 @@ def check_options(options: dict[str, Any], seed: int) -> None:
 
 
 def settle_options(group: dict[str, Any], masked: bool) -> None:
-    """Makes a group say what its steps do: with a child network, the resolved decay and no reserve_p."""
+    """Makes the options of a group with a child network show what its steps do: no reserve_p, and no "auto" decay."""
     if masked:
         group.pop("reserve_p", None)
         if group["decay"] == "auto":

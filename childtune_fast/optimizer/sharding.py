@@ -1,6 +1,6 @@
 """Sharded parameters (DTensor, as FSDP2's fully_shard makes them): the local part, and where it lies in the whole.
 
-A leaf: imported only once a DTensor has been seen.
+This module is imported only when there is a DTensor, so that the package does not import torch.distributed.tensor.
 """
 
 import math
@@ -12,18 +12,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local_tensor(tensor: Any) -> Any:
-    """The part of a DTensor that this rank holds; anything else as it is."""
+    """Returns the part of a DTensor that this rank holds, or any other object as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_slice(param: Tensor) -> tuple[int, int, int]:
     """Returns (offset, run, stride): which elements of the whole parameter this rank holds.
 
-    They form runs of `run` elements that are consecutive in the whole parameter's flat order; the first run begins at
-    `offset`, each next one `stride` further on.
+    The elements form runs of `run` elements that are consecutive in the whole parameter's flat order. The first run
+    begins at `offset`, and each later run begins `stride` elements after the one before.
 
     Raises:
-        ValueError: the shards are no such runs.
+        ValueError: the parameter is sharded in another way, or holds partial sums.
     """
     if not isinstance(param, DTensor) or all(isinstance(p, Replicate) for p in param.placements):
         return 0, local_tensor(param).numel(), 0
@@ -35,7 +35,7 @@ def mask_slice(param: Tensor) -> tuple[int, int, int]:
         raise ValueError(f"ChildAdamW: cannot tell which part of a parameter this rank holds (got {param.placements})")
     split = [d for d in range(len(shape)) if local[d] != shape[d]]
     last = split[-1] if split else 0
-    if any(math.prod(local[:last]) > 1 for _ in split[:-1]):
+    if len(split) > 1 and math.prod(local[:last]) > 1:
         raise ValueError(
             f"ChildAdamW: parameters sharded along several dimensions are not supported (got {param.placements}); "
             "shard along one"
