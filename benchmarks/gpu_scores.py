@@ -6,6 +6,7 @@ import torch
 from torch.nn import Parameter, ParameterList
 
 from childtune_fast import ChildAdamW
+from childtune_fast.fisher.sums import SquareSums
 from childtune_fast.ops.select import top_k
 
 from .contestants import HYPER, Contestant, random_child

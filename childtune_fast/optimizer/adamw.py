@@ -88,7 +88,7 @@ class ChildAdamW(CheckpointedAdamW):
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler to leave unscaling and skipping to step()
-    _child_defaults: Mapping[str, Any] = MappingProxyType({})  # a copy has them in its `defaults`
+    _child_defaults: Mapping[str, Any] = MappingProxyType({})  # until `defaults` has them
 
     def __init__(
         self,
@@ -141,6 +141,7 @@ class ChildAdamW(CheckpointedAdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        del self._child_defaults  # which are in `defaults` now
         if self._child is not None:
             check_masks(self._child, self.child_masks, "those passed")
         check_ranks_agree(self.child_masks)

@@ -7,7 +7,7 @@ import torch
 
 from childtune_fast import bernoulli_mask
 from childtune_fast.native.load import load_native
-from childtune_fast.ops.random_mask import KEEP_ALL, keep_threshold, philox4x32_10
+from childtune_fast.ops.random_mask import KEEP_ALL, MASK_VERSION, keep_threshold, philox4x32_10
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -26,6 +26,10 @@ def test_philox_known_answers(counter, key, output):
     assert load_native().philox4x32_10(counter, key) == output
     words = philox4x32_10([torch.tensor([word]) for word in counter], tuple(key))
     assert [word.item() for word in words] == output
+
+
+def test_both_languages_place_elements_by_one_version():
+    assert load_native().MASK_VERSION == MASK_VERSION
 
 
 def mask(shape, reserve_p=0.3, **kwargs):
