@@ -70,7 +70,7 @@ def test_what_all_import_imports_nothing_of_the_package():
 def test_there_is_no_loop_of_imports():
     edges = {name: imports_of(name) for name in MODULES}
     for name in edges:
-        if not name.endswith("__init__"):  # whoever imports from a folder loads its face first
+        if not name.endswith("__init__"):  # importing from a folder runs its __init__ first
             edges[name] |= {f"{room_of(i)}.__init__" for i in edges[name] if room_of(i) not in ("", room_of(name))}
     while free := {name for name, imported in edges.items() if not imported & edges.keys()}:
         edges = {name: imported for name, imported in edges.items() if name not in free}

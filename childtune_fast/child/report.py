@@ -29,7 +29,7 @@ class Row(NamedTuple):
     name: str
     layer: str
     kind: str
-    count: int  # type: ignore[assignment]  # a field, in the place of tuple.count
+    count: int  # type: ignore[assignment]  # a field, instead of tuple.count
     numel: int
 
     @property
