@@ -1,7 +1,7 @@
 """ChildNetwork: which weights of a model Child-Tuning_D trains, chosen once and kept for the whole run."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..arguments import FilePath, Selector, check_model, check_type
-from ..ops.packed_mask import PackedMask, fingerprint, packed_size
+from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
 from .choice import Scope, check_scores, check_tensors, choose, random_scores
 from .maskable import head_parameters, maskable_parameters
 from .report import Summary, plot_density, summarize
+from .sets import WeightSet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class ChildNetwork:
+class ChildNetwork(WeightSet):
     """The child network of Child-Tuning_D (Xu, Luo et al., EMNLP 2021, section 2.3): a mask for some parameters.
 
     It is made by `from_scores`, `lowest`, `random`, `from_masks`, `head_only`, `load` or `apply_delta`, and does not
@@ -65,9 +66,7 @@ class ChildNetwork:
                 argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
-        params = maskable_parameters(model, maskable)
-        check_scores(scores, params, model)
-        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=True), params)
+        return cls._by_scores(model, scores, reserve_p, scope, maskable, largest=True)
 
     @classmethod
     def lowest(
@@ -81,20 +80,40 @@ class ChildNetwork:
     ) -> "ChildNetwork":
         """Returns the child network of exactly `round(reserve_p * n)` of n maskable weights: the lowest scores.
 
-        This is the paper's ablation. Ties, `maskable` and errors are as in `from_scores`.
+        This is the paper's ablation. Of equal scores, the one of the earlier parameter in `model.named_parameters()` is
+        kept, then the one of the lower flat index.
 
         Args:
             model: torch.nn.Module whose weights are chosen.
-            scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}.
+            scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}; every maskable
+                parameter needs one.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
             scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
                 (default: "global").
             maskable: a predicate or a regular expression over parameter names; None takes the weights of the repeated
                 transformer blocks (default: None).
+
+        Raises:
+            ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; an
+                argument is out of its range; no maskable weights are found, or none would be kept.
+            TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
+        return cls._by_scores(model, scores, reserve_p, scope, maskable, largest=False)
+
+    @classmethod
+    def _by_scores(
+        cls,
+        model: nn.Module,
+        scores: Mapping[str, Tensor],
+        reserve_p: float,
+        scope: Scope,
+        maskable: Selector,
+        *,
+        largest: bool,
+    ) -> "ChildNetwork":
         params = maskable_parameters(model, maskable)
         check_scores(scores, params, model)
-        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=False), params)
+        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=largest), params)
 
     @classmethod
     def random(
@@ -184,75 +203,42 @@ class ChildNetwork:
             )
         return None if mask is None else mask.to(param.device)
 
-    def masks(self) -> dict[str, Tensor]:
-        """Returns {parameter name: bool tensor of the parameter's shape}; True marks the child network's weights."""
-        return {name: mask.unpack() for name, mask in self.packed.items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256, in hexadecimal, of all masks and their shapes; parameter names and order do not matter."""
-        return fingerprint(self.packed.values())
-
     def summary(self) -> Summary:
         """Returns the density of each tensor and of each kind of module; printed, it is a table."""
         return summarize(self.packed)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the density by layer and kind of module on matplotlib Axes, by default new ones, and returns them.
+        """Draws the density by layer and kind of module, and returns the matplotlib Axes.
+
+        Args:
+            ax: the Axes to draw on; None makes new ones (default: None).
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         return plot_density(self.summary(), ax)
 
-    def __repr__(self) -> str:
-        count, numel = (sum(getattr(mask, key) for mask in self.packed.values()) for key in ("count", "numel"))
-        return f"ChildNetwork({count:,} of {numel:,} weights, in {len(self.packed)} tensors)"
-
     def __getstate__(self) -> dict[str, Any]:
         return {"packed": self.packed, "_names": {}}  # weak references cannot be copied: a copy goes by names
 
-    def overlap(self, other: "ChildNetwork") -> float:
-        """Returns how many weights are in both, as a share of the smaller child network; 0 if that is empty.
+    def save(self, path: FilePath) -> None:
+        """Writes the masks to a safetensors file, the whole file or, on an error, nothing.
+
+        Args:
+            path: the file to write; an existing one is replaced.
 
         Raises:
-            ValueError: the two child networks do not mask parameters of the same names and shapes.
+            OSError: the file cannot be written.
         """
-        both = sum(mask.count for mask in self.intersection(other).packed.values())
-        smaller = min(sum(mask.count for mask in child.packed.values()) for child in (self, other))
-        return both / smaller if smaller else 0.0
-
-    def union(self, other: "ChildNetwork") -> "ChildNetwork":
-        """Returns the child network of the weights in either; ValueError unless both mask the same parameters."""
-        return self._combined(other, torch.bitwise_or)
-
-    def intersection(self, other: "ChildNetwork") -> "ChildNetwork":
-        """Returns the child network of the weights in both; ValueError unless both mask the same parameters."""
-        return self._combined(other, torch.bitwise_and)
-
-    def _combined(self, other: "ChildNetwork", operation: Callable[[Tensor, Tensor], Tensor]) -> "ChildNetwork":
-        check_type("other", other, ChildNetwork, "a ChildNetwork")
-        a, b = ({name: mask.shape for name, mask in child.packed.items()} for child in (self, other))
-        if a != b:
-            differing = next(name for name in [*a, *b] if a.get(name) != b.get(name))
-            raise ValueError(
-                "two child networks can be compared or combined if they mask the same parameters, of the same shapes "
-                f"(got '{differing}' of shape {a.get(differing)} and {b.get(differing)}); make both with one maskable="
-            )
-        combined = ChildNetwork({}, {})
-        for name, mask in self.packed.items():
-            bits = operation(mask.bits, other.packed[name].bits.to(mask.bits.device))
-            combined.packed[name] = PackedMask(mask.shape, bits)
-        combined._names = dict(self._names)
-        return combined
-
-    def save(self, path: FilePath) -> None:
-        """Writes the masks to a safetensors file at `path`; an OSError leaves what was there before."""
         files.save_masks(path, self.packed)
 
     @classmethod
     def load(cls, path: FilePath, model: nn.Module) -> "ChildNetwork":
-        """Returns the child network that `save` wrote to `path`, for a `model` of the same parameter names and shapes.
+        """Returns the child network that `save` wrote.
+
+        Args:
+            path: the file that `save` wrote.
+            model: torch.nn.Module with parameters of the names and shapes that the masks have.
 
         Raises:
             ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
