@@ -1,6 +1,7 @@
 """The layout: which folder may import which, no loops, one place that chooses who computes, and the reading order."""
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import childtune_fast
 from childtune_fast import ChildAdamW, FisherAccumulator
-from childtune_fast.native import load
+from childtune_fast.native import gpu, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "childtune_fast"
@@ -84,13 +85,29 @@ def test_setup_can_read_the_build_description_without_the_package():
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-def test_only_ops_asks_which_kernels_to_use():
-    asking = re.compile(r"\b(load\.resolve|wants_gpu_kernels|load_kernels|find_native)\(")
-    askers = {name for name, path in MODULES.items() if asking.search(path.read_text(encoding="utf-8"))}
-    allowed = {"ops.step", "ops.squares", "ops.select"}
-    assert {name for name in askers if room_of(name) not in ("native", "")} - {"optimizer.adamw"} == allowed
-    resolving = [line for line in MODULES["optimizer.adamw"].read_text().splitlines() if asking.search(line)]
-    assert [line.strip() for line in resolving] == ['load.resolve("native")']  # in the constructor, to raise early
+# What one must name to find out whether kernels exist, or to decide between the CPU, a GPU and torch.
+DECIDING = {"resolve", "chosen", "wants_gpu_kernels", "find_native", "load_native", "load_kernels", "find"}
+DECIDING |= {"native", "gpus", "use_gpus", "is_cuda", "import_module", "__import__"}
+
+
+def deciding_names(name):
+    """Which of these names a module imports, reads as an attribute, or, of builtins, calls."""
+    nodes = list(ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    names += [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    names += [node.id for node in nodes if isinstance(node, ast.Name) and node.id == "__import__"]
+    return sorted(DECIDING.intersection(names))
+
+
+def test_only_ops_decides_between_the_cpu_a_gpu_and_torch():
+    outside = {name for name in MODULES if room_of(name) not in ("ops", "native", "")}
+    deciding = {name: names for name in outside if (names := deciding_names(name))}
+    assert deciding.pop("optimizer.adamw") == ["find", "resolve"]  # StepKernels.find; native is asked for at once
+    assert deciding.pop("fisher.sums") == ["find"]  # SquareKernels.find, for a pass
+    assert deciding.pop("optimizer.collect") == ["is_cuda"]  # of a learning rate
+    assert deciding == {}
+    adamw = MODULES["optimizer.adamw"].read_text(encoding="utf-8")
+    assert re.findall(r"load\.(?!check\b|Backend\b)\w+.*", adamw) == ['load.resolve("native")']
 
 
 def files_run_by(function):
@@ -120,48 +137,64 @@ def test_a_step_of_f_goes_through_six_files():
     assert len(files) <= 6, files
 
 
-class Counting:
-    """Stands for a lock, or for os.environ, and counts how often it is used."""
+def called_by_the_package():
+    """Whether a line of the package did what the caller notes, itself or through os.getenv and Mapping.get."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") in ("os", "_collections_abc", "collections.abc"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(str(PACKAGE))
 
-    def __init__(self, of):
-        self.of, self.count = of, 0
 
-    def get(self, *arguments):
-        self.count += 1
-        return self.of.get(*arguments)
-
-    def __getitem__(self, name):
-        self.count += 1
-        return self.of[name]
+class CountedLock:
+    def __init__(self, of, counts):
+        self.of, self.counts = of, counts
 
     def __enter__(self):
-        self.count += 1
+        self.counts.append("lock")
         return self.of.__enter__()
 
     def __exit__(self, *details):
         return self.of.__exit__(*details)
 
 
-@pytest.mark.parametrize("pass_over", ["update", "estimate"])
-def test_a_gradient_in_the_fisher_pass_reads_no_environment_and_takes_no_lock(pass_over, monkeypatch):
-    """Their number in a pass does not depend on how many gradients it squares."""
+@pytest.fixture
+def asked(monkeypatch):
+    """Notes each time that the package reads an environment variable, or takes a lock of its own."""
+    counts = []
+    read = type(os.environ).__getitem__
+
+    def counted_read(environment, name):
+        if called_by_the_package():
+            counts.append(name)
+        return read(environment, name)
+
+    monkeypatch.setattr(type(os.environ), "__getitem__", counted_read)
+    for module in (load, gpu):
+        monkeypatch.setattr(module, "_lock", CountedLock(module._lock, counts))
+    return counts
+
+
+@pytest.mark.parametrize("pass_over", ["update", "estimate", "per example", "example by example"])
+def test_a_gradient_in_the_fisher_pass_reads_no_environment_and_takes_no_lock(pass_over, asked, monkeypatch):
+    """How often a pass does so does not depend on how many gradients it squares."""
+    loss = {"loss_fn": lambda model, batch: model(batch).sum(), "progress": False}
+    if pass_over == "example by example":
+        monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 0)
     counts = []
     for layers in (1, 9):
         model = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(layers)])
         fisher = FisherAccumulator(model)
         model(torch.ones(2, 3)).sum().backward()
-        environment, lock = Counting(load.os.environ), Counting(load._lock)
-        monkeypatch.setattr(load.os, "environ", environment)
-        monkeypatch.setattr(load, "_lock", lock)
+        asked.clear()
         if pass_over == "update":
             fisher.update()
         else:
-            loss = {"loss_fn": lambda model, batch: model(batch).sum(), "progress": False}
-            childtune_fast.estimate_fisher(model, [torch.ones(2, 3)] * layers, **loss)
-        monkeypatch.undo()
-        counts.append((environment.count, lock.count))
+            batches = [torch.ones(2, 3)] * layers
+            childtune_fast.estimate_fisher(model, batches, per_example="example" in pass_over, **loss)
+        counts.append(list(asked))
     assert counts[0] == counts[1]
-    assert 0 < sum(counts[0]) <= 8
+    assert "CHILDTUNE_BACKEND" in counts[0]
+    assert "lock" in counts[0]
 
 
 def lines_to_read(path, part):
@@ -197,3 +230,15 @@ def test_contributing_opens_with_the_tree():
 def test_no_file_name_stands_in_both_tests_and_benchmarks():
     names = [{path.name for path in (ROOT / folder).rglob("*.py")} for folder in ("tests", "benchmarks")]
     assert names[0] & names[1] <= {"conftest.py", "__init__.py"}
+
+
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|h|cpp|cu|md|sh|toml|txt))\b")
+
+
+def test_every_file_that_the_docs_name_is_there():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")]
+    named = [(document, path) for document in documents for path in PATH.findall(document.read_text(encoding="utf-8"))]
+    assert len(named) > 20
+    for document, path in named:
+        places = (ROOT, PACKAGE, document.parent)
+        assert any((place / path).exists() for place in places), f"{document.name} names {path}, which is not there"

@@ -49,6 +49,9 @@ def test_right_words_pass_and_wrong_ones_are_flagged(tmp_path):
     command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={ROOT / '.mypy_cache'}", "user.py"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    where = [sys.executable, "-c", "import childtune_fast; print(childtune_fast.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).is_relative_to(ROOT), "another checkout is installed here: run `make test`"
     flagged = {int(line) for line in re.findall(r"^user\.py:(\d+): error", ran.stdout, re.MULTILINE)}
     wrong = {number for number, line in enumerate(SCRIPT.splitlines(), 1) if "# wrong" in line}
     assert flagged == wrong, ran.stdout + ran.stderr

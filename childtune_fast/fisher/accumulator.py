@@ -58,6 +58,10 @@ class FisherAccumulator:
         """The limit of each gradient's 2-norm before it is squared; None does not clip."""
         return self._sums.grad_clip
 
+    @grad_clip.setter
+    def grad_clip(self, value: float | None) -> None:
+        self._sums.grad_clip = value
+
     def reset(self) -> None:
         """Begins again, as if nothing had been accumulated."""
         self._sums.reset()

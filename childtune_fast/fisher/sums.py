@@ -118,8 +118,8 @@ def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
     """Returns the parameters to score, by name: those that require a gradient and are selected."""
     check_model(model)
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    chosen = None if names is None else predicate(names, "names")
-    found = {name: param for name, param in trained.items() if chosen is None or chosen(name)}
+    wanted = None if names is None else predicate(names, "names")
+    found = {name: param for name, param in trained.items() if wanted is None or wanted(name)}
     if not found:
         listed = ", ".join(list(trained)[:5]) or "none"
         raise ValueError(

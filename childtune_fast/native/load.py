@@ -10,11 +10,14 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple, cast, get_args
+
+import torch
 
 from . import BackendError, build
 
@@ -160,4 +163,14 @@ def _sentence(notes: list[str]) -> str:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(f"{message}\nThe slower pure-torch backend, with the same results, runs instead.", stacklevel=4)
+    text = f"{message}\nThe slower pure-torch backend, with the same results, runs instead."
+    warnings.warn(text, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """Returns the `stacklevel`, for a warning of the caller, of the first line outside of this package and torch."""
+    inside = tuple(str(folder) + os.sep for folder in (build.PACKAGE, Path(torch.__file__).parent))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -9,12 +9,14 @@ other blocks. csrc/core/packed_mask.h describes the same layout in C++.
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BLOCK = 1024  # weights
 _BLOCK_BYTES = BLOCK // 8
@@ -120,7 +122,7 @@ class PackedMask:
         return torch.zeros(self.shape, dtype=values.dtype, device=values.device).masked_scatter_(self.unpack(), values)
 
 
-def _popcounts(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _popcounts(packed: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.uint8]":
     """Returns how many bits are set in each group of eight bytes."""
     if hasattr(np, "bitwise_count"):  # new in numpy 2, and several times faster than the table
         return np.bitwise_count(packed.view(np.uint64))

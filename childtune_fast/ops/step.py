@@ -26,25 +26,27 @@ class StepKernels(NamedTuple):
     """The kernels that a step may use, found once for all of its parameters.
 
     Attributes:
+        backend: the word that asked for them.
         native: the compiled module; None if torch steps everything.
         use_gpus: whether the kernels on GPUs step the parameters there; otherwise torch does.
     """
 
+    backend: load.Backend
     native: ModuleType | None
     use_gpus: bool
 
     @classmethod
     def find(cls, backend: load.Backend) -> "StepKernels":
         """Returns the kernels that a backend asks for; raises as `load.resolve` does."""
-        return cls(load.resolve(backend), load.wants_gpu_kernels(backend))
+        return cls(backend, load.resolve(backend), load.wants_gpu_kernels(backend))
 
     @property
     def on_cpu(self) -> Where:
         """Who steps a parameter on the CPU: "cpu" or, without the compiled module, None."""
         return None if self.native is None else "cpu"
 
-    def where(self, tensors: Sequence[Tensor]) -> Where:
-        """Returns who steps a parameter.
+    def elsewhere(self, tensors: Sequence[Tensor]) -> Where:
+        """Returns who steps a parameter that is not on the CPU.
 
         Args:
             tensors: the parameter, its gradient and the averages in its state; for a sharded parameter, their local
@@ -54,8 +56,6 @@ class StepKernels(NamedTuple):
             BackendError: the kernels of its GPU are asked for and there are none.
         """
         param = tensors[0]
-        if param.is_cpu:
-            return self.on_cpu
         if not (self.use_gpus and param.is_cuda):
             return None
         gpu.load_kernels(param.device.index)  # raises before anything is written

@@ -56,9 +56,12 @@ def collect(
     by_where: defaultdict[Where, list[StepGroup]] = defaultdict(list)
     index = itertools.count()
     for group in param_groups:
-        amsgrad = group.get("amsgrad", False)  # `_options` raises if it is missing
-        fields = _AMSGRAD_FIELDS if amsgrad else _FIELDS
-        rows = _rows(group["params"], index, fields, states, masks, kernels, states_before)
+        try:
+            fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
+            params = group["params"]
+        except KeyError as error:
+            raise _incomplete(error) from error
+        rows = _rows(params, index, fields, states, masks, kernels, states_before)
         for (where, sharded, masked), of_kind in rows.items():
             if of_kind:
                 target = _options(group, param_groups[0], bool(masks), where)
@@ -79,7 +82,8 @@ def _rows(
 ) -> dict[tuple[Where, bool, bool], list[tuple[Any, ...]]]:
     """Returns the rows of a group's parameters, by who steps them, whether they are sharded and whether masked."""
     rows: defaultdict[tuple[Where, bool, bool], list[tuple[Any, ...]]] = defaultdict(list)
-    plain_rows = rows[kernels.on_cpu, False, False]
+    on_cpu = kernels.on_cpu
+    plain_rows = rows[on_cpu, False, False]
     amsgrad = fields is _AMSGRAD_FIELDS
     for param, i in zip(params, index):  # noqa: B905 - `index` is endless
         grad = param.grad
@@ -98,13 +102,14 @@ def _rows(
                 row = (*row, state["max_exp_avg_sq"])
         except KeyError as error:
             raise _incomplete(error) from error
+        where = on_cpu if param.is_cpu else _elsewhere(kernels, fields, row)
         if mask is not None:
             check_mask(mask, param)
-            rows[_where(kernels, fields, row), False, True].append((*row, mask.bits, mask.offsets, mask.count))
-        elif type(param) is Parameter and param.is_cpu:  # the usual case, and a step may take under 1 us for each
+            rows[where, False, True].append((*row, mask.bits, mask.offsets, mask.count))
+        elif where == on_cpu and type(param) is Parameter:  # the usual case, and a step may take under 1 us for each
             plain_rows.append(row)
         else:
-            rows[_where(kernels, fields, row), is_sharded(param), False].append(row)
+            rows[where, is_sharded(param), False].append(row)
     return rows
 
 
@@ -124,14 +129,14 @@ def _begin(state: dict[str, Any], param: Tensor, masks: Masks, amsgrad: bool) ->
     return mask
 
 
-def _where(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:
-    """Returns who steps the parameter of a row."""
+def _elsewhere(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:
+    """Returns who steps the parameter of a row, which is not on the CPU."""
     tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
     if is_sharded(tensors[0]):
         from .sharding import local_tensor
 
         tensors = list(map(local_tensor, tensors))
-    return kernels.where(tensors)
+    return kernels.elsewhere(tensors)
 
 
 def _fill(target: StepGroup, fields: tuple[str, ...], rows: list[tuple[Any, ...]], sharded: bool) -> None:
@@ -148,7 +153,9 @@ def _fill(target: StepGroup, fields: tuple[str, ...], rows: list[tuple[Any, ...]
 def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, where: Where) -> StepGroup:
     """Returns a StepGroup of a group's options, without parameters; the first group has the optimizer's seed."""
     try:
-        options = {name: group[name] for name in (_OPTIONS if masked else (*_OPTIONS, "reserve_p"))}
+        options = {name: group[name] for name in _OPTIONS}
+        if not masked or "reserve_p" in group:  # which a user may have put there
+            options["reserve_p"] = group["reserve_p"]
         seed = first_group["seed"]
     except KeyError as error:
         raise _incomplete(error) from error
@@ -180,7 +187,7 @@ def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, firs
         raise ValueError(
             "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, with "
             f"backend='native' (got one of shape {tuple(first.shape)} on {first.device}, "
-            f"{'with' if kernels.use_gpus else 'without'} backend='native'); use capturable=False"
+            f"backend={kernels.backend!r}); use capturable=False"
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import cause_of_failure, python, result_of
 
+from childtune_fast import ChildAdamW, ChildNetwork, FisherAccumulator, estimate_fisher
 from childtune_fast import __main__ as report
 from childtune_fast.native import BackendError, build, load
 
@@ -207,3 +208,29 @@ def test_import_loads_nothing_but_the_package_and_neither_builds_nor_loads_the_k
     foreign = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
     assert foreign <= {"childtune_fast", "numpy"}
     assert not cache.exists()
+
+
+def warn_of(name):
+    """Calls what first asks for a backend: the warning must point at the line below that calls the package."""
+    model = torch.nn.Linear(3, 3)
+    if name == "step":
+        optimizer = ChildAdamW(model.parameters())
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+    elif name == "accumulator":
+        FisherAccumulator(model)
+    elif name == "estimate":
+        loss = {"loss_fn": lambda model, batch: model(batch).sum(), "progress": False}
+        estimate_fisher(model, [torch.ones(3)], **loss)
+    else:
+        scores = {name: torch.rand(param.shape) for name, param in model.named_parameters()}
+        ChildNetwork.from_scores(model, scores, reserve_p=0.5, maskable="weight")
+
+
+@pytest.mark.parametrize("name", ["step", "accumulator", "estimate", "choice"])
+def test_the_warning_points_at_the_users_line(fresh_process, monkeypatch, name):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.warns(UserWarning, match="pure-torch") as caught:
+        warn_of(name)
+    (warning,) = caught
+    assert warning.filename == __file__
