@@ -225,6 +225,9 @@ def test_contributing_opens_with_the_tree():
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name not in ("__init__.py",) and "csrc" not in path.parts:
             assert path.name in tree, f"CONTRIBUTING's tree lacks {path.relative_to(ROOT)}"
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        names = {path.name, *(path.stem + suffix for suffix in (".h", ".cpp", ".*"))}  # a pair goes by one of its files
+        assert any(name in tree for name in names) or path.match("isa_*.cpp"), f"CONTRIBUTING's tree lacks {path.name}"
 
 
 def test_no_file_name_stands_in_both_tests_and_benchmarks():
@@ -240,5 +243,5 @@ def test_every_file_that_the_docs_name_is_there():
     named = [(document, path) for document in documents for path in PATH.findall(document.read_text(encoding="utf-8"))]
     assert len(named) > 20
     for document, path in named:
-        places = (ROOT, PACKAGE, document.parent)
+        places = (ROOT, PACKAGE, ROOT / "csrc", document.parent)
         assert any((place / path).exists() for place in places), f"{document.name} names {path}, which is not there"

@@ -53,10 +53,10 @@ class ChildNetwork(WeightSet):
         Args:
             model: torch.nn.Module whose weights are chosen.
             scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}, such as
-                `estimate_fisher` returns; every maskable parameter needs one, and those of others are not used.
+                `estimate_fisher` returns; every maskable parameter needs one, and the values of others are not used.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
-            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
-                (default: "global").
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share, rounded, in each
+                tensor (default: "global").
             maskable: selects the maskable parameters: a predicate over names, or a regular expression that is searched
                 in them; None takes the weights of the repeated transformer blocks, so that embeddings and head are
                 trained in full, as in the paper (default: None).
@@ -88,8 +88,8 @@ class ChildNetwork(WeightSet):
             scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}; every maskable
                 parameter needs one.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
-            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
-                (default: "global").
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share, rounded, in each
+                tensor (default: "global").
             maskable: a predicate or a regular expression over parameter names; None takes the weights of the repeated
                 transformer blocks (default: None).
 
@@ -128,8 +128,8 @@ class ChildNetwork(WeightSet):
             model: torch.nn.Module whose weights are chosen.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
             seed: integer of 64 bits that determines the choice.
-            scope: "global" chooses among all maskable weights together; "tensor" keeps the share in each tensor
-                (default: "global").
+            scope: "global" chooses among all maskable weights together; "tensor" keeps the share, rounded, in each
+                tensor (default: "global").
             maskable: a predicate or a regular expression over parameter names; None takes the weights of the repeated
                 transformer blocks (default: None).
 

@@ -83,6 +83,6 @@ class WeightSet:
         masks = {}
         for name, mask in self.packed.items():
             masks[name] = PackedMask(mask.shape, operation(mask.bits, other.packed[name].bits.to(mask.bits.device)))
-        combined = object.__new__(type(self))  # a copy would no longer know the parameters by identity
+        combined = object.__new__(type(self))  # copy.copy would drop the weak references to the parameters
         combined.__dict__.update(self.__dict__, packed=masks)
         return combined

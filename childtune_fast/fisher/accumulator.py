@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Selector, check_type
-from .sums import Offload, SquareSums
+from .sums import Offload, SquareSums, check_grad_clip
 
 
 class FisherAccumulator:
@@ -60,6 +60,7 @@ class FisherAccumulator:
 
     @grad_clip.setter
     def grad_clip(self, value: float | None) -> None:
+        check_grad_clip(value)
         self._sums.grad_clip = value
 
     def reset(self) -> None:

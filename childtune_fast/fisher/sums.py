@@ -34,11 +34,7 @@ class SquareSums:
         offload: Offload | None = None,
     ) -> None:
         """Makes sums of zeros; raises for the same arguments as FisherAccumulator."""
-        if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
-            raise ValueError(
-                f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
-                "would be 0 and select nothing"
-            )
+        check_grad_clip(grad_clip)
         if offload not in (None, "cpu"):
             raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
         self.params = _scored(model, names)
@@ -112,6 +108,15 @@ class SquareSums:
     def take_means(self) -> dict[str, Tensor]:
         """Returns {parameter name: weighted mean of the squares} in the memory of the sums, and forgets the sums."""
         return {name: _mean(self.sums.pop(name), self.weight) for name in list(self.sums)}
+
+
+def check_grad_clip(grad_clip: float | None) -> None:
+    """Raises ValueError unless the limit of a gradient's norm is a number above 0, or None."""
+    if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
+        raise ValueError(
+            f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
+            "would be 0 and select nothing"
+        )
 
 
 def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:

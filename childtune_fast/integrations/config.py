@@ -24,8 +24,8 @@ class ChildTuningConfig:
             with the highest Fisher scores. There is no default.
         reserve_p: share of the weights in the child network, in (0, 1]: in mode "F" of all weights, in mode "D" of the
             maskable ones (default: 0.3).
-        decay: "all" decays every weight, "child" only those in the child network (mode "D" only); "auto" is "all" in
-            mode "F" and "child" in mode "D" (default: "auto").
+        decay: "all" decays every weight, "child" spares the maskable weights outside of the child network (mode "D"
+            only); "auto" is "all" in mode "F" and "child" in mode "D" (default: "auto").
         variant: "torch" is torch.optim.AdamW's arithmetic; "hf" is that of the published code, which adds eps before
             the bias correction and decays after the update (default: "torch").
         seed: mode "F" only: integer of 64 bits that determines the random masks; None takes `TrainingArguments.seed`

@@ -28,27 +28,27 @@ class StepGroup:
     eps: float
     weight_decay: float
     amsgrad: bool
-    grad_factor: float  # clip factor / GradScaler's scale, negative if maximize
+    grad_factor: float  # -1 if maximize, else 1; the host multiplies clip factor and 1 / GradScaler's scale into it
     keep_threshold: int  # round(reserve_p * 65536); 65536 keeps every weight
     published_code: bool  # variant="hf"
     seed: int  # determines the random masks; unsigned, 64 bits
-    max_grad_norm: float | None
+    max_grad_norm: float | None  # limit of the norm; None does not clip, or the host has clipped already
     lr_on_device: Tensor | None = None  # the learning rate as a tensor on the GPU that steps the group
     capturable: bool = False  # a CUDA graph may replay the step
     decay_outside: bool = False  # decay weights outside the child network too
-    child_norm: bool = False  # norm_of="child": count only the child network's gradient in the norm
-    slices: list[tuple[int, int, int]] | None = None  # where shards lie in their parameters; None if all are whole
+    child_norm: bool = False  # norm_of="child": leave the gradient outside the child network out of the norm
+    slices: list[tuple[int, int, int]] | None = None  # of shards: see sharding.mask_slice; None if all are whole
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
-    # The parameter's shape, or with a child network [number of its weights]; float32, or float64 for float64.
+    # The parameter's shape or, where it is masked, [its weights in the child network]; float32, or float64 for float64.
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # empty without amsgrad
     steps: list[Tensor] = field(default_factory=list)  # [], float32 or float64: steps taken so far; counted up
     indices: list[int] = field(default_factory=list)  # the parameter's number in the optimizer, through all groups
     # The three fields of packed_mask.PackedMask; empty without a child network.
-    child_bits: list[Tensor] = field(default_factory=list)
-    child_offsets: list[Tensor] = field(default_factory=list)
+    child_bits: list[Tensor] = field(default_factory=list)  # uint8
+    child_offsets: list[Tensor] = field(default_factory=list)  # int64
     child_counts: list[int] = field(default_factory=list)
 
 

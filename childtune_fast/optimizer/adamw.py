@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import PLAIN_TENSORS
+from ..arguments import PLAIN_TENSORS, check_type
 from ..child import ChildNetwork
 from ..native import load
 from ..ops.packed_mask import Masks
@@ -45,7 +45,8 @@ class ChildAdamW(CheckpointedAdamW):
 
     What is not listed here is as in `torch.optim.AdamW`, errors included. The differences:
 
-    - State is float32 for bfloat16 and float16 parameters, which are rounded once, when stored (float64 for float64).
+    - State is float32 for bfloat16 and float16 parameters, float64 for float64 ones. Parameters are rounded once, when
+      they are stored.
     - `max_grad_norm`, a GradScaler's unscaling and its skip of a step are part of the step.
     - A step that raises has written nothing.
 
@@ -54,12 +55,13 @@ class ChildAdamW(CheckpointedAdamW):
             and strides. Every argument below except `seed`, `foreach`, `fused`, `child` and `backend` may differ per
             group.
         lr: learning rate, a float or a tensor of one element (default: 1e-3).
-        betas: decay rates of the running averages of gradient and squared gradient (default: (0.9, 0.999)).
+        betas: decay rates of the running averages of gradient and squared gradient, floats or tensors of one element
+            (default: (0.9, 0.999)).
         eps: number added to the denominator (default: 1e-8).
         weight_decay: decoupled weight decay (default: 1e-2).
         amsgrad: use the running maximum of the squared average (default: False).
-        reserve_p: share of weights whose gradient each step uses, in (0, 1]; 1 is plain AdamW. Not with `child`
-            (default: 0.3).
+        reserve_p: share of weights whose gradient each step uses, in (0, 1], rounded to a multiple of 1/65536; 1 is
+            plain AdamW. Not with `child` (default: 0.3).
         child: ChildNetwork of the model whose parameters these are (default: None).
         seed: integer of 64 bits that determines the random masks; None takes `torch.initial_seed()`. In an initialised
             process group all ranks take rank 0's, so every rank must construct the optimizer (default: None).
@@ -67,16 +69,16 @@ class ChildAdamW(CheckpointedAdamW):
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
         capturable: allow a CUDA graph to capture the step, after one step outside of it. Step counts are then on the
             GPU, and a replay reads an `lr` that is a tensor there. Needs backend="native" and GPUs (default: False).
-        differentiable: must be False.
-        decay: "all" decays every weight, "child" only those in `child`; "auto" is "child" with `child`, else "all"
-            (default: "auto").
+        differentiable: must be False (default: False).
+        decay: "all" decays every weight, "child" spares those that `child` leaves out of the parameters that it masks;
+            "auto" is "child" with `child`, else "all" (default: "auto").
         variant: "torch" is torch.optim.AdamW's arithmetic; "hf" is that of the published code, which adds eps before
             the bias correction and decays after the update (default: "torch").
         max_grad_norm: limit of the gradients' 2-norm: this group's are multiplied by
             `min(1, max_grad_norm / (norm + 1e-6))`, where `norm` is that of all gradients of all groups, before
-            masking; None does not clip (default: None).
-        norm_of: "child" counts only the gradient of the weights in `child` in that norm, "all" every gradient
-            (default: "all").
+            masking; None does not clip. Not for gradients that are sharded (default: None).
+        norm_of: "child" leaves the gradient of the weights that `child` leaves out of the parameters that it masks out
+            of that norm; "all" counts every gradient (default: "all").
         backend: "native" uses the compiled kernels, on a GPU too, though no GPU has run them yet; "torch" uses pure
             torch; "auto" uses the kernels on the CPU if there are any, else pure torch with one warning, and pure torch
             on a GPU. The environment variable CHILDTUNE_BACKEND replaces "auto" (default: "auto").
@@ -84,11 +86,12 @@ class ChildAdamW(CheckpointedAdamW):
     Raises:
         ValueError, TypeError, RuntimeError: torch.optim.AdamW raises for these arguments, `reserve_p` lies outside
             (0, 1] or is given together with `child`, parameters share memory, or an argument cannot be honoured.
-        BackendError: `backend` is "native", and there is no compiled module.
+        childtune_fast.native.BackendError: `backend` is "native", and there is no compiled module.
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler to leave unscaling and skipping to step()
-    _child_defaults: Mapping[str, Any] = MappingProxyType({})  # until `defaults` has them
+    # torch's constructor sets `defaults` and adds the groups before it could know these options; then they are in it.
+    _child_defaults: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class ChildAdamW(CheckpointedAdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        del self._child_defaults  # which are in `defaults` now
+        del self._child_defaults  # `defaults` has them now
         if self._child is not None:
             check_masks(self._child, self.child_masks, "those passed")
         check_ranks_agree(self.child_masks)
@@ -157,12 +160,13 @@ class ChildAdamW(CheckpointedAdamW):
         """Adds a parameter group.
 
         Args:
-            param_group: dict with "params" and, optionally, the options that differ from the constructor's.
+            param_group: dict with "params" and, optionally, the options that differ from the constructor's; `seed`
+                must not differ.
 
         Raises:
             ValueError, TypeError, RuntimeError: the constructor would raise for this group. Nothing is added then.
         """
-        self.defaults = {**self._child_defaults, **self.defaults}  # the base class's constructor lacks ours
+        self.defaults = {**self._child_defaults, **self.defaults}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -191,7 +195,7 @@ class ChildAdamW(CheckpointedAdamW):
             mark_child(self.state[param], mask)
 
     def replace_child(self, child: ChildNetwork) -> None:
-        """Gives the optimizer another child network, between two steps.
+        """Gives the optimizer another child network, between two steps; without one before, it trains this one now.
 
         The state of every parameter that the old or the new child network masks begins again, step count included. The
         state of all other parameters stays.
@@ -202,7 +206,9 @@ class ChildAdamW(CheckpointedAdamW):
         Raises:
             ValueError: the child network masks no parameter of the optimizer, or differs between ranks. Nothing has
                 been changed then.
+            TypeError: `child` is no ChildNetwork.
         """
+        check_type("ChildAdamW.replace_child: child", child, ChildNetwork, "a ChildNetwork")
         masks: Masks = {}
         for group in self.param_groups:
             masks.update(masks_of(child, group))
@@ -234,7 +240,7 @@ class ChildAdamW(CheckpointedAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        states_before: dict[Tensor, dict[str, Any]] = {}
+        states_before: dict[Tensor, dict[str, Any]] = {}  # to restore if no step is taken
         taken = False
         try:
             taken = self._step(states_before)

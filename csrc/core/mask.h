@@ -1,5 +1,5 @@
-// Where each weight's random bits come from: the placement of mask bits in Philox words, version 1. The only
-// definition in C++; childtune_fast/ops/random_mask.py has the same in torch.
+// Where each weight's random bits come from: the placement of mask bits in Philox words, version 1. cpu/mask_lanes.h
+// draws the same bits by vectors, childtune_fast/ops/random_mask.py in torch.
 //
 // keep(element) is a pure function of (seed, step, param_index, element), where `element` is the flat index in the
 // whole parameter. Elements go in blocks of 128; block b draws from the 16 counters 16b .. 16b+15, eight 16-bit numbers

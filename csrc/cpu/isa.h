@@ -1,4 +1,5 @@
-// What an instruction set's file (isa_*.cpp) defines before it includes the kernels, and what holds where none did.
+// What an instruction set's file (isa_*.cpp) defines before it includes the kernels, with defaults for the plain set
+// and for a header that is compiled alone.
 #pragma once
 
 // The namespace of everything that is compiled for the set.
@@ -11,5 +12,6 @@
 #define CHILDTUNE_FETCH_AHEAD 0
 #endif
 
-// These have no default: CHILDTUNE_AVX2, which isa_avx512.cpp defines too; CHILDTUNE_AVX512; and, for cpu/mask_lanes.h,
-// CHILDTUNE_VECTOR_BYTES, CHILDTUNE_VECTOR and CHILDTUNE_MULTIPLY_LOW.
+// Five more have no default. CHILDTUNE_AVX2 and CHILDTUNE_AVX512 say which intrinsics there are; isa_avx512.cpp defines
+// both. For cpu/mask_lanes.h, CHILDTUNE_VECTOR is the type of an integer vector, CHILDTUNE_VECTOR_BYTES its size, and
+// CHILDTUNE_MULTIPLY_LOW the product of the low halves of its 64-bit lanes.

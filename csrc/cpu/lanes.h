@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kLanes = kMaskCounters;  // elements per inner loop: a whole number of vectors in every set
 
-// Where the streams of a step lie (see core/step_item.h). P is the type that parameters are stored in.
+// Where the arrays of a step lie (enum Stream in core/step_item.h). P is the type that parameters are stored in.
 template <class P>
 struct Streams {
   using T = typename ComputeType<P>::type;
@@ -24,7 +24,7 @@ struct Streams {
   T* max_exp_avg_sq;
 };
 
-// Fetches what lies `distance` bytes after the `count` elements at `at`.
+// Fetches the cache lines, of 64 bytes, that lie `distance` bytes after the `count` elements at `at`.
 template <class V>
 CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance = CHILDTUNE_FETCH_AHEAD) {
   if (CHILDTUNE_FETCH_AHEAD == 0) return;
@@ -34,6 +34,7 @@ CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance =
   }
 }
 
+// Fetches ahead of `count` elements from `at` on, in each array.
 template <bool kAmsgrad, class P>
 CHILDTUNE_INLINE void fetch_ahead(const Streams<P>& s, int64_t at, int64_t count) {
   fetch_ahead(s.param + at, count);
@@ -43,7 +44,8 @@ CHILDTUNE_INLINE void fetch_ahead(const Streams<P>& s, int64_t at, int64_t count
   if (kAmsgrad) fetch_ahead(s.max_exp_avg_sq + at, count);
 }
 
-// Updates `count` elements from `at` on. With a mask, element j is kept by half-word `half` of words[j].
+// Updates `count` elements from `at` on. With a mask, element j is kept by half-word `half` of words[j]; without one,
+// `words` may be nullptr.
 template <class P, bool kMasked, bool kAmsgrad, class T>
 CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Streams<P>& s, int64_t at, int64_t count,
                                    const uint32_t* words, int half, uint32_t keep_threshold) {

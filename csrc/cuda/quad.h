@@ -5,17 +5,18 @@
 
 namespace childtune {
 
-// One or two instructions move them where they are aligned.
+// Aligned, so that one or two instructions move all four.
 template <class V>
 struct alignas(4 * sizeof(V) < 16 ? 4 * sizeof(V) : 16) Four {
   V of[4];
 };
 
-// Where a quad lies in an array, and which of its elements, [low, high), exist.
+// Where a quad, four neighbouring elements, lies in an array, and which of them, [low, high), exist. A caller may raise
+// `low` to leave out the first ones.
 struct QuadSpan {
   int64_t at;
   int low, high;
-  bool vector;  // all four exist, and are aligned
+  bool vector;  // all four exist, and their address is a multiple of Four's alignment
 };
 
 // The quad at `at` of arrays of `numel` elements, which may end within it or before.
@@ -25,8 +26,8 @@ CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
   return {at, 0, high, aligned && high == 4};
 }
 
-// load_four and store_four take a reference to the pointer where it stands in the kernel's argument, as void* or as a
-// pointer to V: so it is read from there where it is used, and takes no register in between.
+// load_four and store_four move the elements that exist and leave the others as they are. They take a reference to the
+// pointer where it stands in the kernel's argument, so that it is read where it is used and takes no register before.
 template <class V, class Stored>
 CHILDTUNE_INLINE void load_four(Stored* const& from, const QuadSpan& span, Four<V>& to) {
   if (span.vector) {

@@ -199,3 +199,12 @@ def test_a_damaged_checkpoint_is_refused(damage):
 def test_names_must_be_a_selector(names, error):
     with pytest.raises(error, match="names must be a"):
         FisherAccumulator(make_model(), names=names)
+
+
+@pytest.mark.parametrize("wrong", [0, "1", -1.0])
+def test_grad_clip_may_be_changed_to_what_the_constructor_takes(wrong):
+    fisher = FisherAccumulator(make_model(), grad_clip=1.0)
+    fisher.grad_clip = 0.5
+    with pytest.raises(ValueError, match="grad_clip must be a number above 0"):
+        fisher.grad_clip = wrong
+    assert fisher.grad_clip == 0.5

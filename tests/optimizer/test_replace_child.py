@@ -60,3 +60,9 @@ def test_one_of_another_model_is_refused_and_changes_nothing():
         optimizer.replace_child(child_of(Tiny()))
     assert same_snapshot(snapshot(optimizer), before)
     assert optimizer.child_masks == masks
+
+
+def test_something_else_is_refused():
+    optimizer = ChildAdamW(Tiny().parameters())
+    with pytest.raises(TypeError, match=r"replace_child: child must be a ChildNetwork \(got str\)"):
+        optimizer.replace_child("child.safetensors")
