@@ -28,8 +28,9 @@ def times_table(results: Results, workload: str) -> str:
     if not columns:
         return ""
     rows = []
-    for name, title in TITLES.items():
-        row = [title]
+    measured_names = set.intersection(*(set(step["times_ns"]) for step in columns.values()))
+    for name in filter(measured_names.__contains__, TITLES):  # some are measured on a GPU alone
+        row = [TITLES[name]]
         for step in columns.values():
             row += [f"{time_per_unit(step, workload, name):.3g}", ratio_to(step, name)]
         rows.append(row)
