@@ -60,7 +60,9 @@ class SquareSums:
     def add(
         self, kernels: SquareKernels, name: str, grad: Tensor, weight: float = 1.0, grad_factor: float = 1.0
     ) -> bool | Tensor:
-        """Adds `weight * (grad * grad_factor)**2` to one parameter's sum, without waiting for a GPU.
+        """Adds `weight * (grad * grad_factor)**2` to one parameter's sum.
+
+        It waits for a GPU only where `offload` copies the gradient, or torch computes the norm for `grad_clip`.
 
         Args:
             kernels: what `self.kernels()` returned for this pass over the gradients.

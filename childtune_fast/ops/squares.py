@@ -56,7 +56,7 @@ class SquareKernels(NamedTuple):
     def add(
         self, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None
     ) -> bool | Tensor:
-        """Adds `weight * (grad * grad_factor)**2` to a score, in place, without waiting for a GPU.
+        """Adds `weight * (grad * grad_factor)**2` to a score, in place; waits for a GPU only to clip in torch.
 
         Args:
             score: contiguous float32 tensor of the gradient's shape, on the gradient's device.
