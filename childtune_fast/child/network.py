@@ -1,18 +1,17 @@
 """ChildNetwork: which weights of a model Child-Tuning_D trains, chosen once and kept for the whole run."""
 
-import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
 from .choice import Scope, check_scores, check_tensors, choose, random_scores
 from .maskable import head_parameters, maskable_parameters
+from .places import Places
 from .report import Summary, plot_density, summarize
 from .sets import WeightSet
 
@@ -28,12 +27,14 @@ class ChildNetwork(WeightSet):
 
     Attributes:
         packed: {parameter name: PackedMask}, one bit per weight, on the device where the parameter was.
+        places: where in the model the masked parameters are.
     """
 
-    def __init__(self, packed: Mapping[str, PackedMask], params: Mapping[str, Parameter]) -> None:
-        """Holds the masks `packed`, by name, and weak references to the masked ones of `params`, by name."""
+    def __init__(self, packed: Mapping[str, PackedMask], model: nn.Module) -> None:
+        """Holds the masks `packed`, by name, and where in `model` their parameters are, without keeping it alive."""
+        params = dict(model.named_parameters())
         self.packed = {name: mask.to(params[name].device) for name, mask in packed.items()}
-        self._names = {id(params[name]): (weakref.ref(params[name]), name) for name in packed}
+        self.places = Places(model, packed)
 
     @classmethod
     def from_scores(
@@ -113,7 +114,7 @@ class ChildNetwork(WeightSet):
     ) -> "ChildNetwork":
         params = maskable_parameters(model, maskable)
         check_scores(scores, params, model)
-        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=largest), params)
+        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=largest), model)
 
     @classmethod
     def random(
@@ -138,7 +139,7 @@ class ChildNetwork(WeightSet):
             TypeError: `model`, `reserve_p`, `seed` or `maskable` is of another type.
         """
         params = maskable_parameters(model, maskable)
-        return cls(choose(random_scores(params, seed), reserve_p, scope), params)
+        return cls(choose(random_scores(params, seed), reserve_p, scope), model)
 
     @classmethod
     def from_masks(cls, model: nn.Module, masks: Mapping[str, Tensor]) -> "ChildNetwork":
@@ -155,7 +156,7 @@ class ChildNetwork(WeightSet):
         check_model(model)
         params = dict(model.named_parameters())
         check_tensors("from_masks: masks", masks, params, (torch.bool,))
-        return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, params)
+        return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, model)
 
     @classmethod
     def head_only(cls, model: nn.Module, head: Selector = None) -> "ChildNetwork":
@@ -174,34 +175,41 @@ class ChildNetwork(WeightSet):
         of_head = head_parameters(model, head)
         params = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in of_head}
         empty = {n: torch.zeros(packed_size(p.numel()), dtype=torch.uint8) for n, p in params.items()}
-        return cls({name: PackedMask(params[name].shape, bits) for name, bits in empty.items()}, params)
+        return cls({name: PackedMask(params[name].shape, bits) for name, bits in empty.items()}, model)
 
     def mask_of(self, param: Tensor, name: str | None = None) -> PackedMask | None:
         """Returns the PackedMask of a parameter, on the parameter's device; None if it is trained in full.
 
         Args:
-            param: the parameter, recognised by identity if it is of the model that the child network was made for.
+            param: the parameter, recognised by identity if the model that the child network was made for has it now
+                where a masked one was.
             name: the parameter's name in its model, by which every other parameter is recognised (default: None).
 
         Raises:
-            ValueError: the mask called `name` has another shape, as happens after parameters are flattened or sharded;
-                or `name` is None, and this is a copied child network, which knows parameters by name only.
+            ValueError: the mask has another shape, as happens after parameters are flattened or sharded; or `name` is
+                None, and this is a copied or unpickled child network, which knows parameters by name only.
         """
-        known = self._names.get(id(param))
-        if known is not None and known[0]() is param:
-            return self.packed[known[1]].to(param.device)
-        if name is None and not self._names and self.packed:
+        known = next((place for place, held in self.places.current().items() if held is param), None)
+        if known is None and name is None:
+            self.check_known(())
+        known = known or (name if name in self.packed else None)
+        if known is None:
+            return None
+        if self.packed[known].shape != tuple(param.shape):
+            raise ValueError(
+                f"ChildNetwork: '{known}' must have the shape {self.packed[known].shape} of its mask (got "
+                f"{tuple(param.shape)}); build the optimizer from the parameters as the child network knows them, "
+                "before they are sharded"
+            )
+        return self.packed[known].to(param.device)
+
+    def check_known(self, found: Iterable[str | None]) -> None:
+        """Raises ValueError if masked parameters other than those `found` are known by name only, as in a copy."""
+        if self.packed.keys() - self.places.current().keys() - set(found):
             raise ValueError(
                 "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one without); "
                 "pass model.named_parameters() to the optimizer"
             )
-        mask = None if name is None else self.packed.get(name)
-        if mask is not None and mask.shape != tuple(param.shape):
-            raise ValueError(
-                f"ChildNetwork: '{name}' must have the shape {mask.shape} of its mask (got {tuple(param.shape)}); "
-                "build the optimizer from the parameters as the child network knows them, before they are sharded"
-            )
-        return None if mask is None else mask.to(param.device)
 
     def summary(self) -> Summary:
         """Returns the density of each tensor and of each kind of module; printed, it is a table."""
@@ -217,9 +225,6 @@ class ChildNetwork(WeightSet):
             ImportError: matplotlib is not installed.
         """
         return plot_density(self.summary(), ax)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"packed": self.packed, "_names": {}}  # weak references cannot be copied: a copy goes by names
 
     def save(self, path: FilePath) -> None:
         """Writes the masks to a safetensors file, the whole file or, on an error, nothing.
@@ -245,8 +250,7 @@ class ChildNetwork(WeightSet):
             OSError: the file cannot be read.
         """
         check_model(model)
-        params = dict(model.named_parameters())
-        return cls(files.load_masks(path, params), params)
+        return cls(files.load_masks(path, dict(model.named_parameters())), model)
 
     def save_delta(self, path: FilePath, model: nn.Module, base: nn.Module | Mapping[str, Tensor]) -> None:
         """Writes what turns `base` into `model` to a safetensors file, the whole file or, on an error, nothing.
@@ -281,4 +285,4 @@ class ChildNetwork(WeightSet):
             OSError: the file cannot be read.
         """
         check_model(base_model, "base_model")
-        return cls(delta.apply(path, base_model), dict(base_model.named_parameters()))
+        return cls(delta.apply(path, base_model), base_model)

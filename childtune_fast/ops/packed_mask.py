@@ -46,6 +46,7 @@ class PackedMask:
             ValueError: `bits` has another dtype or length, or bits beyond the last weight.
         """
         self.shape = tuple(shape)
+        self._digest: bytes | None = None
         if bits.is_cuda and bits.data_ptr() % _ALIGNMENT:
             bits = bits.clone()
         self._bits, self._version = bits, _version(bits)
@@ -78,6 +79,16 @@ class PackedMask:
             )
         return self._bits
 
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of shape and bits, computed once."""
+        bits = self.bits  # raises if they have been written to
+        if self._digest is None:
+            found = hashlib.sha256(repr(self.shape).encode())
+            found.update(bits.cpu().numpy().data)
+            self._digest = found.digest()
+        return self._digest
+
     def __getstate__(self) -> dict[str, Any]:
         return {"shape": self.shape, "bits": self.bits}
 
@@ -100,7 +111,11 @@ class PackedMask:
 
     def to(self, device: torch.device) -> "PackedMask":
         """Returns the mask on `device`: this object if it is on it already, else a copy."""
-        return self if self.bits.device == device else PackedMask(self.shape, self.bits.to(device))
+        if self.bits.device == device:
+            return self
+        moved = PackedMask(self.shape, self.bits.to(device))
+        moved._digest = self._digest
+        return moved
 
     def gather(self, dense: Tensor) -> Tensor:
         """Returns the child network's values of a tensor.
@@ -161,9 +176,4 @@ def packed_size(numel: int) -> int:
 
 def fingerprint(masks: Iterable[PackedMask]) -> str:
     """Returns the SHA-256, in hexadecimal, of the shapes and bits of masks; their order does not matter."""
-    digests = []
-    for mask in masks:
-        digest = hashlib.sha256(repr(mask.shape).encode())
-        digest.update(mask.bits.cpu().numpy().data)
-        digests.append(digest.digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+    return hashlib.sha256(b"".join(sorted(mask.digest for mask in masks))).hexdigest()

@@ -10,21 +10,20 @@ from torch import Tensor
 from ..arguments import PLAIN_TENSORS, check_type
 from ..child import ChildNetwork
 from ..native import load
-from ..ops.packed_mask import Masks
 from ..ops.random_mask import MASK_VERSION
 from ..ops.step import StepKernels, take_step
-from .checkpoint import CheckpointedAdamW
+from .checkpoint import FINGERPRINT, CheckpointedAdamW
 from .checks import (
     agreed_seed,
+    check_child,
     check_masks,
     check_no_lazy_negation,
     check_overlap,
     check_ranks_agree,
-    checked_child,
     refuse_reserve_p,
 )
 from .collect import Decay, NormOf, Variant, check_options, collect, settle_options
-from .state import mark_child, masks_of
+from .masks import MaskBook
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
@@ -117,9 +116,9 @@ class ChildAdamW(CheckpointedAdamW):
         backend: load.Backend = "auto",
     ) -> None:
         self.backend = load.check(backend, "backend")
-        self.child_masks: Masks = {}
         self._gpu_memory: dict[int, Tensor] = {}
-        self._child = checked_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
+        check_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
+        self._book = None if child is None else MaskBook(child)
         options = {
             "reserve_p": reserve_p,
             "decay": decay,
@@ -128,8 +127,9 @@ class ChildAdamW(CheckpointedAdamW):
             "norm_of": norm_of,
             "seed": agreed_seed(seed),
             "mask_version": MASK_VERSION,
+            FINGERPRINT: None,
         }
-        settle_options(options, self._child is not None)
+        settle_options(options, child is not None)
         self._child_defaults = options
         super().__init__(
             params,
@@ -145,9 +145,10 @@ class ChildAdamW(CheckpointedAdamW):
             fused=fused,
         )
         del self._child_defaults  # `defaults` has them now
-        if self._child is not None:
-            check_masks(self._child, self.child_masks, "those passed")
-        check_ranks_agree(self.child_masks)
+        masks = self._masks()
+        if child is not None:
+            check_masks(child, masks, "those passed")
+        check_ranks_agree(child)
         if self.backend == "native":
             load.resolve("native")
 
@@ -174,25 +175,14 @@ class ChildAdamW(CheckpointedAdamW):
             plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
             check_no_lazy_negation(plain)
             check_overlap(plain)
-            masks = self._masks_of(group)
+            if self._book is not None and group.get("reserve_p", 1.0) != 1.0:
+                refuse_reserve_p(group["reserve_p"], " in a group")
+            settle_options(group, self._book is not None)
+            if not self._child_defaults:  # else the constructor looks for masks when it has added all groups
+                self._masks()
         except Exception:
             self.param_groups.pop()
             raise
-        settle_options(group, self._child is not None or bool(self.child_masks))
-        self._mark(masks)
-
-    def _masks_of(self, group: dict[str, Any]) -> Masks:
-        """Returns the child network's masks of a group's parameters."""
-        if self._child is None:
-            return {}
-        if group.get("reserve_p", 1.0) != 1.0:
-            refuse_reserve_p(group["reserve_p"], " in a group")
-        return masks_of(self._child, group)
-
-    def _mark(self, masks: Masks) -> None:
-        self.child_masks.update(masks)
-        for param, mask in masks.items():
-            mark_child(self.state[param], mask)
 
     def replace_child(self, child: ChildNetwork) -> None:
         """Gives the optimizer another child network, between two steps; without one before, it trains this one now.
@@ -209,17 +199,16 @@ class ChildAdamW(CheckpointedAdamW):
             TypeError: `child` is no ChildNetwork.
         """
         check_type("ChildAdamW.replace_child: child", child, ChildNetwork, "a ChildNetwork")
-        masks: Masks = {}
-        for group in self.param_groups:
-            masks.update(masks_of(child, group))
+        book = MaskBook(child)
+        masks = book.read(self.param_groups)
         check_masks(child, masks, "the optimizer")
-        check_ranks_agree(masks)
+        check_ranks_agree(child)
         for param in self.child_masks.keys() | masks.keys():
             self.state.pop(param, None)
         for options in (self.defaults, *self.param_groups):
             settle_options(options, True)
-        self._child, self.child_masks = child, {}
-        self._mark(masks)
+        self._book = book
+        self._masks()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -259,30 +248,35 @@ class ChildAdamW(CheckpointedAdamW):
     def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
         """Takes the step; returns whether it was taken, as far as the host knows."""
         kernels = StepKernels.find(self.backend)
-        groups = collect(self.param_groups, self.state, self.child_masks, kernels, states_before)
+        masks = None if self._book is None else self._masks()
+        groups = collect(self.param_groups, self.state, masks, kernels, states_before)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler
         return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf)
 
     def __repr__(self) -> str:
         text = super().__repr__()
-        if not self.child_masks:
+        if self._book is None:
             return text
-        count, numel = (sum(getattr(mask, key) for mask in self.child_masks.values()) for key in ("count", "numel"))
+        count, numel = (sum(getattr(mask, key) for mask in self._book.masks.values()) for key in ("count", "numel"))
         return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "backend": self.backend,
-            "child_masks": self.child_masks,
-            "_child": self._child,
-        }
+        return {**super().__getstate__(), "backend": self.backend, "_book": self._book}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_gpu_memory", {})
         for group in self.param_groups:
-            for name in ("reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "seed", "mask_version"):
+            for name in (
+                "reserve_p",
+                "decay",
+                "variant",
+                "max_grad_norm",
+                "norm_of",
+                "seed",
+                "mask_version",
+                FINGERPRINT,
+            ):
                 if name in self.defaults:
                     group.setdefault(name, self.defaults[name])
-            settle_options(group, bool(self.child_masks))
+            settle_options(group, self._book is not None)

@@ -1,6 +1,7 @@
 """Checkpoints of an AdamW with masks, which can also be saved for and loaded from torch.optim.AdamW."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,28 +12,56 @@ from ..arguments import check_seed, check_type
 from ..ops.packed_mask import Masks, PackedMask, fingerprint
 from ..ops.random_mask import MASK_VERSION
 from .collect import check_options, settle_options
-from .state import check_saved_state, dense_state, restored_state
+from .masks import MaskBook
+from .state import check_saved_state, dense_state, restored_state, saved_state
 
-FINGERPRINT = "child_fingerprint"  # key in each param group of a checkpoint with a child network
+FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of the masks, None without child network
 
 
 class CheckpointedAdamW(torch.optim.AdamW):
-    """The checkpoints of ChildAdamW, which is its only subclass.
+    """The checkpoints of ChildAdamW, which is its only subclass."""
 
-    Attributes:
-        child_masks: {parameter: its mask} of the child network; {} without one.
-    """
+    _book: MaskBook | None  # None without a child network
 
-    child_masks: Masks
+    @property
+    def child_masks(self) -> Masks:
+        """{parameter: its PackedMask} of the parameters in the groups that the child network masks; {} without one."""
+        return self._masks() or {}
+
+    def _masks(self, *, anew: bool = False) -> Masks | None:
+        """Returns the masks of the parameters in the groups, as `MaskBook.read` does; None without a child network."""
+        if self._book is None:
+            return None
+        masks = self._book.read(self.param_groups, anew=anew)
+        for group in self.param_groups:
+            group[FINGERPRINT] = self._book.fingerprint
+        return masks
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a checkpoint in torch's format; with a child network, it holds the masks and their fingerprint."""
-        state_dict = super().state_dict()
-        if self.child_masks:
-            identity = fingerprint(self.child_masks.values())
-            for group in state_dict["param_groups"]:
-                group[FINGERPRINT] = identity
-        return state_dict
+        """Returns a checkpoint in torch's format; with a child network, it holds copies of the masks.
+
+        A parameter that is masked has its mask in it, also before its first step. State of parameters that are in no
+        group is left out. All other tensors are shared with the optimizer, as in torch.
+
+        Raises:
+            ValueError: a parameter has been replaced, and it cannot be told whether it is masked.
+        """
+        masks = self._masks() or {}
+
+        def after(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            states = state_dict["state"]
+            for i, mask in self._by_number(state_dict["param_groups"], masks).items():
+                states[i] = saved_state(states.get(i, {}), mask)
+
+        handle = self.register_state_dict_post_hook(after, prepend=True)
+        whole = self.state
+        present = {param for group in self.param_groups for param in group["params"]}
+        self.state = defaultdict(dict, {k: v for k, v in whole.items() if not isinstance(k, Tensor) or k in present})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = whole
+            handle.remove()
 
     def dense_state_dict(self) -> dict[str, Any]:
         """Returns a checkpoint for torch.optim.AdamW, without masks.
@@ -40,7 +69,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
         Its averages have the parameters' shapes, and are zero outside the child network.
         """
         dense = self.state_dict()
-        masks = self._by_number(dense["param_groups"], self.child_masks)
+        masks = self._by_number(dense["param_groups"], self._masks() or {})
         states = {i: dense_state(state, masks.get(i)) for i, state in dense["state"].items()}
         for group in dense["param_groups"]:
             group.pop(FINGERPRINT, None)
@@ -61,8 +90,9 @@ class CheckpointedAdamW(torch.optim.AdamW):
         to the parameter's dtype. It is copied and never shared with `state_dict`. Options that a checkpoint of
         torch.optim.AdamW does not hold, such as `reserve_p` and `seed`, stay as they are.
 
-        If the checkpoint has a child network, this optimizer takes it. If only this optimizer has one, it takes the
-        values inside the child network from the checkpoint's dense state.
+        If the checkpoint has a child network, this optimizer takes it; one that was built with `child=` must have the
+        same. If only this optimizer has one, it takes the values inside the child network from the checkpoint's dense
+        state.
 
         Args:
             state_dict: what `state_dict` or `dense_state_dict` of a ChildAdamW, or `state_dict` of a torch.optim.AdamW,
@@ -84,14 +114,19 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
         def after(_: torch.optim.Optimizer) -> None:
             params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
-            masks = adopt(self.child_masks, saved_masks(params, loaded))
-            for i, param in params.items():
-                if i in loaded["state"] or param in masks:
-                    self.state[param] = restored_state(param, loaded["state"].get(i, {}), masks.get(param))
-            for group in self.param_groups:
-                group.pop(FINGERPRINT, None)
-                settle_options(group, bool(masks))
-            self.child_masks = masks
+            bound = self._book is not None and self._book.child is not None
+            masks, dense = agreed_masks(self._masks(), bound, params, loaded)
+            for i in params.keys() & loaded["state"].keys():
+                param = params[i]
+                state = restored_state(param, loaded["state"][i], masks.get(param) if masks else None, dense)
+                self.state[param] = state
+                if not state:
+                    del self.state[param]
+            for options in (self.defaults, *self.param_groups):
+                settle_options(options, masks is not None)
+            if masks is not None and not bound:
+                self._book = MaskBook.of_checkpoint(masks, self.param_groups)
+            self._masks(anew=True)
             self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
@@ -118,6 +153,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
             present = self.param_groups[min(i, len(self.param_groups) - 1)]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
+            group[FINGERPRINT] = saved.get(FINGERPRINT)  # of no other child network than the checkpoint's
             check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
             if group["mask_version"] != MASK_VERSION:
                 raise ValueError(
@@ -128,16 +164,50 @@ class CheckpointedAdamW(torch.optim.AdamW):
         return groups
 
 
-def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
-    """Returns {parameter: mask} of a checkpoint; {} if it has no child network.
+def agreed_masks(
+    present: Masks | None, bound: bool, params: Mapping[int, Tensor], state_dict: dict[str, Any]
+) -> tuple[Masks | None, bool]:
+    """Returns the masks that an optimizer has after loading a checkpoint, and whether the checkpoint is dense.
 
     Args:
+        present: {parameter: mask} of the optimizer's child network; None without one.
+        bound: whether the optimizer was built with that child network, and so cannot take another one.
         params: {number in the checkpoint: parameter of the optimizer}.
         state_dict: the checkpoint, of a ChildAdamW or of another optimizer.
 
+    Returns:
+        {parameter: mask}, None if neither has a child network; and whether the checkpoint has none, so that its state
+        has the parameters' shapes.
+
     Raises:
-        ValueError: a mask is damaged or does not fit its parameter.
+        ValueError: a mask of the checkpoint is damaged, missing or does not fit its parameter; or it has another child
+            network than the optimizer was built with.
     """
+    expected = state_dict["param_groups"][0].get(FINGERPRINT) if state_dict["param_groups"] else None
+    saved = _saved_masks(params, state_dict)
+    found = None if expected is None and not saved else fingerprint(saved.values())
+    own = None if present is None else fingerprint(present.values())
+    if expected == found:
+        if bound and expected not in (None, own):
+            raise ValueError(
+                "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
+                f"{own} and {expected}); build the optimizer without child=, which takes the checkpoint's, or with the "
+                "child network that was saved"
+            )
+        return (present if expected in (None, own) else saved), expected is None
+    # Who stores single values of a state may have left out masks; the optimizer's own are as good.
+    same = present is not None and saved.keys() <= present.keys()
+    if present is not None and same and all(torch.equal(m.bits, present[p].bits) for p, m in saved.items()):
+        return present, False
+    raise ValueError(
+        f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that was "
+        f"saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed; without its masks "
+        "it loads into an optimizer that was built with child="
+    )
+
+
+def _saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
+    """Returns {parameter: mask} of the masks in a checkpoint; raises ValueError if one does not fit its parameter."""
     masks = {}
     for i, state in state_dict["state"].items():
         bits = state.get("child_mask") if isinstance(state, dict) else None
@@ -145,34 +215,4 @@ def saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Mas
             if not isinstance(bits, Tensor):
                 raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor (got {type(bits).__name__})")
             masks[params[i]] = PackedMask(params[i].shape, bits.detach().to(params[i].device, copy=True))
-    expected = state_dict["param_groups"][0].get(FINGERPRINT) if state_dict["param_groups"] else None
-    found = fingerprint(masks.values()) if masks else None
-    if expected != found:
-        raise ValueError(
-            f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that "
-            f"was saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed"
-        )
     return masks
-
-
-def adopt(present: Masks, saved: Masks) -> Masks:
-    """Returns the checkpoint's masks, or if it has none, those that the optimizer was built with.
-
-    Args:
-        present: {parameter: mask} of the optimizer's child network; {} without one.
-        saved: {parameter: mask} of the checkpoint's child network; {} without one.
-
-    Raises:
-        ValueError: both have a child network, and the two differ.
-    """
-    present = {param: mask.to(param.device) for param, mask in present.items()}  # the model may have moved
-    if not saved:
-        return present
-    same = present.keys() == saved.keys() and all(torch.equal(m.bits, saved[p].bits) for p, m in present.items())
-    if present and not same:
-        raise ValueError(
-            "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
-            f"{fingerprint(present.values())} and {fingerprint(saved.values())}); build the optimizer without child=, "
-            "which takes the checkpoint's, or with the child network that was saved"
-        )
-    return present or saved

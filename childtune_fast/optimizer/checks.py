@@ -7,20 +7,19 @@ from torch import Tensor
 
 from ..arguments import check_seed
 from ..child import ChildNetwork
-from ..ops.packed_mask import Masks, fingerprint
+from ..ops.packed_mask import Masks
 
 
-def checked_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str) -> ChildNetwork | None:
-    """Returns the argument `child`; raises if it is no ChildNetwork, or if other arguments contradict it."""
+def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str) -> None:
+    """Raises if the argument `child` is neither None nor a ChildNetwork, or if other arguments contradict it."""
     if child is None:
         if decay == "child":
             raise ValueError("ChildAdamW: decay='child' needs a child network; pass child=, or decay='all'")
-        return None
+        return
     if not isinstance(child, ChildNetwork):
         raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {child!r})")
     if reserve_p_given:
         refuse_reserve_p(reserve_p)
-    return child
 
 
 def refuse_reserve_p(reserve_p: Any, where: str = "") -> NoReturn:
@@ -39,7 +38,7 @@ def agreed_seed(seed: int | None) -> int:
     return agreed[0]
 
 
-def check_masks(child: ChildNetwork, masks: Masks, whose: str) -> None:
+def check_masks(child: ChildNetwork, masks: Masks | None, whose: str) -> None:
     """Raises ValueError if a child network has no mask for an optimizer's parameters, which the error calls `whose`."""
     if not masks:
         raise ValueError(
@@ -48,12 +47,12 @@ def check_masks(child: ChildNetwork, masks: Masks, whose: str) -> None:
         )
 
 
-def check_ranks_agree(masks: Masks) -> None:
+def check_ranks_agree(child: ChildNetwork | None) -> None:
     """Raises ValueError on all ranks of an initialised process group if their child networks differ."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, fingerprint(masks.values()) if masks else None)
+    torch.distributed.all_gather_object(found, None if child is None else child.fingerprint)
     if len(set(found)) > 1:
         raise ValueError(
             "ChildAdamW: all ranks must have one child network, or their replicas drift apart (got "

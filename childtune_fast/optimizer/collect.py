@@ -36,7 +36,7 @@ _NOT_ON_DEVICE = ("steps", "indices")
 def collect(
     param_groups: list[dict[str, Any]],
     states: MutableMapping[Tensor, dict[str, Any]],
-    masks: Masks,
+    masks: Masks | None,
     kernels: StepKernels,
     states_before: dict[Tensor, dict[str, Any]],
 ) -> dict[Where, list[StepGroup]]:
@@ -45,7 +45,8 @@ def collect(
     Args:
         param_groups: the optimizer's parameter groups.
         states: {parameter: its state}, the optimizer's state. Where a state has not begun, this call begins it.
-        masks: {parameter: mask} of the child network; {} without one. This call moves a mask to its parameter's device.
+        masks: {parameter: mask} of the child network; None without one. Where this call begins a state, it moves the
+            mask to its parameter's device.
         kernels: the kernels that may step the parameters.
         states_before: receives, for each parameter whose state this call begins or extends, what the state was.
 
@@ -64,7 +65,7 @@ def collect(
         rows = _rows(params, index, fields, states, masks, kernels, states_before)
         for (where, sharded, masked), of_kind in rows.items():
             if of_kind:
-                target = _options(group, param_groups[0], bool(masks), where)
+                target = _options(group, param_groups[0], masks is not None, where)
                 _check_capturable(target, where, kernels, of_kind[0][0])
                 _fill(target, fields + _MASK_FIELDS if masked else fields, of_kind, sharded)
                 by_where[where].append(target)
@@ -76,7 +77,7 @@ def _rows(
     index: Iterator[int],
     fields: tuple[str, ...],
     states: MutableMapping[Tensor, dict[str, Any]],
-    masks: Masks,
+    masks: Masks | None,
     kernels: StepKernels,
     states_before: dict[Tensor, dict[str, Any]],
 ) -> dict[tuple[Where, bool, bool], list[tuple[Any, ...]]]:
@@ -120,10 +121,10 @@ def _incomplete(error: KeyError) -> ValueError:
     )
 
 
-def _begin(state: dict[str, Any], param: Tensor, masks: Masks, amsgrad: bool) -> PackedMask | None:
+def _begin(state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: bool) -> PackedMask | None:
     """Begins or extends a parameter's state; returns its mask, moved to the device where the parameter is now."""
-    mask = masks.get(param)
-    if mask is not None:
+    mask = masks.get(param) if masks else None
+    if masks and mask is not None:
         mask = masks[param] = mask.to(param.device)
     init_state(state, param, mask, amsgrad)
     return mask

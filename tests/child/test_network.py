@@ -178,7 +178,8 @@ def test_a_child_network_does_not_keep_the_model_alive():
     child = child_of(model)
     del model
     gc.collect()
-    assert all(reference() is None for reference, _ in child._names.values())
+    assert set(child.places.current().values()) == {None}
+    assert child.places.parameters() == []
 
 
 @pytest.mark.cuda

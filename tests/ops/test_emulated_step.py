@@ -24,7 +24,7 @@ def step_as_a_gpu(kernels, optimizer):
 
 def groups_of(optimizer):
     """What a step of the optimizer is of, all of it for kernels."""
-    groups = collect(optimizer.param_groups, optimizer.state, optimizer.child_masks, StepKernels.find("native"), {})
+    groups = collect(optimizer.param_groups, optimizer.state, optimizer._masks(), StepKernels.find("native"), {})
     assert list(groups) == ["cpu"]
     return groups["cpu"]
 
