@@ -1,5 +1,6 @@
 """ChildAdamW: torch.optim.AdamW that updates a child network, in one pass over memory."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -88,7 +89,6 @@ class ChildAdamW(CheckpointedAdamW):
         childtune_fast.native.BackendError: `backend` is "native", and there is no compiled module.
     """
 
-    _step_supports_amp_scaling = True  # tells GradScaler to leave unscaling and skipping to step()
     # torch's constructor sets `defaults` and adds the groups before it could know these options; then they are in it.
     _child_defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -156,6 +156,18 @@ class ChildAdamW(CheckpointedAdamW):
     def seed(self) -> int:
         """The seed of the random masks, unsigned, 64 bits; see `bernoulli_mask`."""
         return self.param_groups[0]["seed"]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether unscaling and skipping are left to step(): yes, if torch's GradScaler asks.
+
+        Lightning asks too, and would refuse to clip gradients. It then unscales them itself before it clips.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignores what torch's constructor sets if `fused` is true."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group.

@@ -196,14 +196,17 @@ def agreed_masks(
             )
         return (present if expected in (None, own) else saved), expected is None
     # Who stores single values of a state may have left out masks; the optimizer's own are as good.
-    same = present is not None and saved.keys() <= present.keys()
-    if present is not None and same and all(torch.equal(m.bits, present[p].bits) for p, m in saved.items()):
+    if present is not None and expected == own and all(_equal(mask, present.get(p)) for p, mask in saved.items()):
         return present, False
     raise ValueError(
         f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that was "
         f"saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed; without its masks "
         "it loads into an optimizer that was built with child="
     )
+
+
+def _equal(mask: PackedMask, other: PackedMask | None) -> bool:
+    return other is not None and mask.digest == other.digest
 
 
 def _saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
