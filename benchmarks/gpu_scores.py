@@ -84,7 +84,7 @@ def _state_bytes(device: str, scale: int) -> float:
     optimizer = ChildAdamW(params, **HYPER, child=random_child(params, 0.3), backend="native")
     optimizer.step()
     tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    tensors += [mask.offsets for mask in optimizer.child_masks.values()]
+    tensors += [tensor for mask in optimizer.child_masks.values() for tensor in (mask.bits, mask.offsets)]
     return sum(tensor.nbytes for tensor in tensors) / sum(param.numel() for param in params)
 
 

@@ -181,15 +181,15 @@ class ChildNetwork(WeightSet):
         """Returns the PackedMask of a parameter, on the parameter's device; None if it is trained in full.
 
         Args:
-            param: the parameter, recognised by identity if the model that the child network was made for has it now
-                where a masked one was.
+            param: the parameter, recognised by identity if it is of the model that the child network was made for, or
+                has taken the place of a masked one there.
             name: the parameter's name in its model, by which every other parameter is recognised (default: None).
 
         Raises:
             ValueError: the mask has another shape, as happens after parameters are flattened or sharded; or `name` is
                 None, and this is a copied or unpickled child network, which knows parameters by name only.
         """
-        known = next((place for place, held in self.places.current().items() if held is param), None)
+        known = self.places.names().get(param)
         if known is None and name is None:
             self.check_known(())
         known = known or (name if name in self.packed else None)

@@ -26,6 +26,9 @@ class Places:
                     holders.setdefault(param, (weakref.ref(module), attribute))
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._holders = {name: holders[params[name]] for name in names if params[name] in holders}
+        # For a module that was made only to hold them. A tensor of another class may not have weak references: torch
+        # could not convert it in its module.
+        self._params = {name: weakref.ref(params[name]) for name in names if type(params[name]) is Parameter}
 
     def current(self) -> dict[str, Tensor | None]:
         """Returns {name: the parameter that is there now, or None}; a name whose place is not known is left out."""
@@ -35,18 +38,25 @@ class Places:
             for name, (module, attribute) in found.items()
         }
 
+    def names(self) -> dict[Tensor, str]:
+        """Returns {parameter: name} of those that are there now, and of those that were, whoever holds them now."""
+        were = {name: reference() for name, reference in self._params.items()}
+        return {param: name for of in (were, self.current()) for name, param in of.items() if param is not None}
+
     def parameters(self) -> list[Parameter]:
         """Returns all parameters that the model has now; none if the model is gone, or not known."""
         model = None if self._model is None else self._model()
         return [] if model is None else list(model.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": None, "_holders": {}}
+        return {"_model": None, "_holders": {}, "_params": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Places":
         copied = object.__new__(Places)
         model = None if self._model is None else memo.get(id(self._model()))
         holders = {name: (memo.get(id(reference())), key) for name, (reference, key) in self._holders.items()}
+        params = {name: memo.get(id(reference())) for name, reference in self._params.items()}
         copied._model = None if model is None else weakref.ref(model)
         copied._holders = {name: (weakref.ref(m), key) for name, (m, key) in holders.items() if m is not None}
+        copied._params = {name: weakref.ref(param) for name, param in params.items() if param is not None}
         return copied

@@ -94,8 +94,8 @@ class MaskBook:
 
     def _by_identity(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
         if self.child is not None:
-            for name, param in self.child.places.current().items():
-                if param is not None and param in names and param not in entries:
+            for param, name in self.child.places.names().items():
+                if param in names and param not in entries:
                     entries[param] = _Entry(self.child.packed[name], name)
 
     def _by_name(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
