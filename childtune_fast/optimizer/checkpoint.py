@@ -1,7 +1,6 @@
 """Checkpoints of an AdamW with masks, which can also be saved for and loaded from torch.optim.AdamW."""
 
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of
 class CheckpointedAdamW(torch.optim.AdamW):
     """The checkpoints of ChildAdamW, which is its only subclass."""
 
-    _book: MaskBook | None  # None without a child network
+    _book: MaskBook | None = None  # None without a child network
 
     @property
     def child_masks(self) -> Masks:
@@ -54,13 +53,12 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 states[i] = saved_state(states.get(i, {}), mask)
 
         handle = self.register_state_dict_post_hook(after, prepend=True)
-        whole = self.state
         present = {param for group in self.param_groups for param in group["params"]}
-        self.state = defaultdict(dict, {k: v for k, v in whole.items() if not isinstance(k, Tensor) or k in present})
+        left = {key: self.state.pop(key) for key in list(self.state) if isinstance(key, Tensor) and key not in present}
         try:
             return super().state_dict()
         finally:
-            self.state = whole
+            self.state.update(left)
             handle.remove()
 
     def dense_state_dict(self) -> dict[str, Any]:
@@ -118,15 +116,14 @@ class CheckpointedAdamW(torch.optim.AdamW):
             masks, dense = agreed_masks(self._masks(), bound, params, loaded)
             for i in params.keys() & loaded["state"].keys():
                 param = params[i]
-                state = restored_state(param, loaded["state"][i], masks.get(param) if masks else None, dense)
-                self.state[param] = state
-                if not state:
+                self.state[param] = restored_state(param, loaded["state"][i], (masks or {}).get(param), dense)
+                if not self.state[param]:
                     del self.state[param]
-            for options in (self.defaults, *self.param_groups):
-                settle_options(options, masks is not None)
             if masks is not None and not bound:
                 self._book = MaskBook.of_checkpoint(masks, self.param_groups)
             self._masks(anew=True)
+            for options in (self.defaults, *self.param_groups):
+                settle_options(options, masks is not None)
             self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")

@@ -62,7 +62,7 @@ class MaskBook:
             ValueError: a new parameter has another shape than its mask, is sharded, or may be a masked one in another
                 form. The book is as before then.
         """
-        ids = [id(param) for group in param_groups for param in group["params"]]
+        ids = list(map(id, itertools.chain.from_iterable(group["params"] for group in param_groups)))
         if anew or ids != self._ids:
             self._keep(self._looked_up(_names(param_groups)))
             self._ids = ids
@@ -136,11 +136,11 @@ class MaskBook:
         lost += [f"one of shape {tuple(param.shape)}" for param, entry in left.items() if entry.mask is not None]
         if lost and any(entry.mask is not None for entry in (*entries.values(), *left.values())):
             raise ValueError(
-                "ChildAdamW: every parameter that the child network masks must be found in the model or in the "
-                f"optimizer's groups, or others may be it in another form (got {len(lost)} that are gone, the first is "
-                f"{lost[0]}, and {len(strangers)} unknown ones, the first of shape {tuple(strangers[0].shape)}); make "
-                "child network and optimizer after parameters are sharded, flattened, parametrised or replaced, and "
-                "freeze a masked parameter rather than remove it from its group"
+                "ChildAdamW: the parameters that the child network masks must be found in the model or in the "
+                f"optimizer's groups, for an unknown one may be one of them in another form (got {len(lost)} that are "
+                f"gone, the first is {lost[0]}, and {len(strangers)} unknown, the first of shape "
+                f"{tuple(strangers[0].shape)}); make child network and optimizer after parameters are sharded, "
+                "flattened, parametrised or replaced, and freeze a masked one rather than remove it from its group"
             )
         if self.child is not None and any(names[param] is None for param in strangers):
             self.child.check_known(entry.name for entry in entries.values())
