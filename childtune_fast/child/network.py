@@ -252,7 +252,8 @@ class ChildNetwork(WeightSet):
         """Writes what turns `base` into `model` to a safetensors file, the whole file or, on an error, nothing.
 
         The file holds the masks, the child network's values, and in full every other parameter and buffer that differs
-        from the base's or that the base does not have.
+        from the base's or that the base does not have. These may also be sparse or quantised. Those on the meta device
+        must be so in the base too, for they have no values.
 
         Args:
             path: the file to write; an existing one is replaced.
@@ -260,8 +261,8 @@ class ChildNetwork(WeightSet):
             base: the module before fine-tuning, or its state dict.
 
         Raises:
-            ValueError: a weight outside the child network is not the base's, bit for bit; or names, shapes or dtypes of
-                masked parameters differ.
+            ValueError: a weight outside the child network is not the base's, bit for bit; names, shapes or dtypes of
+                masked parameters differ; or another tensor is of a kind that the file cannot hold.
             OSError: the file cannot be written.
         """
         check_model(model)

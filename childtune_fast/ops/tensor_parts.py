@@ -143,12 +143,15 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
 
     Args:
         tensor: the tensor to write to. If it cannot be written in its memory, as when that has another size by now or
-            serves several elements at once (a dimension that was expanded), it gets the memory of `values`.
+            serves several elements at once (a dimension that was expanded), it gets new memory.
         values: tensor of the kind, dtype, shape and device that the other shall have.
     """
     same_form = all(getattr(tensor, key) == getattr(values, key) for key in ("shape", "dtype", "device"))
     kind = kind_of(values)
-    with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+    with (
+        torch.inference_mode(tensor.is_inference()),
+        torch.no_grad(),
+    ):  # in this order: leaving a mode enables gradients
         if kind in _COMPRESSED:  # which ignore what is assigned to .data
             tensor.resize_as_sparse_(values).copy_(values)
         elif same_form and kind == kind_of(tensor) and kind not in _PER_CHANNEL and not _is_expanded(tensor):
