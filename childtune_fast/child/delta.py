@@ -20,6 +20,7 @@ from . import files
 from .files import check_shapes
 
 _KIND = "delta"
+_NAMED = 5  # tensors that an error names
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
     """Raises ValueError if a masked parameter is of another form than the base's, or a weight outside changed."""
-    moved = {}
+    moved = []
     for name, mask in packed.items():
         for what, tensors in (("model", tuned), ("base", base)):
             if name not in tensors or tuple(tensors[name].shape) != mask.shape:
@@ -143,22 +144,29 @@ def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor]
                 f"save_delta: model and base must have one dtype (got {tuned[name].dtype} and {base[name].dtype} for "
                 f"'{name}'); convert the base as the model was before training"
             )
-        count = _moved_outside(mask, tuned[name], base[name])
-        if count:
-            moved[name] = count
+        moved += [f"{text} in '{name}'" for text in _moved_outside(mask, tuned[name], base[name])]
     if moved:
+        more = f", and in {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
         raise ValueError(
-            "save_delta: weights outside the child network must be the base's, bit for bit (got "
-            f"{sum(moved.values())} others in {len(moved)} tensors, the first in '{next(iter(moved))}'); the likely "
-            "cause is training with decay='all', or another base"
+            f"save_delta: weights outside the child network must be the base's, bit for bit (got {len(moved)} tensors "
+            f"with others: {', '.join(moved[:_NAMED])}{more}); likely causes are an average of the weights, such as "
+            "EMA or SWA, which rounds also those that never train, decay='all', another base, or another child network"
         )
 
 
-def _moved_outside(mask: PackedMask, tuned: Tensor, base: Tensor) -> int:
-    """Returns how many weights outside the child network differ from the base's in any bit."""
-    differs = raw(tuned.cpu()) != raw(base.cpu())
-    outside = ~mask.unpack().cpu().reshape(-1)
-    return int((differs.view(tuned.numel(), tuned.element_size()).any(dim=1) & outside).sum())
+def _moved_outside(mask: PackedMask, tuned: Tensor, base: Tensor) -> list[str]:
+    """Returns a text that says how many weights outside the child network differ from the base's and how; or none."""
+    tuned, base = tuned.cpu(), base.cpu()
+    differs = (raw(tuned) != raw(base)).view(tuned.numel(), tuned.element_size()).any(dim=1)
+    differs &= ~mask.unpack().cpu().reshape(-1)
+    if not differs.any():
+        return []
+    now, before = (t.reshape(-1)[differs] for t in (tuned, base))
+    by = (now - before if now.is_complex() else now.double() - before.double()).abs()
+    known = by[~by.isnan()]
+    texts = [f"{len(known)} by up to {known.max():.3g}"] if len(known) else []
+    texts += [f"{len(by) - len(known)} by a NaN"] if len(known) < len(by) else []
+    return [" and ".join(texts)]
 
 
 def _left_out(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> set[str]:
