@@ -18,6 +18,7 @@ from ..ops.packed_mask import PackedMask
 from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, rebuilt, same_bits
 from . import files
 from .files import check_shapes
+from .names import renamed
 
 _KIND = "delta"
 _NAMED = 5  # tensors that an error names
@@ -39,7 +40,8 @@ def save(
         base: the model before fine-tuning, or its state dict.
     """
     tuned = _tensors(model)
-    before = base.state_dict() if isinstance(base, nn.Module) else base
+    packed = renamed(packed, tuned)
+    before = renamed(base.state_dict() if isinstance(base, nn.Module) else base, tuned)
     _check_outside(packed, tuned, before)
     left_out = _left_out({name: tensor for name, tensor in tuned.items() if name not in packed}, before)
     contents: dict[str, Tensor] = {}
@@ -63,13 +65,12 @@ def save(
 def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     """Turns a base model into the fine-tuned one, as `ChildNetwork.apply_delta` documents; returns {name: mask}."""
     contents, description = files.read(path, _KIND)
-    shapes = description["shapes"]
     tensors = _tensors(base_model)
+    shapes, entries = (renamed(found, tensors) for found in (description["shapes"], _entries(contents, description)))
     check_shapes(path, shapes, tensors)
     unknown = next((name for name in tensors if name not in shapes), None)
     if unknown is not None:
         raise ValueError(f"'{os.fspath(path)}' is for a model without '{unknown}'; it is of another model")
-    entries = _entries(contents, description)
     for name, tensor in tensors.items():
         _check_base(path, name, tensor, entries[name])
     for name, tensor in tensors.items():
@@ -119,9 +120,9 @@ def _entries(contents: Mapping[str, Tensor], description: Mapping[str, Any]) -> 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the parameters and saved buffers of a model by name, each tied one once."""
-    saved = model.state_dict(keep_vars=True)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in named if name in saved}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = renamed(model.state_dict(), named)  # checkpointing's wrapper takes its prefix out of this one alone
+    return {name: tensor for name, tensor in named.items() if name in saved}
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

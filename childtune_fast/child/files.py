@@ -19,6 +19,7 @@ from torch import Tensor
 from ..arguments import FilePath
 from ..ops.packed_mask import PackedMask, fingerprint
 from ..ops.tensor_parts import kind_of, parts, raw
+from .names import renamed
 
 _CHILD = "child network"  # the kind of file
 
@@ -115,14 +116,14 @@ def save_masks(path: FilePath, packed: Mapping[str, PackedMask]) -> None:
 
 
 def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
-    """Returns the masks in a file, {parameter name: mask}, for a model that has the parameters `params`.
+    """Returns the masks in a file, {parameter name: mask}, by the names of a model that has the parameters `params`.
 
     Raises:
         ValueError: the file is damaged, of another kind, or for other parameters.
         OSError: the file cannot be read.
     """
     bits, description = read(path, _CHILD)
-    shapes = description["shapes"]
+    bits, shapes = (renamed(of_file, params) for of_file in (bits, description["shapes"]))
     check_shapes(path, shapes, params)
     packed = {name: PackedMask(shapes[name], bits[name]) for name in params if name in shapes}
     if fingerprint(packed.values()) != description["fingerprint"]:
@@ -137,5 +138,6 @@ def check_shapes(path: FilePath, shapes: Mapping[str, list[int]], tensors: Mappi
             got = f"one of shape {tuple(tensors[name].shape)}" if name in tensors else "none of that name"
             raise ValueError(
                 f"'{os.fspath(path)}' is for a model with '{name}' of shape {tuple(shape)} (got {got}); it is of "
-                "another model, or of this one inside or outside a wrapper, such as torch.compile's, that changes names"
+                "another model, or of this one in a wrapper that is not seen through, as those of torch.compile, DDP, "
+                "FSDP and checkpointing are"
             )

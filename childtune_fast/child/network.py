@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
-from .choice import Scope, check_scores, check_tensors, choose, random_scores
+from .choice import Scope, checked_scores, checked_tensors, choose, random_scores
 from .maskable import head_parameters, maskable_parameters
 from .report import Summary, plot_density, summarize
 from .sets import WeightSet
@@ -112,8 +112,8 @@ class ChildNetwork(WeightSet):
         largest: bool,
     ) -> "ChildNetwork":
         params = maskable_parameters(model, maskable)
-        check_scores(scores, params, model)
-        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=largest), params)
+        scores = checked_scores(scores, params, model)
+        return cls(choose(scores, reserve_p, scope, largest=largest), params)
 
     @classmethod
     def random(
@@ -154,7 +154,7 @@ class ChildNetwork(WeightSet):
         """
         check_model(model)
         params = dict(model.named_parameters())
-        check_tensors("from_masks: masks", masks, params, (torch.bool,))
+        masks = checked_tensors("from_masks: masks", masks, params, (torch.bool,))
         return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, params)
 
     @classmethod
@@ -238,7 +238,8 @@ class ChildNetwork(WeightSet):
 
         Args:
             path: the file that `save` wrote.
-            model: torch.nn.Module with parameters of the names and shapes that the masks have.
+            model: torch.nn.Module with parameters of the names and shapes that the masks have. Here and wherever else
+                names of two models meet, the prefixes of torch.compile, DDP, FSDP and checkpointing make no difference.
 
         Raises:
             ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
