@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from ..arguments import check_seed, check_type
 from ..ops.packed_mask import PackedMask
 from ..ops.select import top_k
+from .names import renamed
 
 Scope = Literal["global", "tensor"]  # Among which weights the share is kept.
 
@@ -43,21 +44,31 @@ def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest
     return packed
 
 
-def check_scores(scores: Mapping[str, Tensor], params: Mapping[str, Parameter], model: nn.Module) -> None:
-    """Raises unless every score fits a parameter of `model`, and every one of `params`, the maskable ones, has one."""
-    check_tensors("scores", scores, dict(model.named_parameters()), (torch.float32, torch.bfloat16, torch.float16))
+def checked_scores(
+    scores: Mapping[str, Tensor], params: Mapping[str, Parameter], model: nn.Module
+) -> dict[str, Tensor]:
+    """Returns the scores of `params`, the maskable parameters of `model`, by their names in it.
+
+    Raises:
+        ValueError: one of the maskable parameters has no score, or a score fits no parameter.
+        TypeError: a score is no tensor of a known dtype, or `scores` is no mapping.
+    """
+    scores = checked_tensors(
+        "scores", scores, dict(model.named_parameters()), (torch.float32, torch.bfloat16, torch.float16)
+    )
     missing = [name for name in params if name not in scores]
     if missing:
         raise ValueError(
             f"scores must be given for every maskable parameter (got none for {len(missing)} of {len(params)}, the "
             f"first '{missing[0]}'); estimate them for this model, or exclude those parameters with maskable="
         )
+    return {name: scores[name] for name in params}
 
 
-def check_tensors(
+def checked_tensors(
     what: str, tensors: Mapping[str, Tensor], params: Mapping[str, Parameter], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """Raises unless each tensor has the name and shape of a parameter and one of the dtypes.
+) -> dict[str, Tensor]:
+    """Returns tensors by the names of the parameters that they are for, which wrappers may have changed.
 
     Args:
         what: the argument's name, with which the error begins.
@@ -70,6 +81,7 @@ def check_tensors(
         TypeError: `tensors` is no mapping, or a value is no tensor of an allowed dtype.
     """
     check_type(what, tensors, Mapping, "a mapping from parameter names to tensors")
+    tensors = renamed(tensors, params)
     for name, tensor in tensors.items():
         if name not in params:
             raise ValueError(
@@ -85,6 +97,7 @@ def check_tensors(
                 f"{what} must have the parameter's shape (got {tuple(tensor.shape)} for '{name}' of shape "
                 f"{tuple(params[name].shape)}); they are of another model"
             )
+    return tensors
 
 
 def random_scores(params: Mapping[str, Parameter], seed: int) -> dict[str, Tensor]:

@@ -1,25 +1,30 @@
 """Delta files: what turns a base model into the fine-tuned one, and nothing that the base has already.
 
 For each masked parameter, the file holds the mask and the child network's values in the parameter's dtype. Another
-parameter or buffer is stored in full if it differs from the base's or the base lacks it, else it is left out. For every
-tensor of which values are left out, the description holds a digest of the base's values, so that a delta cannot be
-applied to another base.
+parameter or buffer is stored in full if it differs from the base's or the base lacks it, else it is left out. A sparse
+or quantised one is stored as the dense tensors that hold its values. For every tensor of which values are left out, the
+description holds a digest of the base's values, so that a delta cannot be applied to another base.
 """
 
 import os
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import FilePath
 from ..ops.packed_mask import PackedMask
+from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, rebuilt, same_bits
 from . import files
 from .files import check_shapes
+from .names import renamed
 
 _KIND = "delta"
+_NAMED = 5  # tensors that an error names
 
 
+@torch.no_grad()
 def save(
     path: FilePath,
     packed: Mapping[str, PackedMask],
@@ -35,8 +40,10 @@ def save(
         base: the model before fine-tuning, or its state dict.
     """
     tuned = _tensors(model)
-    before = base.state_dict() if isinstance(base, nn.Module) else base
+    packed = renamed(packed, tuned)
+    before = renamed(base.state_dict() if isinstance(base, nn.Module) else base, tuned)
     _check_outside(packed, tuned, before)
+    left_out = _left_out({name: tensor for name, tensor in tuned.items() if name not in packed}, before)
     contents: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     for name, tensor in tuned.items():
@@ -45,46 +52,82 @@ def save(
             contents[f"bits/{name}"] = mask.bits
             contents[f"values/{name}"] = mask.gather(tensor)
             digests[name] = _digest_outside(mask, tensor)
-        elif name in before and _same_bits(tensor, before[name]):
+        elif name in left_out:
             digests[name] = files.digest(tensor)
         else:
-            contents[f"full/{name}"] = tensor
-    shapes = {name: tuple(tensor.shape) for name, tensor in tuned.items()}
-    files.write(path, _KIND, contents, {"shapes": shapes, "base": digests})
+            contents |= {f"full.{part}/{name}" if part else f"full/{name}": t for part, t in parts(tensor).items()}
+    description: dict[str, Any] = {"shapes": {n: tuple(t.shape) for n, t in tuned.items()}, "base": digests}
+    kinds = {name: kind for name, tensor in tuned.items() if (kind := kind_of(tensor))}
+    files.write(path, _KIND, contents, {**description, "kinds": kinds} if kinds else description)
 
 
+@torch.no_grad()
 def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     """Turns a base model into the fine-tuned one, as `ChildNetwork.apply_delta` documents; returns {name: mask}."""
     contents, description = files.read(path, _KIND)
-    shapes = description["shapes"]
     tensors = _tensors(base_model)
+    shapes, entries = (renamed(found, tensors) for found in (description["shapes"], _entries(contents, description)))
     check_shapes(path, shapes, tensors)
     unknown = next((name for name in tensors if name not in shapes), None)
     if unknown is not None:
         raise ValueError(f"'{os.fspath(path)}' is for a model without '{unknown}'; it is of another model")
-    packed = {n: PackedMask(shapes[n], contents[f"bits/{n}"]) for n in shapes if f"bits/{n}" in contents}
     for name, tensor in tensors.items():
-        _check_base(path, name, tensor, packed, contents, description["base"])
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in packed:
-                mask = packed[name].to(tensor.device).unpack()
-                tensor.masked_scatter_(mask, contents[f"values/{name}"].to(tensor.device))
-            elif f"full/{name}" in contents:
-                tensor.copy_(contents[f"full/{name}"])
-    return packed
+        _check_base(path, name, tensor, entries[name])
+    for name, tensor in tensors.items():
+        entry = entries[name]
+        if entry.mask is not None and entry.values is not None:
+            mask = entry.mask.to(tensor.device).unpack()
+            overwrite(tensor, tensor.masked_scatter(mask, entry.values.to(tensor.device)))
+        elif entry.full is not None:
+            overwrite(tensor, entry.full.to(tensor.device))
+    return {name: of_it for name in shapes if (of_it := entries[name].mask) is not None}
+
+
+class _Entry(NamedTuple):
+    """What a delta holds of one tensor.
+
+    Attributes:
+        kind: what the tensor is, unless it is dense; see `kind_of`.
+        mask: the mask of a masked parameter.
+        values: the child network's values in it.
+        full: the whole tensor, if it is not masked and not the base's.
+        digest: the digest of the base's values that were left out.
+    """
+
+    kind: str
+    mask: PackedMask | None
+    values: Tensor | None
+    full: Tensor | None
+    digest: str | None
+
+
+def _entries(contents: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, _Entry]:
+    """Returns {name: what the file holds of that tensor}, for every tensor of the model that the file was made for."""
+    stored: dict[str, dict[str, Tensor]] = {name: {} for name in description["shapes"]}
+    for key, tensor in contents.items():
+        what, _, name = key.partition("/")
+        stored[name][what] = tensor
+    entries = {}
+    for name, shape in description["shapes"].items():
+        of_it = stored[name]
+        kind = description.get("kinds", {}).get(name, "")
+        mask = PackedMask(shape, of_it["bits"]) if "bits" in of_it else None
+        inside = {what.partition(".")[2]: tensor for what, tensor in of_it.items() if what.startswith("full")}
+        full = rebuilt(kind, shape, inside) if inside else None
+        entries[name] = _Entry(kind, mask, of_it.get("values"), full, description["base"].get(name))
+    return entries
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the parameters and saved buffers of a model by name, each tied one once."""
-    saved = model.state_dict(keep_vars=True)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named if name in saved}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = renamed(model.state_dict(), named)  # checkpointing's wrapper takes its prefix out of this one alone
+    return {name: tensor for name, tensor in named.items() if name in saved}
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if a masked parameter's shape or dtype differs from the base's, or a weight outside changed."""
-    moved = {}
+    """Raises ValueError if a masked parameter is of another form than the base's, or a weight outside changed."""
+    moved = []
     for name, mask in packed.items():
         for what, tensors in (("model", tuned), ("base", base)):
             if name not in tensors or tuple(tensors[name].shape) != mask.shape:
@@ -92,55 +135,89 @@ def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor]
                     f"save_delta: the {what} must have '{name}' of shape {mask.shape}, as the child network has (got "
                     f"{tuple(tensors[name].shape) if name in tensors else 'none'}); pass the ones it was made for"
                 )
+            if kind := kind_of(tensors[name]):
+                raise ValueError(
+                    f"save_delta: masked parameters of the {what} must be dense tensors with values (got '{name}', "
+                    f"{kind}); load its values, or make it dense"
+                )
         if base[name].dtype != tuned[name].dtype:
             raise ValueError(
                 f"save_delta: model and base must have one dtype (got {tuned[name].dtype} and {base[name].dtype} for "
                 f"'{name}'); convert the base as the model was before training"
             )
-        count = _moved_outside(mask, tuned[name], base[name])
-        if count:
-            moved[name] = count
+        moved += [f"{text} in '{name}'" for text in _moved_outside(mask, tuned[name], base[name])]
     if moved:
+        more = f", and in {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
         raise ValueError(
-            "save_delta: weights outside the child network must be the base's, bit for bit (got "
-            f"{sum(moved.values())} others in {len(moved)} tensors, the first in '{next(iter(moved))}'); the likely "
-            "cause is training with decay='all', or another base"
+            f"save_delta: weights outside the child network must be the base's, bit for bit (got {len(moved)} tensors "
+            f"with others: {', '.join(moved[:_NAMED])}{more}); likely causes are an average of the weights, such as "
+            "EMA or SWA, which rounds also those that never train, decay='all', another base, or another child network"
         )
 
 
-def _moved_outside(mask: PackedMask, tuned: Tensor, base: Tensor) -> int:
-    """Returns how many weights outside the child network differ from the base's in any bit."""
-    differs = files.raw(tuned) != files.raw(base)
-    outside = ~mask.unpack().cpu().reshape(-1)
-    return int((differs.view(tuned.numel(), tuned.element_size()).any(dim=1) & outside).sum())
+def _moved_outside(mask: PackedMask, tuned: Tensor, base: Tensor) -> list[str]:
+    """Returns a text that says how many weights outside the child network differ from the base's and how; or none."""
+    tuned, base = tuned.cpu(), base.cpu()
+    differs = (raw(tuned) != raw(base)).view(tuned.numel(), tuned.element_size()).any(dim=1)
+    differs &= ~mask.unpack().cpu().reshape(-1)
+    if not differs.any():
+        return []
+    now, before = (t.reshape(-1)[differs] for t in (tuned, base))
+    by = (now - before if now.is_complex() else now.double() - before.double()).abs()
+    known = by[~by.isnan()]
+    texts = [f"{len(known)} by up to {known.max():.3g}"] if len(known) else []
+    texts += [f"{len(by) - len(known)} by a NaN"] if len(known) < len(by) else []
+    return [" and ".join(texts)]
+
+
+def _left_out(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> set[str]:
+    """Returns the names of the tensors that the base has to the bit; raises ValueError if another cannot be stored."""
+    found = set()
+    for name, tensor in tuned.items():
+        if name in base and _readable(tensor) and same_bits(tensor, base[name]):
+            found.add(name)
+        elif not _storable(tensor):
+            raise ValueError(
+                "save_delta: what differs from the base's must be dense, sparse or quantised, with values that "
+                f"safetensors can hold (got '{name}', {kind_of(tensor) or 'dense'}, {tensor.dtype}, "
+                f"{'that differs' if name in base else 'that the base lacks'}); convert it in model and base"
+            )
+    return found
+
+
+def _readable(tensor: Tensor) -> bool:
+    try:
+        return parts(tensor) is not None
+    except TypeError:
+        return False
+
+
+def _storable(tensor: Tensor) -> bool:
+    if kind_of(tensor) not in REBUILT or not _readable(tensor):
+        return False
+    return all(part.dtype == torch.complex64 for part in parts(tensor).values() if part.is_complex())
 
 
 def _digest_outside(mask: PackedMask, tensor: Tensor) -> str:
     return files.digest(tensor.masked_fill(mask.unpack(), 0))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(files.raw(a), files.raw(b))
-
-
-def _check_base(
-    path: FilePath,
-    name: str,
-    tensor: Tensor,
-    packed: Mapping[str, PackedMask],
-    contents: Mapping[str, Tensor],
-    digests: Mapping[str, str],
-) -> None:
-    stored = contents.get(f"values/{name}", contents.get(f"full/{name}"))
-    if stored is not None and stored.dtype != tensor.dtype:
-        raise ValueError(
-            f"'{os.fspath(path)}' has '{name}' in {stored.dtype} (got a model with {tensor.dtype}); convert the model "
-            "to the dtype that the delta was made in"
-        )
-    if name not in digests:
+def _check_base(path: FilePath, name: str, tensor: Tensor, entry: _Entry) -> None:
+    """Raises ValueError unless a tensor is of the kind and dtype in the file, and has what the file leaves out."""
+    stored = entry.full if entry.values is None else entry.values
+    for of_file, of_model, what in (
+        (entry.kind or "dense", kind_of(tensor) or "dense", "kind"),
+        (tensor.dtype if stored is None else stored.dtype, tensor.dtype, "dtype"),
+    ):
+        if of_file != of_model:
+            raise ValueError(
+                f"'{os.fspath(path)}' has '{name}' in {of_file} (got a model with {of_model}); convert the model "
+                f"to the {what} that the delta was made in"
+            )
+    if entry.digest is None:
         return
-    found = _digest_outside(packed[name].to(tensor.device), tensor) if name in packed else files.digest(tensor)
-    if found != digests[name]:
+    found = files.digest(tensor) if entry.mask is None else _digest_outside(entry.mask.to(tensor.device), tensor)
+    if found != entry.digest:
         raise ValueError(
             f"'{os.fspath(path)}' is for another base: '{name}' has other values there than in this model, which must "
             "be the base as it was before training; nothing has been written"

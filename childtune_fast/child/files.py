@@ -14,25 +14,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..arguments import FilePath
 from ..ops.packed_mask import PackedMask, fingerprint
+from ..ops.tensor_parts import kind_of, parts, raw
+from .names import renamed
 
 _CHILD = "child network"  # the kind of file
 
 
 def digest(tensor: Tensor) -> str:
-    """Returns a SHA-256, in hexadecimal, of a tensor's dtype, shape and bits, in logical order."""
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(raw(tensor).numpy().data)
+    """Returns a SHA-256, in hexadecimal, of a tensor's dtype, shape and bits, in logical order.
+
+    For a tensor that is not dense, that includes its kind and each tensor that holds its values.
+    """
+    found = hashlib.sha256(f"{kind_of(tensor)}{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    for name, part in parts(tensor).items():
+        found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode() if name else b"")
+        found.update(raw(part.cpu()).numpy().data)
     return found.hexdigest()
-
-
-def raw(tensor: Tensor) -> Tensor:
-    """Returns a tensor's bytes in logical order, as uint8 on the CPU."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description:
     from safetensors.torch import save_file
 
     path = Path(path)
-    contents = {name: _own(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+    contents = {name: _own(tensor.detach().cpu()) for name, tensor in tensors.items()}
     metadata = _metadata(kind, json.dumps(description), contents)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -93,7 +94,8 @@ def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns the tensor in a storage of its own, because safetensors refuses tensors that share one."""
+    """Returns the tensor as safetensors can write it: in a storage of its own, in order, and not lazily conjugated."""
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -114,14 +116,14 @@ def save_masks(path: FilePath, packed: Mapping[str, PackedMask]) -> None:
 
 
 def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
-    """Returns the masks in a file, {parameter name: mask}, for a model that has the parameters `params`.
+    """Returns the masks in a file, {parameter name: mask}, by the names of a model that has the parameters `params`.
 
     Raises:
         ValueError: the file is damaged, of another kind, or for other parameters.
         OSError: the file cannot be read.
     """
     bits, description = read(path, _CHILD)
-    shapes = description["shapes"]
+    bits, shapes = (renamed(of_file, params) for of_file in (bits, description["shapes"]))
     check_shapes(path, shapes, params)
     packed = {name: PackedMask(shapes[name], bits[name]) for name in params if name in shapes}
     if fingerprint(packed.values()) != description["fingerprint"]:
@@ -136,5 +138,6 @@ def check_shapes(path: FilePath, shapes: Mapping[str, list[int]], tensors: Mappi
             got = f"one of shape {tuple(tensors[name].shape)}" if name in tensors else "none of that name"
             raise ValueError(
                 f"'{os.fspath(path)}' is for a model with '{name}' of shape {tuple(shape)} (got {got}); it is of "
-                "another model, or of this one inside or outside a wrapper, such as torch.compile's, that changes names"
+                "another model, or of this one in a wrapper that is not seen through, as those of torch.compile, DDP, "
+                "FSDP and checkpointing are"
             )

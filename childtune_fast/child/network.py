@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
-from .choice import Scope, check_scores, check_tensors, choose, random_scores
+from .choice import Scope, checked_scores, checked_tensors, choose, random_scores
 from .maskable import head_parameters, maskable_parameters
+from .names import renamed
 from .places import Places
 from .report import Summary, plot_density, summarize
 from .sets import WeightSet
@@ -113,8 +114,8 @@ class ChildNetwork(WeightSet):
         largest: bool,
     ) -> "ChildNetwork":
         params = maskable_parameters(model, maskable)
-        check_scores(scores, params, model)
-        return cls(choose({name: scores[name] for name in params}, reserve_p, scope, largest=largest), model)
+        scores = checked_scores(scores, params, model)
+        return cls(choose(scores, reserve_p, scope, largest=largest), model)
 
     @classmethod
     def random(
@@ -155,7 +156,7 @@ class ChildNetwork(WeightSet):
         """
         check_model(model)
         params = dict(model.named_parameters())
-        check_tensors("from_masks: masks", masks, params, (torch.bool,))
+        masks = checked_tensors("from_masks: masks", masks, params, (torch.bool,))
         return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, model)
 
     @classmethod
@@ -192,7 +193,7 @@ class ChildNetwork(WeightSet):
         known = self.places.names().get(param)
         if known is None and name is None:
             self.check_known(())
-        known = known or (name if name in self.packed else None)
+        known = known or (None if name is None else self.names_for([name]).get(name))
         if known is None:
             return None
         if self.packed[known].shape != tuple(param.shape):
@@ -202,6 +203,11 @@ class ChildNetwork(WeightSet):
                 "before they are sharded"
             )
         return self.packed[known].to(param.device)
+
+    def names_for(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns {name: its name here} of the masked ones among a model's parameters, whatever wraps either model."""
+        theirs = set(names)
+        return {name: here for name, here in renamed({n: n for n in self.packed}, theirs).items() if name in theirs}
 
     def check_known(self, found: Iterable[str | None]) -> None:
         """Raises ValueError if masked parameters other than those `found` are known by name only, as in a copy."""
@@ -243,7 +249,8 @@ class ChildNetwork(WeightSet):
 
         Args:
             path: the file that `save` wrote.
-            model: torch.nn.Module with parameters of the names and shapes that the masks have.
+            model: torch.nn.Module with parameters of the names and shapes that the masks have. Here and wherever else
+                names of two models meet, the prefixes of torch.compile, DDP, FSDP and checkpointing make no difference.
 
         Raises:
             ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
@@ -256,7 +263,8 @@ class ChildNetwork(WeightSet):
         """Writes what turns `base` into `model` to a safetensors file, the whole file or, on an error, nothing.
 
         The file holds the masks, the child network's values, and in full every other parameter and buffer that differs
-        from the base's or that the base does not have.
+        from the base's or that the base does not have. These may also be sparse or quantised. Those on the meta device
+        must be so in the base too, for they have no values.
 
         Args:
             path: the file to write; an existing one is replaced.
@@ -264,8 +272,8 @@ class ChildNetwork(WeightSet):
             base: the module before fine-tuning, or its state dict.
 
         Raises:
-            ValueError: a weight outside the child network is not the base's, bit for bit; or names, shapes or dtypes of
-                masked parameters differ.
+            ValueError: a weight outside the child network is not the base's, bit for bit; names, shapes or dtypes of
+                masked parameters differ; or another tensor is of a kind that the file cannot hold.
             OSError: the file cannot be written.
         """
         check_model(model)

@@ -1,5 +1,6 @@
 """A child network as a set of weights: what is in it, and what it shares with another one."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from typing_extensions import Self
 
 from ..arguments import check_type
 from ..ops.packed_mask import PackedMask, fingerprint
+from .names import renamed
 
 
 class WeightSet:
@@ -72,7 +74,8 @@ class WeightSet:
 
     def _combined(self, other: "WeightSet", operation: Callable[[Tensor, Tensor], Tensor]) -> Self:
         check_type("other", other, WeightSet, "a ChildNetwork")
-        of_a, of_b = ({name: mask.shape for name, mask in child.packed.items()} for child in (self, other))
+        others = renamed(other.packed, self.packed)
+        of_a, of_b = ({name: mask.shape for name, mask in packed.items()} for packed in (self.packed, others))
         if of_a != of_b:
             differing = next(name for name in [*of_a, *of_b] if of_a.get(name) != of_b.get(name))
             raise ValueError(
@@ -82,7 +85,7 @@ class WeightSet:
             )
         masks = {}
         for name, mask in self.packed.items():
-            masks[name] = PackedMask(mask.shape, operation(mask.bits, other.packed[name].bits.to(mask.bits.device)))
-        combined = object.__new__(type(self))  # copy.copy would drop the weak references to the parameters
-        combined.__dict__.update(self.__dict__, packed=masks)
+            masks[name] = PackedMask(mask.shape, operation(mask.bits, others[name].bits.to(mask.bits.device)))
+        combined = copy.copy(self)
+        combined.packed = masks
         return combined

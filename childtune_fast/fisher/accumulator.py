@@ -39,7 +39,7 @@ class FisherAccumulator:
 
     Raises:
         ValueError: `grad_clip` is not above 0, `offload` is another word, no parameter is left, or one is sharded (a
-            DTensor) or not real.
+            DTensor), not dense, of another dtype, or without values (on the meta device).
         TypeError: `model` is no module, or `names` is neither a string, nor a pattern, nor a function.
     """
 

@@ -39,7 +39,7 @@ def estimate_fisher(
 
     Args:
         model: torch.nn.Module with float32, float64, bfloat16 or float16 parameters, on any device. Frozen parameters
-            are left out. A tied parameter is scored once, under its first name.
+            are left out, and may be of any kind. A tied parameter is scored once, under its first name.
         dataloader: yields batches: tensors in any nesting of mappings, lists and tuples, which are moved to the
             model's device.
         loss_fn: function of (model, batch) that returns the loss, a tensor of one number. None takes
@@ -67,7 +67,8 @@ def estimate_fisher(
 
     Raises:
         ValueError: a loss or a gradient is not finite (the message has the index of the batch, from 0), there is no
-            batch, a parameter has a post-accumulate-grad hook, or an argument cannot be honoured.
+            batch, a parameter has a post-accumulate-grad hook, a parameter to score is not dense or has no values (on
+            the meta device), a buffer could not be restored (a nested tensor), or an argument cannot be honoured.
         TypeError: an argument has a wrong type, or `loss_fn` is None and a batch or the model's output has no loss.
         RuntimeError: the backward pass reached a parameter twice, as it does with reentrant checkpointing of shared
             weights.

@@ -9,8 +9,10 @@ from torch.nn import Parameter
 from ..arguments import Selector, check_model, is_sharded, predicate
 from ..ops.reference import numbers
 from ..ops.squares import SquareKernels
+from ..ops.tensor_parts import kind_of
 
 Offload = Literal["cpu"]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SquareSums:
@@ -134,15 +136,27 @@ def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
             f"{len(trained)}: {listed}{', ...' if len(trained) > 5 else ''}); change `names` or unfreeze some"
         )
     for name, param in found.items():
-        if is_sharded(param):
-            raise ValueError(
-                f"Fisher scores: parameters must be whole (got '{name}', a DTensor); estimate before fully_shard()"
-            )
-        if not param.is_floating_point():
-            raise ValueError(
-                f"Fisher scores: parameters must be real numbers (got '{name}', {param.dtype}); leave it out by `names`"
-            )
+        _check_scorable(name, param)
     return found
+
+
+def _check_scorable(name: str, param: Parameter) -> None:
+    """Raises ValueError unless a parameter is a whole, dense one of real numbers, with values."""
+    if is_sharded(param):
+        raise ValueError(
+            f"Fisher scores: parameters must be whole (got '{name}', a DTensor); estimate before fully_shard()"
+        )
+    kind = kind_of(param)
+    if kind in ("meta", "uninitialized"):
+        raise ValueError(
+            f"Fisher scores: parameters must have values (got '{name}', which is {kind}); load the model's weights "
+            "first, or leave it out by `names`"
+        )
+    if param.layout != torch.strided or param.is_nested or param.dtype not in _DTYPES:
+        raise ValueError(
+            f"Fisher scores: parameters must be dense and of {' or '.join(map(str, _DTYPES))} (got '{name}', "
+            f"{kind or 'dense'}, {param.dtype}); leave it out by `names`"
+        )
 
 
 def _readable(grad: Tensor) -> Tensor:

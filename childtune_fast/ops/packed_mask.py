@@ -110,8 +110,8 @@ class PackedMask:
         return unpack(self.bits, self.shape)
 
     def to(self, device: torch.device) -> "PackedMask":
-        """Returns the mask on `device`: this object if it is on it already, else a copy."""
-        if self.bits.device == device:
+        """Returns the mask on `device`: this object if it is on it already or the device has no memory, else a copy."""
+        if self.bits.device == device or device.type == "meta":
             return self
         moved = PackedMask(self.shape, self.bits.to(device))
         moved._digest = self._digest

@@ -101,13 +101,16 @@ class MaskBook:
     def _by_name(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
         left = {entry.name: entry for entry in _unclaimed(self._entries, entries).values()}
         taken = {entry.name for entry in entries.values()}
+        given = [name for name in names.values() if name is not None]
+        here = {} if self.child is None else self.child.names_for(given)
         for param, name in names.items():
-            if param in entries or name is None or name in taken:
+            known = here.get(name or "", name)
+            if param in entries or known is None or known in taken:
                 continue
-            if self.child is not None and name in self.child.packed:
-                entries[param] = _Entry(self.child.packed[name], name)
-            elif name in left:
-                entries[param] = left[name]
+            if self.child is not None and known in self.child.packed:
+                entries[param] = _Entry(self.child.packed[known], known)
+            elif known in left:
+                entries[param] = left[known]
 
     def _by_model(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
         """Recognises the other parameters of the model, of which the masked ones are all where they were."""

@@ -11,6 +11,7 @@ from helpers import raw, same_bits
 from models import Block, Tiny, child_of
 from safetensors import safe_open
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from childtune_fast import ChildNetwork
 
@@ -131,31 +132,60 @@ def test_tied_parameters_are_stored_once(path):
     assert base.output.weight is base.embedding.weight
 
 
-@pytest.mark.parametrize("change", ["NaN payload", "sign of zero"])
-def test_a_weight_outside_that_moved_is_refused_with_the_likely_cause(path, change):
+WHY = r"; likely causes are an average of the weights, such as EMA or SWA, .*, decay='all', another base, or another "
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "how"),
+    [
+        (0x7FC00000, 0x7FC00001, "1 by a NaN"),  # another payload
+        (0x3F800000, 0x7FC00000, "1 by a NaN"),
+        (0, -0x80000000, "1 by up to 0"),  # the sign of zero
+        (0x3F800000, 0x3F800001, "1 by up to 1.19e-07"),
+        (0x3F800000, 0x7F800000, "1 by up to inf"),
+    ],
+)
+def test_a_weight_outside_that_moved_is_refused_with_the_likely_causes(path, before, after, how):
     base = Tiny()
     child = child_of(base)
     name = "blocks.1.mlp.0.weight"
     i = int((~child.masks()[name]).view(-1).nonzero()[5])
-    values = {"NaN payload": (0x7FC00000, 0x7FC00001), "sign of zero": (0, -0x80000000)}[change]
     tuned = copy.deepcopy(base)
-    for model, bits in zip((base, tuned), values, strict=True):
+    for model, bits in ((base, before), (tuned, after)):
         model.blocks[1].mlp[0].weight.data.view(-1).view(torch.int32)[i] = bits
-    with pytest.raises(ValueError, match=rf"got 1 others in 1 tensors, the first in '{name}'.* decay='all'"):
+    with pytest.raises(ValueError, match=rf"\(got 1 tensors with others: {re.escape(how)} in '{name}'\){WHY}"):
         child.save_delta(path, tuned, base)
     assert not path.exists()
 
 
-def test_decay_outside_is_counted(path):
+def test_weights_outside_that_moved_are_counted_and_measured(path):
     base = Tiny()
     child = child_of(base)
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         for param in tuned.parameters():
             param *= 0.9
-    outside = sum(mask.numel - mask.count for mask in child.packed.values())
-    with pytest.raises(ValueError, match=rf"got {outside} others in 12 tensors"):
+        tuned.blocks[0].attention.weight[~child.masks()["blocks.0.attention.weight"]] = math.nan
+    outside = {name: mask.numel - mask.count for name, mask in child.packed.items()}
+    names = list(outside)
+    by = (base.get_parameter(names[1]) * 0.9 - base.get_parameter(names[1]))[~child.masks()[names[1]]].abs().max()
+    message = (
+        rf"12 tensors with others: {outside[names[0]]} by a NaN in '{names[0]}', "
+        rf"{outside[names[1]]} by up to {by:.3g} in '{names[1]}', .*, and in 7 more\){WHY}"
+    )
+    with pytest.raises(ValueError, match=message):
         child.save_delta(path, tuned, base)
+
+
+def test_an_average_of_the_weights_is_refused_as_one(path):
+    """It moves some weights that never trained, by a rounding."""
+    base = Tiny()
+    child = child_of(base)
+    average = AveragedModel(base, avg_fn=lambda average, new, _: 0.999 * average + (1 - 0.999) * new)
+    for _ in range(10):
+        average.update_parameters(base)
+    with pytest.raises(ValueError, match=rf"\d by up to \d\.?\d*e-0[789] in 'blocks\.0\.attention\.weight'.*{WHY}"):
+        child.save_delta(path, average.module, base)
 
 
 def test_a_base_unlike_the_model_is_refused(path):

@@ -1,5 +1,7 @@
 """The smallest model that a child network leaves room in: two layers, whose weights are masked and biases are not."""
 
+import pickle
+
 import torch
 from helpers import same_bits
 from torch import nn
@@ -21,6 +23,26 @@ def of_d(model, **options):
     return ChildAdamW(model.parameters(), **{"lr": 1e-2, "child": child_of(model), **options})
 
 
+def with_child(backend="auto"):
+    model = net()
+    return model, of_d(model, backend=backend)
+
+
+def adopted(backend="auto"):
+    """The child network is a checkpoint's."""
+    model = net()
+    optimizer = ChildAdamW(model.parameters(), lr=1e-2, backend=backend)
+    optimizer.load_state_dict(of_d(net()).state_dict())
+    return model, optimizer
+
+
+def unpickled(backend="auto"):
+    return pickle.loads(pickle.dumps(with_child(backend)))
+
+
+MADE = [with_child, adopted, unpickled]  # model and optimizer, and how it came by its child network
+
+
 def go(model, optimizer, steps):
     """Takes the given steps, each with gradients of its own, whatever the optimizer; frozen parameters get none."""
     for step in steps:
@@ -30,6 +52,12 @@ def go(model, optimizer, steps):
             param.grad = grad if param.requires_grad else None
         optimizer.step()
         optimizer.zero_grad()
+
+
+def assign_groups(model, optimizer):
+    """As Lightning's BaseFinetuning does when it resumes."""
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.param_groups = [{**options, "params": list(model.parameters())}]
 
 
 def masks_of_net():
