@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+    from transformers import Trainer, TrainerCallback, set_seed
     from transformers.trainer_utils import get_last_checkpoint, has_length
     from transformers.utils import logging
 except ImportError as error:
@@ -50,7 +50,8 @@ class ChildTuningTrainer(Trainer):
     With `refresh_every="epoch"`, the child network is chosen again at the start of each later epoch. The state of the
     parameters that it masks then begins again, step count included. Otherwise weights that enter would have empty
     averages and an old step count, which does not correct the averages' bias, and would move by several times the
-    learning rate. Weights that leave keep their value.
+    learning rate. Weights that leave keep their value. `load_best_model_at_end=True` brings back the best checkpoint's
+    child network with its weights.
 
     Args:
         *args, **kwargs: arguments of transformers.Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left
@@ -74,8 +75,8 @@ class ChildTuningTrainer(Trainer):
         self.child_network: ChildNetwork | None = None
         self._checkpoint: FilePath | None = None  # the checkpoint that the present training resumes from
         self._check_supported()
-        if child_tuning.refresh_every is not None:
-            self.add_callback(_Refresh(self))
+        if child_tuning.mode == "D":
+            self.add_callback(_Moments(self))
 
     def _check_supported(self) -> None:
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
@@ -260,19 +261,39 @@ class ChildTuningTrainer(Trainer):
     def _refresh_child(self) -> None:
         """Chooses the child network again if a later epoch begins, but not if one continues after a resume."""
         epoch = self.state.epoch or 0
-        if epoch and epoch == int(epoch):
-            self.child_network = self._chosen_child(int(epoch))
-            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-            optimizer.replace_child(self.child_network)
+        if self.child_tuning.refresh_every is not None and epoch and epoch == int(epoch):
+            self._replace_child(self._chosen_child(int(epoch)))
+
+    def _take_best_child(self) -> None:
+        """Takes the child network of the best checkpoint, whose weights Trainer has loaded by now.
+
+        The optimizer needs the same one on every process, so the present one stays unless each of them finds the file.
+        """
+        best, present = self.state.best_model_checkpoint, self.child_network
+        path = os.path.join(best or "", CHILD_FILE)
+        found = torch.tensor([best is not None and os.path.isfile(path)], device=self.accelerator.device)
+        if self.accelerator.gather(found).all():
+            child = ChildNetwork.load(path, self._model)
+            if present is None or child.fingerprint != present.fingerprint:  # else the optimizer keeps its state
+                self._replace_child(child)
+        elif best is not None:
+            logger.warning(f"Not every process finds '{path}', so that the child network stays that of the last step")
+
+    def _replace_child(self, child: ChildNetwork) -> None:
+        self.child_network = child
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer.replace_child(child)
 
 
-class _Refresh(TrainerCallback):
-    """Lets the trainer choose its child network again at the start of an epoch."""
+class _Moments(TrainerCallback):
+    """Tells the trainer when its child network may have to become another."""
 
     def __init__(self, trainer: ChildTuningTrainer) -> None:
         self._trainer = trainer
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._refresh_child()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer.args.load_best_model_at_end:
+            self._trainer._take_best_child()

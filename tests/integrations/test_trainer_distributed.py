@@ -53,6 +53,20 @@ def ranks_agree(folder):
             assert config is not D or all(map(same_bits, trainer.model.parameters(), before))
 
 
+def ranks_take_the_best(folder):
+    """The best checkpoint's child network if every rank finds it, else the one that all have."""
+    from trainer_runs import make_best, optimizer_of
+
+    from childtune_fast.ops.packed_mask import fingerprint
+
+    for output, kept in ((f"{folder}/shared", 1), (f"{folder}/of rank {dist.get_rank()}", 2)):
+        trainer, notes = make_best(output, per_device_train_batch_size=2)
+        trainer.train()
+        assert trainer.child_network.fingerprint == notes.children[kept].fingerprint
+        assert fingerprint(optimizer_of(trainer).child_masks.values()) == notes.children[kept].fingerprint
+        assert kept == 2 or all(map(same_everywhere, trainer.model.parameters()))
+
+
 def scores_are_of_all_data(folder):
     """Batches of one example: then the mean over both ranks is that over one process with all the data."""
     from trainer_runs import D, make_data, make_model, make_trainer
@@ -80,7 +94,7 @@ def run_checks(rank, port, folder):
         LOCAL_WORLD_SIZE=str(WORLD),
     )
     torch.set_num_threads(1)
-    for check in (ranks_agree, scores_are_of_all_data):
+    for check in (ranks_agree, ranks_take_the_best, scores_are_of_all_data):
         check(folder)
     dist.barrier()
     os._exit(0)  # as in optimizer/test_distributed.py

@@ -14,6 +14,8 @@ LENGTH, EXAMPLES, CLASSES = 8, 12, 3
 F = ChildTuningConfig(mode="F")
 D = ChildTuningConfig(mode="D")
 BOTH = {"F": F, "D": D}
+REFRESHED = ChildTuningConfig(mode="D", refresh_every="epoch")
+BEST_IS_SECOND = (0, 2, 1)  # the metric after each of three epochs
 
 
 def labels_of(task, tokens, generator):
@@ -100,3 +102,42 @@ def optimizer_of(trainer):
 def states_of(trainer):
     """What the optimizer holds, copied."""
     return copy.deepcopy(optimizer_of(trainer).state_dict())
+
+
+class Moments(TrainerCallback):
+    """Notes weights, child network and optimizer at the end of each epoch, and saves the model at the very end."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights, self.children, self.states = trainer, [], [], []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.weights.append(weights(self.trainer.model))
+        self.children.append(self.trainer.child_network)
+        self.states.append(states_of(self.trainer))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.save_model(f"{args.output_dir}/at the end")
+
+
+def make_best(folder, config=REFRESHED, metrics=BEST_IS_SECOND, model=None, **options):
+    """A trainer of three epochs of three steps, of which each has the given metric, and its notes."""
+    to_come = iter(metrics)
+    trainer = make_trainer(
+        folder,
+        config,
+        model=model,
+        eval_dataset=make_data(examples=4, seed=1),
+        compute_metrics=lambda _: {"score": next(to_come)},
+        arguments_={
+            "num_train_epochs": 3,
+            "save_strategy": "epoch",
+            "eval_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "score",
+            "greater_is_better": True,
+            **options,
+        },
+    )
+    notes = Moments(trainer)
+    trainer.add_callback(notes)
+    return trainer, notes
