@@ -8,6 +8,7 @@ Decay groups, clipping, schedule, data order and dropout are Trainer's own in bo
 import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +51,7 @@ class ChildTuningTrainer(Trainer):
     With `refresh_every="epoch"`, the child network is chosen again at the start of each later epoch. The state of the
     parameters that it masks then begins again, step count included. Otherwise weights that enter would have empty
     averages and an old step count, which does not correct the averages' bias, and would move by several times the
-    learning rate. Weights that leave keep their value. `load_best_model_at_end=True` brings back the best checkpoint's
-    child network with its weights.
+    learning rate. Weights that leave keep their value. `load_best_model_at_end=True` loads the best checkpoint's again.
 
     Args:
         *args, **kwargs: arguments of transformers.Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left
@@ -153,17 +153,19 @@ class ChildTuningTrainer(Trainer):
             ) from error
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Saves the model as Trainer does, and in mode "D" the child network as `child.safetensors` beside it.
+        """Saves the model as Trainer does, and beside it `child.safetensors`; mode "F" removes that of an earlier run.
 
         Args:
             output_dir: folder to write to; None takes `TrainingArguments.output_dir` (default: None).
             *args: further positional arguments of Trainer.save_model.
             **kwargs: further keyword arguments of Trainer.save_model.
         """
+        path = Path(str(self.args.output_dir if output_dir is None else output_dir), CHILD_FILE)
         if self.child_network is not None and self.args.should_save:
-            folder = str(self.args.output_dir if output_dir is None else output_dir)
-            os.makedirs(folder, exist_ok=True)
-            self.child_network.save(os.path.join(folder, CHILD_FILE))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.child_network.save(path)
+        elif self.child_tuning.mode == "F" and self.args.should_save:
+            path.unlink(missing_ok=True)  # that of an earlier run in this folder
         super().save_model(output_dir, *args, **kwargs)
 
     @property
@@ -223,7 +225,6 @@ class ChildTuningTrainer(Trainer):
     def _scores(self, epoch: int) -> dict[str, Tensor]:
         """Returns {parameter name: Fisher scores} of the maskable weights, the mean over all processes."""
         config = self.child_tuning
-        maskable = maskable_parameters(self._model, config.maskable)
         with leaving_as_it_was(self._model):
             set_seed(self.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
             batches = self.get_train_dataloader()
@@ -237,7 +238,7 @@ class ChildTuningTrainer(Trainer):
                     max_batches=config.fisher_batches,
                     per_example=config.per_example,
                     grad_clip=config.grad_clip,
-                    names=maskable.__contains__,
+                    names=maskable_parameters(self._model, config.maskable).__contains__,
                     train_mode=config.train_mode,
                     progress=self.is_local_process_zero() and not self.args.disable_tqdm,
                 )

@@ -166,3 +166,13 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert ChildNetwork.load(f"{best}/{CHILD_FILE}", trainer.model).fingerprint == trainer.child_network.fingerprint
     assert isinstance(optimizer_of(trainer), ChildAdamW)
     assert isinstance(trainer, ChildTuningTrainer)
+
+
+def test_f_leaves_no_child_network_of_an_earlier_run_beside_its_weights(tmp_path):
+    of_d = make_trainer(tmp_path, D, arguments_={"max_steps": 1})
+    of_d.train()
+    of_d.save_model()
+    make_trainer(tmp_path, D).save_model()  # which has not chosen one: as after an evaluation
+    assert (tmp_path / CHILD_FILE).exists()
+    make_trainer(tmp_path, F).save_model()
+    assert not (tmp_path / CHILD_FILE).exists()
