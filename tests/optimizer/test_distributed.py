@@ -134,12 +134,61 @@ def child_networks_must_agree(rank):
             ChildAdamW(model.parameters(), child=child)
 
 
+def sharding_after_the_optimizer_was_made_is_refused(rank):
+    """With the parameters put into the groups as accelerate's prepare does it; F goes on, D may not train in full."""
+    from torch.distributed.fsdp import fully_shard
+
+    for backend in BACKENDS:
+        for of_d in (False, True):
+            model = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+            child = ChildNetwork.random(model, reserve_p=0.3, seed=0, maskable="weight")
+            optimizer = ChildAdamW(model.parameters(), backend=backend, **({"child": child} if of_d else {"seed": 3}))
+            fully_shard(model)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+            before = [p.to_local().clone() for p in model.parameters()]
+            model(given((4, 9), rank)).square().sum().backward()
+            if of_d:
+                for act in (optimizer.step, optimizer.state_dict):
+                    with pytest.raises(ValueError, match="does not support sharded parameters"):
+                        act()
+            else:
+                optimizer.step()
+            moved = [not same_bits(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True)]
+            assert moved == [not of_d] * len(moved)
+
+
+def each_rank_steps_a_part(rank):
+    """ZeroRedundancyOptimizer: the ranks' optimizers have other parameters of one child network."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def made():
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        return model, ChildNetwork.random(model, reserve_p=0.3, seed=0, maskable="weight")
+
+    for backend in BACKENDS:
+        (model, child), (whole, same_child) = made(), made()
+        optimizer = ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=ChildAdamW, lr=0.1, backend=backend, child=child
+        )
+        alone = ChildAdamW(whole.parameters(), lr=0.1, backend=backend, child=same_child)
+        for step in range(STEPS):
+            for i, (p, q) in enumerate(zip(model.parameters(), whole.parameters(), strict=True)):
+                p.grad = given(p.shape, 100 * step + i)
+                q.grad = p.grad.clone()
+            optimizer.step()
+            alone.step()
+        assert all(same_bits(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+
+
 CHECKS = (
     replicas_stay_equal,
     child_networks_must_agree,
     shards_get_their_own_masks,
     fsdp_equals_one_process,
     clipping_of_shards_is_refused,
+    sharding_after_the_optimizer_was_made_is_refused,
+    each_rank_steps_a_part,
 )
 
 
