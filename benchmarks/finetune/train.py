@@ -211,4 +211,5 @@ def predict(model, inputs):
 def state_bytes(optimizer):
     """Returns the size of all tensors that an optimizer keeps between steps."""
     values = [value for state in optimizer.state.values() for value in state.values()]
+    values += [mask.bits for mask in getattr(optimizer, "child_masks", {}).values()]
     return sum(value.nbytes for value in values if torch.is_tensor(value))

@@ -41,7 +41,7 @@ def save(
     """
     tuned = _tensors(model)
     packed = renamed(packed, tuned)
-    before = renamed(base.state_dict() if isinstance(base, nn.Module) else base, tuned)
+    before = renamed(_tensors(base) if isinstance(base, nn.Module) else base, tuned)
     _check_outside(packed, tuned, before)
     left_out = _left_out({name: tensor for name, tensor in tuned.items() if name not in packed}, before)
     contents: dict[str, Tensor] = {}
@@ -120,9 +120,13 @@ def _entries(contents: Mapping[str, Tensor], description: Mapping[str, Any]) -> 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the parameters and saved buffers of a model by name, each tied one once."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    saved = renamed(model.state_dict(), named)  # checkpointing's wrapper takes its prefix out of this one alone
-    return {name: tensor for name, tensor in named.items() if name in saved}
+    unsaved = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in unsaved}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

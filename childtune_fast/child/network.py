@@ -191,10 +191,9 @@ class ChildNetwork(WeightSet):
                 None, and this is a copied or unpickled child network, which knows parameters by name only.
         """
         known = self.places.names().get(param)
-        if known is None and name is None:
-            self.check_known(())
         known = known or (None if name is None else self.names_for([name]).get(name))
         if known is None:
+            self.check_known([name])
             return None
         if self.packed[known].shape != tuple(param.shape):
             raise ValueError(
@@ -209,11 +208,19 @@ class ChildNetwork(WeightSet):
         theirs = set(names)
         return {name: here for name, here in renamed({n: n for n in self.packed}, theirs).items() if name in theirs}
 
-    def check_known(self, found: Iterable[str | None]) -> None:
-        """Raises ValueError if masked parameters other than those `found` are known by name only, as in a copy."""
-        if self.packed.keys() - self.places.current().keys() - set(found):
+    def check_known(self, strangers: Iterable[str | None], found: Iterable[str | None] = ()) -> None:
+        """Raises ValueError if a parameter that was not found may be a masked one, in a copy, which goes by names.
+
+        Args:
+            strangers: the names of the parameters that were not found, None for one without.
+            found: the names of the masked ones that were (default: none).
+        """
+        unknown = self.packed.keys() - self.places.current().keys() - set(found)
+        doubtful = [name for name in strangers if not self.places.had(name)]
+        if unknown and doubtful:
             raise ValueError(
-                "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one without); "
+                "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one "
+                f"{'without' if doubtful[0] is None else f'called {doubtful[0]!r}, which its model did not have'}); "
                 "pass model.named_parameters() to the optimizer"
             )
 

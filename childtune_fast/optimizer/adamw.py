@@ -118,7 +118,7 @@ class ChildAdamW(CheckpointedAdamW):
         self.backend = load.check(backend, "backend")
         self._gpu_memory: dict[int, Tensor] = {}
         check_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
-        self._book = None if child is None else MaskBook(child)
+        self._book = MaskBook(child)
         options = {
             "reserve_p": reserve_p,
             "decay": decay,
@@ -147,7 +147,7 @@ class ChildAdamW(CheckpointedAdamW):
         del self._child_defaults  # `defaults` has them now
         masks = self._masks()
         if child is not None:
-            check_masks(child, masks, "those passed")
+            check_masks(child, masks, self.param_groups, "those passed")
         check_ranks_agree(child)
         if self.backend == "native":
             load.resolve("native")
@@ -179,7 +179,8 @@ class ChildAdamW(CheckpointedAdamW):
         Raises:
             ValueError, TypeError, RuntimeError: the constructor would raise for this group. Nothing is added then.
         """
-        self.defaults = {**self._child_defaults, **self.defaults}
+        if self._child_defaults:
+            self.defaults = {**self._child_defaults, **self.defaults}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -187,9 +188,9 @@ class ChildAdamW(CheckpointedAdamW):
             plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
             check_no_lazy_negation(plain)
             check_overlap(plain)
-            if self._book is not None and group.get("reserve_p", 1.0) != 1.0:
+            if self._book.active and group.get("reserve_p", 1.0) != 1.0:
                 refuse_reserve_p(group["reserve_p"], " in a group")
-            settle_options(group, self._book is not None)
+            settle_options(group, self._book.active)
             if not self._child_defaults:  # else the constructor looks for masks when it has added all groups
                 self._masks()
         except Exception:
@@ -213,13 +214,13 @@ class ChildAdamW(CheckpointedAdamW):
         check_type("ChildAdamW.replace_child: child", child, ChildNetwork, "a ChildNetwork")
         book = MaskBook(child)
         masks = book.read(self.param_groups)
-        check_masks(child, masks, "the optimizer")
+        check_masks(child, masks, self.param_groups, "the optimizer")
         check_ranks_agree(child)
-        for param in self.child_masks.keys() | masks.keys():
+        for param in self._book.masks.keys() | masks.keys():
             self.state.pop(param, None)
         for options in (self.defaults, *self.param_groups):
             settle_options(options, True)
-        self._book = book
+        self._book.become(book)
         self._masks()
 
     @torch.no_grad()
@@ -260,14 +261,14 @@ class ChildAdamW(CheckpointedAdamW):
     def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
         """Takes the step; returns whether it was taken, as far as the host knows."""
         kernels = StepKernels.find(self.backend)
-        masks = None if self._book is None else self._masks()
+        masks = self._masks() if self._book.active else None
         groups = collect(self.param_groups, self.state, masks, kernels, states_before)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler
         return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf)
 
     def __repr__(self) -> str:
         text = super().__repr__()
-        if self._book is None:
+        if not self._book.active:
             return text
         count, numel = (sum(getattr(mask, key) for mask in self._book.masks.values()) for key in ("count", "numel"))
         return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
@@ -278,6 +279,7 @@ class ChildAdamW(CheckpointedAdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_gpu_memory", {})
+        self.__dict__.setdefault("_book", MaskBook())
         for group in self.param_groups:
             for name in (
                 "reserve_p",
@@ -291,4 +293,4 @@ class ChildAdamW(CheckpointedAdamW):
             ):
                 if name in self.defaults:
                     group.setdefault(name, self.defaults[name])
-            settle_options(group, self._book is not None)
+            settle_options(group, self._book.active)

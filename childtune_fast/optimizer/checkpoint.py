@@ -1,5 +1,6 @@
 """Checkpoints of an AdamW with masks, which can also be saved for and loaded from torch.optim.AdamW."""
 
+import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of
 class CheckpointedAdamW(torch.optim.AdamW):
     """The checkpoints of ChildAdamW, which is its only subclass."""
 
-    _book: MaskBook | None = None  # None without a child network
+    _book: MaskBook  # the same object all along, for wrappers of the optimizer
 
     @property
     def child_masks(self) -> Masks:
@@ -29,7 +30,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
     def _masks(self, *, anew: bool = False) -> Masks | None:
         """Returns the masks of the parameters in the groups, as `MaskBook.read` does; None without a child network."""
-        if self._book is None:
+        if not self._book.active:
             return None
         masks = self._book.read(self.param_groups, anew=anew)
         for group in self.param_groups:
@@ -68,7 +69,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
         """
         dense = self.state_dict()
         masks = self._by_number(dense["param_groups"], self._masks() or {})
-        states = {i: dense_state(state, masks.get(i)) for i, state in dense["state"].items()}
+        states = dense["state"] | {i: dense_state(state, masks.get(i)) for i, state in _of_params(dense).items()}
         for group in dense["param_groups"]:
             group.pop(FINGERPRINT, None)
             if group["decay"] == "child":
@@ -105,14 +106,14 @@ class CheckpointedAdamW(torch.optim.AdamW):
         loaded: dict[str, Any] = {}
 
         def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            for state in state_dict["state"].values():
+            for state in _of_params(state_dict).values():
                 check_saved_state(state)
             loaded.update(state_dict, param_groups=self._complete_groups(state_dict["param_groups"]))
             return loaded
 
         def after(_: torch.optim.Optimizer) -> None:
             params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
-            bound = self._book is not None and self._book.child is not None
+            bound = self._book.child is not None
             masks, dense = agreed_masks(self._masks(), bound, params, loaded)
             for i in params.keys() & loaded["state"].keys():
                 param = params[i]
@@ -120,11 +121,12 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 if not self.state[param]:
                     del self.state[param]
             if masks is not None and not bound:
-                self._book = MaskBook.of_checkpoint(masks, self.param_groups)
+                self._book.adopt(masks, self.param_groups)
             self._masks(anew=True)
             for options in (self.defaults, *self.param_groups):
                 settle_options(options, masks is not None)
-            self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
+            if self.param_groups:
+                self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
         check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")
@@ -133,11 +135,12 @@ class CheckpointedAdamW(torch.optim.AdamW):
             self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(after, prepend=True),
         ]
-        present = self.state, self.param_groups
+        present = self.state, self.param_groups, dict(self.defaults), copy.copy(self._book)
         try:
             super().load_state_dict(state_dict)
         except Exception:
-            self.state, self.param_groups = present
+            self.state, self.param_groups, self.defaults, book = present
+            self._book.become(book)
             raise
         finally:
             for handle in handles:
@@ -159,6 +162,12 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 )
             groups.append(group)
         return groups
+
+
+def _of_params(state_dict: dict[str, Any]) -> dict[Any, Any]:
+    """Returns the states of parameters in a checkpoint, which may have values of the user's own beside them."""
+    numbers = {i for group in state_dict["param_groups"] for i in group["params"]}
+    return {i: state for i, state in state_dict["state"].items() if i in numbers}
 
 
 def agreed_masks(
@@ -185,7 +194,11 @@ def agreed_masks(
     found = None if expected is None and not saved else fingerprint(saved.values())
     own = None if present is None else fingerprint(present.values())
     if expected == found:
-        if bound and expected not in (None, own):
+        if (
+            bound
+            and expected is not None
+            and not all(_equal(mask, saved.get(p)) for p, mask in (present or {}).items())
+        ):
             raise ValueError(
                 "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
                 f"{own} and {expected}); build the optimizer without child=, which takes the checkpoint's, or with the "
@@ -212,7 +225,8 @@ def _saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Ma
     for i, state in state_dict["state"].items():
         bits = state.get("child_mask") if isinstance(state, dict) else None
         if bits is not None and i in params:
-            if not isinstance(bits, Tensor):
-                raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor (got {type(bits).__name__})")
+            if not isinstance(bits, Tensor) or bits.is_meta:
+                got = "one on the meta device" if isinstance(bits, Tensor) else type(bits).__name__
+                raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor with values (got {got})")
             masks[params[i]] = PackedMask(params[i].shape, bits.detach().to(params[i].device, copy=True))
     return masks

@@ -38,9 +38,13 @@ def agreed_seed(seed: int | None) -> int:
     return agreed[0]
 
 
-def check_masks(child: ChildNetwork, masks: Masks | None, whose: str) -> None:
-    """Raises ValueError if a child network has no mask for an optimizer's parameters, which the error calls `whose`."""
-    if not masks:
+def check_masks(child: ChildNetwork, masks: Masks | None, param_groups: list[dict[str, Any]], whose: str) -> None:
+    """Raises ValueError if a child network masks none of an optimizer's parameters, which the error calls `whose`.
+
+    Parameters of its own model may be others: those of a rank, or only biases.
+    """
+    known = set(child.places.parameters())
+    if not masks and any(param not in known for group in param_groups for param in group["params"]):
         raise ValueError(
             f"ChildAdamW: child must mask a parameter of {whose} (got a child network of {len(child.packed)} others); "
             "make it from the model whose parameters these are, after wrapping it"

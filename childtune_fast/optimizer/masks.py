@@ -32,24 +32,31 @@ class MaskBook:
 
     Attributes:
         child: the ChildNetwork that the optimizer was given; None if the masks are a checkpoint's, or there are none.
+        active: whether the optimizer has a child network, its own or a checkpoint's.
         masks: {parameter: its mask, on its device} of the masked parameters that the groups held when last read.
         fingerprint: that of `masks`; None before the first reading.
     """
 
     def __init__(self, child: ChildNetwork | None = None) -> None:
         self.child = child
+        self.active = child is not None
         self.masks: Masks = {}
         self.fingerprint: str | None = None
         self._entries: dict[Tensor, _Entry] = {}  # of the parameters in the groups, and of masked ones that have left
         self._params: list[Tensor] = []  # the parameters in the groups when they were last read
         self._ids: list[int] = []  # theirs, which tell quickly whether the groups have changed
 
-    @classmethod
-    def of_checkpoint(cls, masks: Masks, param_groups: list[dict[str, Any]]) -> "MaskBook":
-        """Returns the record of a checkpoint's masks; the groups' other parameters are trained in full."""
-        book = cls()
-        book._keep({param: _Entry(masks.get(param), name) for param, name in _names(param_groups).items()})
-        return book
+    def adopt(self, masks: Masks, param_groups: list[dict[str, Any]]) -> None:
+        """Takes a checkpoint's masks instead of all others; the groups' other parameters are trained in full."""
+        self.active, self._entries = True, {}
+        self._keep({param: _Entry(masks.get(param), name) for param, name in _names(param_groups).items()})
+
+    def become(self, other: "MaskBook") -> None:
+        """Takes all from another book, in place, since a wrapper of the optimizer may hold this object."""
+        self.__dict__.update(other.__dict__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ids": []}  # other objects have them by then
 
     def read(self, param_groups: list[dict[str, Any]], *, anew: bool = False) -> Masks:
         """Returns `masks`, after looking up what is new in the groups.
@@ -82,7 +89,7 @@ class MaskBook:
     def _looked_up(self, names: dict[Tensor, str | None]) -> dict[Tensor, _Entry]:
         """Returns the entry of each parameter in the groups, given the name that it has there."""
         entries = {param: self._entries[param] for param in names if param in self._entries}
-        self._by_identity(entries, names)
+        self._by_identity(entries, names)  # also one that trained in full, if it has been tied to a masked one
         self._by_name(entries, names)
         if not self._lost(entries):
             self._by_model(entries, names)
@@ -95,7 +102,7 @@ class MaskBook:
     def _by_identity(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
         if self.child is not None:
             for param, name in self.child.places.names().items():
-                if param in names and param not in entries:
+                if param in names and (param not in entries or entries[param].mask is None):
                     entries[param] = _Entry(self.child.packed[name], name)
 
     def _by_name(self, entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]) -> None:
@@ -128,7 +135,7 @@ class MaskBook:
         """Returns the names of masked parameters that the model no longer has, and nobody has taken."""
         taken = {entry.name for entry in entries.values()}
         current = {} if self.child is None else self.child.places.current()
-        return [name for name, param in current.items() if param is None and name not in taken]
+        return [name for name, params in current.items() if not params and name not in taken]
 
     def _check_strangers(
         self, strangers: list[Tensor], entries: dict[Tensor, _Entry], names: dict[Tensor, str | None]
@@ -145,15 +152,16 @@ class MaskBook:
                 f"{tuple(strangers[0].shape)}); make child network and optimizer after parameters are sharded, "
                 "flattened, parametrised or replaced, and freeze a masked one rather than remove it from its group"
             )
-        if self.child is not None and any(names[param] is None for param in strangers):
-            self.child.check_known(entry.name for entry in entries.values())
+        if self.child is not None:
+            self.child.check_known((names[param] for param in strangers), [entry.name for entry in entries.values()])
 
 
 def _names(param_groups: list[dict[str, Any]]) -> dict[Tensor, str | None]:
     """Returns {parameter: its name in its group, or None} in the order of the groups."""
     named: dict[Tensor, str | None] = {}
     for group in param_groups:
-        named.update(zip(group["params"], group.get("param_names") or itertools.repeat(None)))  # noqa: B905
+        names = itertools.chain(group.get("param_names", ()), itertools.repeat(None))  # a user may have added params
+        named.update(zip(group["params"], names))  # noqa: B905 - `names` is endless
     return named
 
 

@@ -84,10 +84,9 @@ def test_other_shapes_are_refused():
     model = net()
     child = child_of(model)
     model[0] = nn.Linear(4, 16)
-    with pytest.raises(ValueError, match=GONE):
-        ChildAdamW(model.parameters(), child=child)
-    with pytest.raises(ValueError, match=r"must keep its shape \(16, 8\) \(got \(16, 4\)\)"):
-        ChildAdamW(model.named_parameters(), child=child)
+    for params in (model.parameters(), model.named_parameters()):
+        with pytest.raises(ValueError, match=r"must keep its shape \(16, 8\) \(got \(16, 4\)\)"):
+            ChildAdamW(params, child=child)
 
 
 def test_a_group_that_is_refused_is_not_added():
