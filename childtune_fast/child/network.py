@@ -1,6 +1,6 @@
 """ChildNetwork: which weights of a model Child-Tuning_D trains, chosen once and kept for the whole run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -195,33 +195,31 @@ class ChildNetwork(WeightSet):
         if known is None:
             self.check_known([name])
             return None
-        if self.packed[known].shape != tuple(param.shape):
+        mask = self.packed[known]
+        if mask.shape != tuple(param.shape):
             raise ValueError(
-                f"ChildNetwork: '{known}' must have the shape {self.packed[known].shape} of its mask (got "
-                f"{tuple(param.shape)}); build the optimizer from the parameters as the child network knows them, "
-                "before they are sharded"
+                f"ChildNetwork: '{known}' must have the shape {mask.shape} of its mask (got {tuple(param.shape)}); "
+                "build the optimizer from the parameters as the child network knows them, before they are sharded"
             )
-        return self.packed[known].to(param.device)
+        return mask.to(param.device)
 
-    def names_for(self, names: Iterable[str]) -> dict[str, str]:
+    def names_for(self, names: Collection[str]) -> dict[str, str]:
         """Returns {name: its name here} of the masked ones among a model's parameters, whatever wraps either model."""
-        theirs = set(names)
-        return {name: here for name, here in renamed({n: n for n in self.packed}, theirs).items() if name in theirs}
+        here = renamed({name: name for name in self.packed}, names)
+        return {name: here[name] for name in names if name in here}
 
     def check_known(self, strangers: Iterable[str | None], found: Iterable[str | None] = ()) -> None:
         """Raises ValueError if a parameter that was not found may be a masked one, in a copy, which goes by names.
 
-        Args:
-            strangers: the names of the parameters that were not found, None for one without.
-            found: the names of the masked ones that were (default: none).
+        `strangers` are the names of those that were not found, None for one without, `found` of masked ones that were.
         """
         unknown = self.packed.keys() - self.places.current().keys() - set(found)
         doubtful = [name for name in strangers if not self.places.had(name)]
         if unknown and doubtful:
+            got = "without" if doubtful[0] is None else f"called '{doubtful[0]}', which its model did not have"
             raise ValueError(
                 "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one "
-                f"{'without' if doubtful[0] is None else f'called {doubtful[0]!r}, which its model did not have'}); "
-                "pass model.named_parameters() to the optimizer"
+                f"{got}); pass model.named_parameters() to the optimizer"
             )
 
     def summary(self) -> Summary:

@@ -125,8 +125,8 @@ class CheckpointedAdamW(torch.optim.AdamW):
             self._masks(anew=True)
             for options in (self.defaults, *self.param_groups):
                 settle_options(options, masks is not None)
-            if self.param_groups:
-                self.defaults["seed"] = self.param_groups[0]["seed"]  # groups that are added later take it
+            seed = next((group["seed"] for group in self.param_groups), self.defaults["seed"])
+            self.defaults["seed"] = seed  # groups that are added later take it
 
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
         check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")

@@ -184,3 +184,15 @@ def test_a_file_of_dense_tensors_has_no_kinds(path):
     model = Tiny()
     child_of(model).save_delta(path, model, model)
     assert description_of(path)[0].keys() == {"shapes", "base"}
+
+
+def test_parameters_that_a_hook_renames_in_the_state_dict_are_stored(tmp_path):
+    model, base = Tiny(), Tiny()
+    child = child_of(model)
+    for each in (model, base):
+        each._register_state_dict_hook(lambda _, state, prefix, meta: state.update(head=state.pop("classifier.weight")))
+    with torch.no_grad():
+        model.classifier.weight += 1
+    child.save_delta(tmp_path / "delta", model, base)
+    ChildNetwork.apply_delta(tmp_path / "delta", base)
+    assert torch.equal(base.classifier.weight, model.classifier.weight)
