@@ -209,13 +209,12 @@ class ChildNetwork(WeightSet):
         return {name: here[name] for name in names if name in here}
 
     def check_known(self, strangers: Iterable[str | None], found: Iterable[str | None] = ()) -> None:
-        """Raises ValueError if a parameter that was not found may be a masked one, in a copy, which goes by names.
+        """Raises ValueError if one of the strangers, by name or None, may be a masked one other than those `found`.
 
-        `strangers` are the names of those that were not found, None for one without, `found` of masked ones that were.
+        That is so in a copy, which knows parameters by name only.
         """
         unknown = self.packed.keys() - self.places.current().keys() - set(found)
-        doubtful = [name for name in strangers if not self.places.had(name)]
-        if unknown and doubtful:
+        if unknown and (doubtful := [name for name in strangers if not self.places.had(name)]):
             got = "without" if doubtful[0] is None else f"called '{doubtful[0]}', which its model did not have"
             raise ValueError(
                 "ChildNetwork: a copied or unpickled child network knows parameters by name only (got one "
