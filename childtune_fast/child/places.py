@@ -42,12 +42,15 @@ class Places:
         model = None if self._model is None else self._model()
         modules = None if model is None else set(model.modules())
         by_name = {} if model is None else dict(model.named_parameters(remove_duplicate=False))
-        found: dict[str, list[Tensor]] = {}
+        held: dict[str, list[Tensor]] = {}
         for name, holders in self._holders.items():
             alive = [(module, key) for reference, key in holders if (module := reference()) is not None]
             there = [m._parameters.get(key) for m, key in alive if modules is None or m in modules]
-            found[name] = [param for param in there or [by_name.get(name)] if param is not None]
-        return found
+            held[name] = [param for param in there if param is not None]
+            if there and name in by_name and all(param is not by_name[name] for param in there):
+                by_name = {}  # layers have changed places, so that names mislead
+        missing = {name: by_name[name] for name, params in held.items() if not params and name in by_name}
+        return {**held, **{name: [param] for name, param in missing.items()}}
 
     def names(self) -> dict[Tensor, str]:
         """Returns {parameter: name} of those that are there now, and of those that were, whoever holds them now."""

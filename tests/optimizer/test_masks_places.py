@@ -54,6 +54,14 @@ def test_a_layer_that_lives_on_outside_of_the_model_is_gone():
     assert old.weight.shape == (16, 8)
 
 
+def test_names_are_not_trusted_where_layers_have_changed_places():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    child = ChildNetwork.random(model, reserve_p=0.3, seed=0, maskable="weight")
+    model[0], model[1], model[2] = copy.deepcopy(model[1]), model[0], model[2]
+    with pytest.raises(ValueError, match=rf"{GONE}.*'1\.weight'"):
+        ChildAdamW(model.parameters(), child=child)
+
+
 def test_what_is_missed_is_missed_in_a_copy():
     model = net()
     optimizer = ChildAdamW(model[2].parameters(), child=child_of(model))
