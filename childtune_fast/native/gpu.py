@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -92,3 +92,25 @@ def memory(device: int, size: int) -> Tensor:
 def place(device: int) -> torch.device:
     """Returns the torch.device of a GPU."""
     return torch.device("cuda", device)
+
+
+def synchronize(device: int) -> None:
+    """Waits until a GPU has done all its work."""
+    torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def side_stream(device: int) -> Iterator[None]:
+    """Makes a new stream of a GPU current, which begins after the work that the current one has."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def capture(device: int, work: Callable[[], None]) -> Callable[[], None]:
+    """Has a CUDA graph capture work on a GPU without doing it; returns the function that does it, again and again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        work()
+    return graph.replay

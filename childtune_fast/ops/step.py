@@ -1,9 +1,7 @@
 """The step: kernels on the CPU, kernels on a GPU, or torch take it; before it, the host scales, skips and clips."""
 
 import contextlib
-import functools
 import itertools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from ..native import gpu, load
 from . import reference
+from .on_gpu import check_capture, step_on_gpu
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
@@ -91,7 +90,7 @@ def take_step(
     everything = on_cpu + of_gpus + on_torch
     _check_norm(everything)
     if on_gpus or on_torch:
-        _check_capture(everything)
+        check_capture(everything)
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
     by_host = not (on_gpus and alone)  # a GPU that steps everything scales, skips and clips without the host
     if by_host:
@@ -107,7 +106,7 @@ def take_step(
         if kernels.native is not None and on_cpu:
             kernels.native.step(on_cpu, torch.get_num_threads())
         for device, on_gpu in on_gpus.items():
-            _step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
+            step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
     if on_torch:
         reference.step(on_torch)
     for group in on_cpu + of_gpus:
@@ -166,62 +165,3 @@ def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]
         rows += zip(group.indices, group.grads, bits, strict=True)
     rows.sort(key=lambda row: row[0])  # the sum's order must not depend on how parameters were grouped
     return [row[1] for row in rows], [row[2] for row in rows]
-
-
-# ---- GPUs ----------------------------------------------------------------------------------------------------------
-
-
-def _step_on_gpu(
-    device: int,
-    groups: list[StepGroup],
-    memory: dict[int, Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """Steps groups of contiguous tensors on a GPU, on torch's current stream; returns before the GPU has done it.
-
-    The host counts the steps and computes their constants, until a step needs a number that only the GPU knows. From
-    then on the GPU counts by itself, and the host waits for nothing.
-    """
-    kernels, stream = gpu.load_kernels(device), gpu.stream_of(device)
-    if grad_scale is None and found_inf is None and not any(map(_is_counted_on_gpu, groups)):
-        kernels.step(groups, stream)
-        return
-    place = gpu.place(device)
-    for count in itertools.chain.from_iterable(group.steps for group in groups):
-        if count.is_cpu:
-            count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
-    scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
-    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device), *scaler)
-
-
-def _check_capture(groups: list[StepGroup]) -> None:
-    """Raises RuntimeError if a CUDA graph is capturing a step that it could not replay.
-
-    A replay would repeat the constants of this step if the host had computed them, and a graph cannot capture that
-    step counts move to the GPU.
-    """
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        return
-    for group in groups:
-        if not group.capturable or any(map(_is_on_cpu, group.steps)):
-            raise RuntimeError(
-                "ChildAdamW: a step that a CUDA graph captures needs capturable=True and one step taken before (got "
-                f"capturable={group.capturable}); pass it to the constructor, and take a step outside the graph"
-            )
-
-
-_is_on_cpu = operator.attrgetter("is_cpu")
-
-
-def _is_counted_on_gpu(group: StepGroup) -> bool:
-    """Returns whether a group's step, or an earlier one, needs a number that only the GPU knows."""
-    reads = group.capturable or group.lr_on_device is not None or group.max_grad_norm is not None
-    return reads or not all(map(_is_on_cpu, group.steps))
-
-
-def _memory_of(memory: dict[int, Tensor], device: int, size: int) -> Tensor:
-    """Returns at least `size` bytes on a GPU, allocated at the first step and when a later one needs more."""
-    if device not in memory or memory[device].numel() < size:
-        memory[device] = gpu.memory(device, size)
-    return memory[device]

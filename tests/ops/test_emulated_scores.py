@@ -11,7 +11,7 @@ from stand_in import IMAGE, STREAM, bytes_of_memory
 
 from childtune_fast import ChildNetwork, FisherAccumulator
 from childtune_fast.native import gpu, load
-from childtune_fast.ops import select
+from childtune_fast.ops import radix, select
 from childtune_fast.ops.squares import SquareKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -79,10 +79,10 @@ def check_selection():
             expected = select.top_k(scores, k, largest=largest)
             for gpus in (1, 3):
                 parts = [
-                    select._OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
+                    radix.OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
                     for gpu in range(gpus)
                 ]
-                bits = select._select_in_parts(parts, k)
+                bits = radix.select_in_parts(parts, k)
                 assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
 
 

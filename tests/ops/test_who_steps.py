@@ -228,6 +228,6 @@ def test_a_graph_captures_only_what_it_can_replay(gpu, monkeypatch):
         with pytest.raises(RuntimeError, match=r"captures needs capturable=True and one step taken before"):
             run.step()
         assert len(run.state) == 0
-    monkeypatch.setattr(op, "_is_on_cpu", lambda step: False)  # as after a first step
+    monkeypatch.setattr("childtune_fast.ops.on_gpu._is_on_cpu", lambda step: False)  # as after a first step
     run.step()
     assert all(run.state[p]["step"] == 1 for p in params)

@@ -1,0 +1,67 @@
+"""A step by the kernels of a GPU: who counts the steps, what memory it needs, and what a CUDA graph may capture."""
+
+import functools
+import itertools
+import operator
+
+import torch
+from torch import Tensor
+
+from ..native import gpu
+from .step_group import StepGroup
+
+
+def step_on_gpu(
+    device: int,
+    groups: list[StepGroup],
+    memory: dict[int, Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Steps groups of contiguous tensors on a GPU, on torch's current stream; returns before the GPU has done it.
+
+    The host counts the steps and computes their constants, until a step needs a number that only the GPU knows. From
+    then on the GPU counts by itself, and the host waits for nothing.
+    """
+    kernels, stream = gpu.load_kernels(device), gpu.stream_of(device)
+    if grad_scale is None and found_inf is None and not any(map(_is_counted_on_gpu, groups)):
+        kernels.step(groups, stream)
+        return
+    place = gpu.place(device)
+    for count in itertools.chain.from_iterable(group.steps for group in groups):
+        if count.is_cpu:
+            count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
+    scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
+    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device), *scaler)
+
+
+def check_capture(groups: list[StepGroup]) -> None:
+    """Raises RuntimeError if a CUDA graph is capturing a step that it could not replay.
+
+    A replay would repeat the constants of this step if the host had computed them, and a graph cannot capture that
+    step counts move to the GPU.
+    """
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return
+    for group in groups:
+        if not group.capturable or any(map(_is_on_cpu, group.steps)):
+            raise RuntimeError(
+                "ChildAdamW: a step that a CUDA graph captures needs capturable=True and one step taken before (got "
+                f"capturable={group.capturable}); pass it to the constructor, and take a step outside the graph"
+            )
+
+
+_is_on_cpu = operator.attrgetter("is_cpu")
+
+
+def _is_counted_on_gpu(group: StepGroup) -> bool:
+    """Returns whether a group's step, or an earlier one, needs a number that only the GPU knows."""
+    reads = group.capturable or group.lr_on_device is not None or group.max_grad_norm is not None
+    return reads or not all(map(_is_on_cpu, group.steps))
+
+
+def _memory_of(memory: dict[int, Tensor], device: int, size: int) -> Tensor:
+    """Returns at least `size` bytes on a GPU, allocated at the first step and when a later one needs more."""
+    if device not in memory or memory[device].numel() < size:
+        memory[device] = gpu.memory(device, size)
+    return memory[device]

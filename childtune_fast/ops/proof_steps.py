@@ -1,0 +1,297 @@
+"""Cases of the proof that a GPU's kernels step right: AdamW, F and D on small tensors, beside the specification.
+
+Each case makes parameters, gradients and state on the CPU, copies them to the GPU, takes the same steps in both places
+and compares every bit.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..native import gpu
+from . import reference
+from .on_gpu import step_on_gpu
+from .packed_mask import PackedMask
+from .random_mask import KEEP_ALL
+from .step_group import StepGroup, compute_dtype
+
+SIZES = (0, 1, 3, 127, 128, 129, 1023, 1025, 4097, 70_001)
+ODD_SIZES = (3, 129, 4097)  # again, at addresses at which no vector begins
+MANY = 400  # tensors; more than a small table holds
+# Of shards: (offset, run, stride) as in StepGroup.slices, and the number of runs. Offsets beyond 2**35 need the upper
+# word of a Philox counter.
+SLICES = (
+    ((5, 1, 9), 7),
+    ((64, 129, 200), 5),
+    ((0, 128, 256), 9),
+    ((1 << 33, 1025, 4096), 3),
+    (((1 << 36) + 77, 4097, 0), 1),
+)
+STEPS = 3
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Trained = Literal["all weights", "a random mask", "a child network"]
+TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network")
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What is stepped, and how.
+
+    Attributes:
+        dtype: dtype of the parameters.
+        trained: which weights a step trains.
+        amsgrad: whether the running maximum is kept; without it, half of the parameters take variant="hf".
+        tensors: "few" of many sizes, half of them at odd addresses; "many" small ones; or "shards".
+        counted: whether the GPU counts the steps, reads learning rates and a GradScaler's numbers there, and clips.
+        way: "at once", "on a side stream", or "captured" by a CUDA graph, which then replays the step.
+    """
+
+    dtype: torch.dtype
+    trained: Trained
+    amsgrad: bool = False
+    tensors: Literal["few", "many", "shards"] = "few"
+    counted: bool = False
+    way: Literal["at once", "on a side stream", "captured"] = "at once"
+
+    @property
+    def name(self) -> str:
+        """What the case is of, for a user."""
+        said = [self.tensors + ("" if self.tensors == "shards" else " tensors")]
+        said += ["amsgrad"] * self.amsgrad
+        said += ["steps counted, scaled, skipped and clipped on the GPU"] * self.counted
+        said += [self.way] * (self.way != "at once")
+        return f"step of {self.trained}, {name_of(self.dtype)}: " + ", ".join(said)
+
+    def check(self, device: int) -> str:
+        """Runs the case on a GPU; returns what differed from the specification, or "" if nothing did."""
+        on_gpu, on_cpu = _Run(self, device), _Run(self, None)
+        with gpu.side_stream(device) if self.way == "on a side stream" else contextlib.nullcontext():
+            for number in range(STEPS):
+                on_gpu.take(number)
+        gpu.synchronize(device)
+        for number in range(STEPS):
+            on_cpu.take_as_specified(number)
+        return on_gpu.difference_from(on_cpu)
+
+
+def step_cases() -> Iterator[StepCase]:
+    """Yields the cases, the smallest first: every kind of kernel, and every way in which a step is launched."""
+    yield StepCase(torch.float32, "a random mask")
+    everything = itertools.product(DTYPES, TRAINED)
+    for dtype, trained in everything:
+        plain = StepCase(dtype, trained)
+        yield from (plain, replace(plain, amsgrad=True), replace(plain, counted=True))
+        if trained != "a child network":
+            yield replace(plain, tensors="shards")
+    for trained in TRAINED:
+        yield StepCase(torch.float32, trained, way="on a side stream")
+        yield StepCase(torch.float32, trained, counted=True, way="captured")
+    for dtype, trained, amsgrad in itertools.product(DTYPES, TRAINED, (False, True)):
+        yield StepCase(dtype, trained, amsgrad=amsgrad, tensors="many")
+    yield StepCase(torch.float32, "a child network", tensors="many", counted=True)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype's name, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+class _Parameter:
+    """One parameter of a case with its gradients, state and mask, all in one place.
+
+    Attributes:
+        param: values of shape [numel].
+        grads: gradients of that shape, one for each step.
+        state: the entries of its state, by torch.optim.AdamW's names; the step count begins on the CPU.
+        mask: mask of the child network, or None.
+        slice: of a shard, as in StepGroup.slices; else None.
+    """
+
+    def __init__(self, case: StepCase, number: int, numel: int, place: tuple[int, int, int] | None) -> None:
+        random = torch.Generator("cpu").manual_seed(number)
+
+        def normal(size: int) -> Tensor:
+            return torch.randn(size, generator=random, device="cpu")
+
+        self.slice, self.mask, size = place, None, numel
+        if case.trained == "a child network":
+            density = (0.3, 0.6, 0.3, 0.02, 1.0, 0.0)[number % 6]
+            self.mask = PackedMask.pack(torch.rand(numel, generator=random, device="cpu") < density)
+            size = self.mask.count
+        self.param = normal(numel).to(case.dtype)
+        self.grads = [normal(numel).to(case.dtype) for _ in range(STEPS)]
+        for grad in self.grads[: numel // 128]:
+            grad[:4] = torch.tensor(
+                [0.0, -0.0, 1e-40, 1e4], device="cpu"
+            )  # a zero that divides, a denormal, a large value
+        compute = compute_dtype(self.param)
+        self.state = {
+            "step": torch.tensor(7.0 * (number % 3 == 0), device="cpu"),
+            "exp_avg": normal(size).to(compute),
+            "exp_avg_sq": normal(size).to(compute).square() * (number % 2),
+        }
+        if case.amsgrad:
+            self.state["max_exp_avg_sq"] = normal(size).to(compute).square()
+
+    def move(self, device: torch.device, odd: bool) -> None:
+        """Copies all but the step count to a device, if `odd` to addresses that no vector begins at."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            memory = torch.empty(tensor.numel() + odd, dtype=tensor.dtype, device=device)
+            return memory[int(odd) :].copy_(tensor)
+
+        self.param, self.grads = moved(self.param), [moved(grad) for grad in self.grads]
+        self.state = {key: value if key == "step" else moved(value) for key, value in self.state.items()}
+        self.mask = None if self.mask is None else self.mask.to(device)
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns what a step may change, on the CPU."""
+        return {"parameter": self.param.cpu(), **{key: value.cpu() for key, value in self.state.items()}}
+
+
+class _Run:
+    """The parameters of a case in one place, and the steps that they take.
+
+    Attributes:
+        scale, found_inf, lrs: the numbers that the GPU reads where it counts the steps.
+        grads: the gradients of the next step; a CUDA graph needs them in one place.
+    """
+
+    def __init__(self, case: StepCase, device: int | None) -> None:
+        self.case, self.device, self.memory = case, device, {}
+        self.params = [_Parameter(case, i, *shape) for i, shape in enumerate(_shapes(case.tensors))]
+        place = torch.device("cpu") if device is None else gpu.place(device)
+        for i, param in enumerate(self.params if device is not None else []):
+            param.move(place, odd=case.tensors == "few" and i >= 2 * len(SIZES))
+        self.scale, self.found_inf, *self.lrs = (
+            torch.zeros((), dtype=dtype, device=place) for dtype in (*[torch.float32] * 3, torch.float64)
+        )
+        self.grads = [torch.empty_like(param.grads[0]).copy_(param.grads[0]) for param in self.params]
+        self.replay: Callable[[], None] | None = None
+
+    def _set(self, number: int) -> None:
+        """Sets gradients and numbers to those of a step; the second of the steps that are counted is skipped."""
+        self.scale.fill_(3.0 + number)
+        self.found_inf.fill_(float(number == 1))
+        for i, lr in enumerate(self.lrs):
+            lr.fill_(0.01 / (1 + i + number))
+        for param, grad in zip(self.params, self.grads, strict=True):
+            grad.copy_(param.grads[number])
+
+    def _groups(self) -> list[StepGroup]:
+        """Returns two groups that share nothing but the seed; parameters alternate between them."""
+        case = self.case
+        draws = case.trained == "a random mask"
+        numbers = {"eps": 1e-8, "amsgrad": case.amsgrad, "seed": 0xFEED_0123_4567_89AB, "capturable": case.counted}
+        first = StepGroup(
+            lr=1e-2,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.1,
+            grad_factor=1.0,
+            published_code=False,
+            keep_threshold=19661 if draws else KEEP_ALL,
+            max_grad_norm=0.5 if case.counted else None,
+            child_norm=True,
+            **numbers,
+        )
+        second = StepGroup(
+            lr=2e-3,
+            beta1=0.8,
+            beta2=0.95,
+            weight_decay=0.5,
+            grad_factor=-1.0,
+            published_code=not case.amsgrad,
+            keep_threshold=45000 if draws else KEEP_ALL,
+            max_grad_norm=None,
+            decay_outside=True,
+            **numbers,
+        )
+        for i, param in enumerate(self.params):
+            _add(second if i % 2 else first, i + 3, param, self.grads[i])
+        return [group for group in (first, second) if group.params]
+
+    def take(self, number: int) -> None:
+        """Takes a step on the GPU, as an optimizer does."""
+        assert self.device is not None
+        self._set(number)
+        if self.case.way != "captured" or number == 0:  # the first step moves the counts, which no graph can
+            self._step()
+            return
+        if self.replay is None:
+            self.replay = gpu.capture(self.device, self._step)
+        self.replay()
+
+    def _step(self) -> None:
+        groups = self._groups()
+        for group, lr in zip(groups, self.lrs, strict=True) if self.case.counted else ():
+            group.lr, group.lr_on_device = math.nan, lr
+        scaler = (self.scale, self.found_inf) if self.case.counted else (None, None)
+        step_on_gpu(self.device, groups, self.memory, *scaler)
+
+    def take_as_specified(self, number: int) -> None:
+        """Takes the same step on the CPU, by the specification."""
+        self._set(number)
+        groups = self._groups()
+        if self.case.counted:
+            if self.found_inf:
+                return
+            for group, lr in zip(groups, self.lrs, strict=True):
+                group.lr = lr.item()
+                group.grad_factor /= self.scale.item()
+            bits = [None if i % 2 or p.mask is None else p.mask.bits for i, p in enumerate(self.params)]
+            squares = reference.sum_of_squares(self.grads, bits)
+            groups[0].grad_factor *= reference.clip_factor(0.5, squares, groups[0].grad_factor)
+        reference.step(groups)
+
+    def difference_from(self, expected: "_Run") -> str:
+        """Returns the first difference between what two runs have come to, or ""."""
+        for mine, other in zip(self.params, expected.params, strict=True):
+            found, wanted = mine.values(), other.values()
+            for key in found:
+                if differs := difference(found[key], wanted[key]):
+                    return f"{key} of {mine.param.numel()} weights: {differs}"
+        return ""
+
+
+def _shapes(tensors: str) -> list[tuple[int, tuple[int, int, int] | None]]:
+    """Returns for each parameter its size, and where it lies if it is a shard."""
+    if tensors == "many":
+        return [((33, 0, 128, 257, 1, 1030)[i % 6], None) for i in range(MANY)]
+    if tensors == "shards":
+        return [(place[1] * runs, place) for place, runs in SLICES for _ in range(2)]
+    return [(size, None) for size in (*SIZES, *ODD_SIZES) for _ in range(2)]
+
+
+def _add(group: StepGroup, index: int, param: _Parameter, grad: Tensor) -> None:
+    """Adds a parameter to a group."""
+    group.params.append(param.param)
+    group.grads.append(grad)
+    group.exp_avgs.append(param.state["exp_avg"])
+    group.exp_avg_sqs.append(param.state["exp_avg_sq"])
+    group.steps.append(param.state["step"])
+    group.indices.append(index)
+    if group.amsgrad:
+        group.max_exp_avg_sqs.append(param.state["max_exp_avg_sq"])
+    if param.mask is not None:
+        group.child_bits.append(param.mask.bits)
+        group.child_offsets.append(param.mask.offsets)
+        group.child_counts.append(param.mask.count)
+    if param.slice is not None:
+        group.slices = [*(group.slices or []), param.slice]
+
+
+def difference(found: Tensor, wanted: Tensor) -> str:
+    """Returns how many bits of two tensors differ, and where first, or "" if none does; every NaN equals every NaN."""
+    same = (found == wanted) & (found.signbit() == wanted.signbit()) | found.isnan() & wanted.isnan()
+    if bool(same.all()):
+        return ""
+    where = int((~same).flatten().nonzero()[0])
+    got, right = found.flatten()[where].item(), wanted.flatten()[where].item()
+    return f"{int((~same).sum())} of {same.numel()} values differ, first at {where}: {got!r}, not {right!r}"
