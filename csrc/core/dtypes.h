@@ -1,7 +1,7 @@
 // Storage types of parameters and gradients, and their conversion to and from the type that computes: bf16 and fp16
-// widen to float exactly and narrow to nearest, ties to even. A NaN that is narrowed becomes the one without sign, since
-// processors differ in the sign of the NaN that an operation makes. Only integer and float operations that vectorise
-// everywhere.
+// widen to float exactly and narrow to nearest, ties to even. A NaN that is narrowed becomes the one without sign,
+// since processors differ in the sign of the NaN that an operation makes. Only integer and float operations that
+// vectorise everywhere.
 #pragma once
 
 #include "core/compiler.h"
