@@ -18,6 +18,7 @@ from .random_mask import KEEP_ALL, bernoulli_mask
 from .step_group import StepGroup, compute_dtype
 
 _NORM_CHUNK = 1024
+_NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 
 
 class AdamWConstants(NamedTuple):
@@ -70,7 +71,7 @@ def _step_param(group: StepGroup, i: int) -> None:
     if child is not None:  # the state has only the child network's values, so `weights` and `grad` get the same
         weights, grad = param[child], grad[child]
         if group.decay_outside:
-            param.copy_(param.to(exp_avg.dtype) * c.decay_before * c.decay_after)
+            param.copy_(stored(param.to(exp_avg.dtype) * c.decay_before * c.decay_after, param.dtype))
 
     grad = grad.to(exp_avg.dtype) * c.grad_factor
     if group.keep_threshold < KEEP_ALL:
@@ -87,10 +88,21 @@ def _step_param(group: StepGroup, i: int) -> None:
     decayed = weights.to(exp_avg.dtype) * c.decay_before
     updated = (decayed - exp_avg * c.step_size / denom) * c.decay_after
     if child is None:
-        param.copy_(updated)
+        param.copy_(stored(updated, param.dtype))
     else:
-        param[child] = updated.to(param.dtype)
+        param[child] = stored(updated, param.dtype)
     group.steps[i].fill_(step)
+
+
+def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns values as parameters of a dtype hold them, rounded to nearest; in 16 bits, every NaN has the same bits.
+
+    They are those of csrc/core/dtypes.h. torch's conversions give others on a GPU, and on the CPU in vectors.
+    """
+    rounded = values.to(dtype)
+    if dtype in _NAN_BITS:
+        rounded.view(torch.int16).masked_fill_(rounded.isnan(), _NAN_BITS[dtype])
+    return rounded
 
 
 def _mask(group: StepGroup, i: int, step: int) -> Tensor:

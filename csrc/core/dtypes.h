@@ -1,6 +1,7 @@
 // Storage types of parameters and gradients, and their conversion to and from the type that computes: bf16 and fp16
-// widen to float exactly and narrow to nearest, ties to even. Only integer and float operations that vectorise
-// everywhere.
+// widen to float exactly and narrow to nearest, ties to even. A NaN that is narrowed becomes the one without sign,
+// since processors differ in the sign of the NaN that an operation makes. Only integer and float operations that
+// vectorise everywhere.
 #pragma once
 
 #include "core/compiler.h"
@@ -57,9 +58,9 @@ CHILDTUNE_INLINE void store(Float16& to, float x) {
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 puts the last bit of a half subnormal at the last bit of the float, which rounds it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
-  const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  to.bits = static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u));
+  const uint32_t number = (magnitude >= 0x47800000u ? 0x7C00u : finite) | ((bits >> 16) & 0x8000u);
+  to.bits = static_cast<uint16_t>(magnitude > 0x7F800000u ? 0x7E00u : number);
 }
 
 }  // namespace childtune

@@ -39,6 +39,7 @@ struct Driver {
   Result (*version)(int* version) = nullptr;
   Result (*error_string)(Result result, const char** text) = nullptr;
   Result (*device_get)(int* device, int ordinal) = nullptr;
+  Result (*device_uuid)(unsigned char* uuid, int device) = nullptr;  // nullptr if the driver has none
   Result (*primary_context_retain)(void** context, int device) = nullptr;
   Result (*context_push)(void* context) = nullptr;
   Result (*context_pop)(void** context) = nullptr;
@@ -65,6 +66,9 @@ struct Driver {
     find(found, "cuModuleLoadData", &module_load);
     find(found, "cuModuleGetFunction", &module_function);
     find(found, "cuLaunchKernel", &launch_kernel);
+    // Only this one tells apart the instances of a GPU that is partitioned (MIG).
+    device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid_v2"));
+    if (device_uuid == nullptr) device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid"));
     if (problem.empty() && init(0) != 0) problem = "the CUDA driver cannot be initialised";
   }
 
@@ -87,6 +91,15 @@ const Driver& driver() {
   return *found;
 }
 
+std::string hexadecimal(const unsigned char* bytes, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) {
+    text += "0123456789abcdef"[bytes[i] >> 4];
+    text += "0123456789abcdef"[bytes[i] & 15];
+  }
+  return text;
+}
+
 // Makes a context current for the life of this object.
 class CurrentContext {
  public:
@@ -106,6 +119,11 @@ CudaKernels::CudaKernels(int device, const std::string& image, const std::vector
   if (!cuda.problem.empty()) throw CudaError(cuda.problem);
   int handle = 0;
   cuda.check(cuda.device_get(&handle, device), "cuDeviceGet");
+  unsigned char uuid[16];
+  if (cuda.device_uuid != nullptr) {
+    cuda.check(cuda.device_uuid(uuid, handle), "cuDeviceGetUuid");
+    uuid_ = hexadecimal(uuid, sizeof uuid);
+  }
   cuda.check(cuda.primary_context_retain(&context_, handle), "cuDevicePrimaryCtxRetain");
   const CurrentContext current(context_);
   void* module = nullptr;  // it and the context are kept for the life of the process, as torch keeps its own

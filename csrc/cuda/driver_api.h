@@ -23,6 +23,10 @@ class CudaKernels {
 
   bool has(size_t function) const { return functions_.at(function) != nullptr; }
 
+  // The identifier of the GPU, or of the instance of a partitioned one, as 32 hexadecimal digits; "" if the driver
+  // tells none.
+  const std::string& uuid() const { return uuid_; }
+
   // Launches the function of this number in `names` with one argument, by value. `stream` is the driver's handle; 0 is
   // the default stream. Leaves the current context as it was. Throws CudaError.
   void launch(size_t function, const void* argument, unsigned blocks, unsigned threads, void* stream) const;
@@ -30,6 +34,7 @@ class CudaKernels {
  private:
   void* context_ = nullptr;
   std::vector<void*> functions_;
+  std::string uuid_;
 };
 
 // Returns the highest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.

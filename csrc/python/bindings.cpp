@@ -128,6 +128,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
+      .def_property_readonly("uuid", &GpuKernels::uuid)
       .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"))
       .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
            py::arg("grad_scale"), py::arg("found_inf"))
@@ -153,6 +154,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     if (!set_instruction_set(name)) refuse("set_instruction_set: this processor has no '" + name + "'");
   });
   m.def("compiler", &compiler);
+  m.def("cuda_driver_version", &cuda_driver_version);
   m.def("parallel_runtime", &parallel_runtime);
   m.def("tensor_access", &tensor_access);
   m.def("force_attribute_access", &force_attribute_access, py::arg("force"));

@@ -89,6 +89,7 @@ class GpuKernels {
   }
 
   int device() const { return device_; }
+  const std::string& uuid() const { return kernels_.uuid(); }
 
   // Returns the address of `memory`, after checking that it is uint8, on the GPU, aligned, and of at least `bytes`
   // bytes.

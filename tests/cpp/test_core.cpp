@@ -33,11 +33,11 @@ static void test_half_precision() {
     Float16 h{static_cast<uint16_t>(bits)}, back;
     store(back, load(h));
     const bool nan = (bits & 0x7FFF) > 0x7C00;
-    expect(nan ? std::isnan(load(h)) && std::isnan(load(back)) : back.bits == bits, "fp16 round trip", bits);
+    expect(nan ? std::isnan(load(h)) && back.bits == 0x7E00 : back.bits == bits, "fp16 round trip", bits);
     BFloat16 b{static_cast<uint16_t>(bits)}, again;
     store(again, load(b));
     const bool bnan = (bits & 0x7FFF) > 0x7F80;
-    expect(bnan ? std::isnan(load(b)) && std::isnan(load(again)) : again.bits == bits, "bf16 round trip", bits);
+    expect(bnan ? std::isnan(load(b)) && again.bits == 0x7FC0 : again.bits == bits, "bf16 round trip", bits);
   }
   // Between two neighbours, a number rounds down below the middle, to even at it, and up above it.
   for (uint32_t bits = 0; bits < 0x7BFF; ++bits) {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from childtune_fast import ChildAdamW, bernoulli_mask
+from childtune_fast import ChildAdamW, ChildNetwork, bernoulli_mask
 from childtune_fast.ops.packed_mask import PackedMask
 from childtune_fast.ops.reference import sum_of_squares
 
@@ -103,6 +103,26 @@ def test_special_values(dtype, options):
     results = [run(backend, [param], [[grad], [grad.flip(0)]], **options) for backend in ("native", "torch")]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 0x7E00), (torch.bfloat16, 0x7FC0)], ids=str)
+def test_a_stored_nan_has_no_sign(dtype, bits, backend):
+    """A GPU's operations make a NaN without sign, an x86's one with it; a step must store the same."""
+    nans = torch.tensor([float("nan"), -float("nan")], dtype=torch.float64).to(dtype).repeat(40)
+    ones, mask = torch.ones(81, dtype=dtype), torch.ones(81, dtype=torch.bool)
+    nans = torch.cat([ones[:1], nans])
+    grads = [ones, ones, nans]
+    for options in ({"reserve_p": 1.0}, {"decay": "all"}):
+        leaves = torch.nn.ParameterList([nans.clone(), torch.stack([nans, nans], dim=1)[:, 0], ones.clone()])
+        child = ChildNetwork.from_masks(leaves, {"0": ~mask, "2": mask}) if "decay" in options else None
+        opt = ChildAdamW(leaves, backend=backend, child=child, **options)
+        for param, grad in zip(leaves, grads, strict=True):
+            param.grad = grad.clone()
+        opt.step()
+        for param in leaves:
+            assert not param[0].isnan()
+            assert (param[1:].view(torch.int16) == bits).all()
 
 
 @pytest.mark.parametrize("reserve_p", [2**-16, 0.02, 0.3, 1 - 2**-16])

@@ -1,0 +1,62 @@
+"""Files kept between processes: read only if trusted, written atomically.
+
+Device code goes from such a file to the driver, so what anyone else could have written there is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def read(path: Path) -> bytes | None:
+    """Returns a file's content, or None if there is none or others than this process's user could have written it.
+
+    On POSIX systems the file must be a regular one and the user's own, and neither group nor world may have the right
+    to write. A symbolic link is not followed.
+    """
+    try:
+        with open(path, "rb", opener=_open) as file:
+            return file.read() if _trusted(os.fstat(file.fileno())) else None
+    except OSError:
+        return None
+
+
+def _open(path: str, flags: int) -> int:
+    # Windows has neither flag. Without the second, opening a named pipe would wait for its writer.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _trusted(found: os.stat_result) -> bool:
+    if os.name != "posix":
+        return True
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not others_write
+
+
+def write(path: Path, data: bytes) -> bool:
+    """Writes a file whole or not at all, and its folder if that is missing; only the user can read what is made new.
+
+    Returns:
+        Whether the file is written. If it is not, what was there is unchanged.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the content must be on the disk before the name is
+        os.replace(name, path)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)  # is there only if the file was not put in place
+    return True
