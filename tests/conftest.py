@@ -47,7 +47,7 @@ def fresh_process(monkeypatch, cache):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CHILDTUNE_CACHE", str(cache))
     monkeypatch.setenv("CHILDTUNE_FORCE_JIT", "1")
-    for name in ("_find_native", "_warn_once"):
+    for name in ("_find_native", "warn_once"):
         monkeypatch.setattr(load, name, functools.cache(getattr(load, name).__wrapped__))
 
 

@@ -56,6 +56,23 @@ def find(device: int) -> Gpu:
     return _found[device]
 
 
+def use(device: int, origin: str, image: bytes) -> Any:
+    """Loads a GPU's kernels from device code, for the whole process, and returns them.
+
+    Args:
+        device: number of the GPU.
+        origin: the way in which the device code was made.
+        image: the device code.
+
+    Raises:
+        BackendError: there is no native backend to launch them.
+        RuntimeError: the driver does not load the code.
+    """
+    kernels = load.load_native().GpuKernels(device, image)
+    _found[device] = Gpu(kernels, origin, [])
+    return kernels
+
+
 _found: dict[int, Gpu] = {}
 _lock = threading.Lock()
 
@@ -82,6 +99,11 @@ def _noting(origin: str, notes: list[str]) -> Iterator[None]:
         yield
     except (BackendError, RuntimeError) as error:
         notes.append(f"{origin}: {error}")
+
+
+def properties(device: int) -> Any:
+    """Returns what torch knows of a GPU: its name, compute capability (`major`, `minor`) and `uuid`."""
+    return torch.cuda.get_device_properties(device)
 
 
 def memory(device: int, size: int) -> Tensor:

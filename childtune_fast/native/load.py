@@ -58,7 +58,7 @@ def resolve(requested: Backend) -> ModuleType | None:
         return load_native()
     native = find_native()
     if native.module is None:
-        _warn_once(_sentence(native.notes))
+        warn_once(f"{_sentence(native.notes)}\nThe slower pure-torch backend, with the same results, runs instead.")
     return native.module
 
 
@@ -68,14 +68,6 @@ def chosen(requested: Backend) -> Backend:
     if choice == "auto":
         choice = check(os.environ.get("CHILDTUNE_BACKEND") or "auto", "the environment variable CHILDTUNE_BACKEND")
     return choice
-
-
-def wants_gpu_kernels(requested: Backend) -> bool:
-    """Returns whether a request for a backend includes the kernels on GPUs.
-
-    "native" does. "auto" does not, because no GPU has run these kernels yet; torch steps parameters on a GPU then.
-    """
-    return chosen(requested) == "native"
 
 
 def load_native() -> ModuleType:
@@ -162,9 +154,9 @@ def _sentence(notes: list[str]) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    text = f"{message}\nThe slower pure-torch backend, with the same results, runs instead."
-    warnings.warn(text, stacklevel=_users_level())
+def warn_once(message: str) -> None:
+    """Warns at the line of the user's code, once in the process for each message."""
+    warnings.warn(message, stacklevel=_users_level())
 
 
 def _users_level() -> int:

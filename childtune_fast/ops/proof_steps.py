@@ -22,6 +22,7 @@ from .random_mask import KEEP_ALL
 from .step_group import StepGroup, compute_dtype
 
 SIZES = (0, 1, 3, 127, 128, 129, 1023, 1025, 4097, 70_001)
+TINY_SIZES = (1, 127, 129, 1025)
 ODD_SIZES = (3, 129, 4097)  # again, at addresses at which no vector begins
 MANY = 400  # tensors; more than a small table holds
 # Of shards: (offset, run, stride) as in StepGroup.slices, and the number of runs. Offsets beyond 2**35 need the upper
@@ -33,7 +34,6 @@ SLICES = (
     ((1 << 33, 1025, 4096), 3),
     (((1 << 36) + 77, 4097, 0), 1),
 )
-STEPS = 3
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Trained = Literal["all weights", "a random mask", "a child network"]
 TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network")
@@ -47,7 +47,7 @@ class StepCase:
         dtype: dtype of the parameters.
         trained: which weights a step trains.
         amsgrad: whether the running maximum is kept; without it, half of the parameters take variant="hf".
-        tensors: "few" of many sizes, half of them at odd addresses; "many" small ones; or "shards".
+        tensors: "tiny" ones; a "few" of many sizes; "many" small ones, in one step; or "shards".
         counted: whether the GPU counts the steps, reads learning rates and a GradScaler's numbers there, and clips.
         way: "at once", "on a side stream", or "captured" by a CUDA graph, which then replays the step.
     """
@@ -55,7 +55,7 @@ class StepCase:
     dtype: torch.dtype
     trained: Trained
     amsgrad: bool = False
-    tensors: Literal["few", "many", "shards"] = "few"
+    tensors: Literal["tiny", "few", "many", "shards"] = "few"
     counted: bool = False
     way: Literal["at once", "on a side stream", "captured"] = "at once"
 
@@ -68,21 +68,31 @@ class StepCase:
         said += [self.way] * (self.way != "at once")
         return f"step of {self.trained}, {name_of(self.dtype)}: " + ", ".join(said)
 
+    @property
+    def steps(self) -> int:
+        """How many steps are taken: those that the GPU counts need a first one, one that is skipped, and one more."""
+        return 3 if self.counted else 1 if self.tensors == "many" else 2
+
     def check(self, device: int) -> str:
         """Runs the case on a GPU; returns what differed from the specification, or "" if nothing did."""
         on_gpu, on_cpu = _Run(self, device), _Run(self, None)
         with gpu.side_stream(device) if self.way == "on a side stream" else contextlib.nullcontext():
-            for number in range(STEPS):
+            for number in range(self.steps):
                 on_gpu.take(number)
         gpu.synchronize(device)
-        for number in range(STEPS):
+        for number in range(self.steps):
             on_cpu.take_as_specified(number)
         return on_gpu.difference_from(on_cpu)
 
 
+def trial_cases() -> Iterator[StepCase]:
+    """Yields the smallest cases, which take milliseconds."""
+    for trained in TRAINED:
+        yield StepCase(torch.float32, trained, tensors="tiny")
+
+
 def step_cases() -> Iterator[StepCase]:
-    """Yields the cases, the smallest first: every kind of kernel, and every way in which a step is launched."""
-    yield StepCase(torch.float32, "a random mask")
+    """Yields the cases, the smaller ones first: every kind of kernel, and every way in which a step is launched."""
     everything = itertools.product(DTYPES, TRAINED)
     for dtype, trained in everything:
         plain = StepCase(dtype, trained)
@@ -125,7 +135,7 @@ class _Parameter:
             self.mask = PackedMask.pack(torch.rand(numel, generator=random, device="cpu") < density)
             size = self.mask.count
         self.param = normal(numel).to(case.dtype)
-        self.grads = [normal(numel).to(case.dtype) for _ in range(STEPS)]
+        self.grads = [normal(numel).to(case.dtype) for _ in range(case.steps)]
         for grad in self.grads[: numel // 128]:
             grad[:4] = torch.tensor(
                 [0.0, -0.0, 1e-40, 1e4], device="cpu"
@@ -266,7 +276,8 @@ def _shapes(tensors: str) -> list[tuple[int, tuple[int, int, int] | None]]:
         return [((33, 0, 128, 257, 1, 1030)[i % 6], None) for i in range(MANY)]
     if tensors == "shards":
         return [(place[1] * runs, place) for place, runs in SLICES for _ in range(2)]
-    return [(size, None) for size in (*SIZES, *ODD_SIZES) for _ in range(2)]
+    sizes = TINY_SIZES if tensors == "tiny" else (*SIZES, *ODD_SIZES)
+    return [(size, None) for size in sizes for _ in range(2)]
 
 
 def _add(group: StepGroup, index: int, param: _Parameter, grad: Tensor) -> None:

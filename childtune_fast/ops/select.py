@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..native import load
-from . import reference
+from . import reference, trust
 from .packed_mask import PackedMask, packed_size
 from .radix import OnGpu, select_in_parts
 
@@ -34,7 +34,7 @@ def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[st
         raise ValueError(f"top_k: k must lie between 0 and the number of scores, {total} (got {k})")
     tensors = [_float32(name, tensor) for name, tensor in scores.items()]
     native = load.resolve("auto") if all(tensor.is_cpu for tensor in tensors) else None
-    if tensors and all(tensor.is_cuda for tensor in tensors) and load.wants_gpu_kernels("auto"):
+    if _have_kernels(tensors):
         bits = _select_on_gpus(list(scores), tensors, k, largest)
     elif native is None:
         bits = reference.select(list(scores), tensors, k, largest)
@@ -45,6 +45,14 @@ def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[st
             reference.refuse_nan(list(scores)[nan])
     masks = map(PackedMask, (tensor.shape for tensor in tensors), bits)
     return dict(zip(scores, masks, strict=True))
+
+
+def _have_kernels(tensors: list[Tensor]) -> bool:
+    """Returns whether all tensors are on GPUs whose kernels "auto" takes."""
+    if not tensors or not all(tensor.is_cuda for tensor in tensors):
+        return False
+    choice = load.chosen("auto")
+    return all(trust.kernels_of(index, choice) is not None for index in {tensor.device.index for tensor in tensors})
 
 
 def _float32(name: str, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..native import gpu, load
-from . import reference
+from . import reference, trust
 
 
 def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
@@ -49,9 +49,8 @@ class SquareKernels(NamedTuple):
         devices = set(devices)
         native = load.resolve("auto") if any(device.type == "cpu" for device in devices) else None
         on_gpus = [device.index for device in devices if device.type == "cuda"]
-        if not (on_gpus and load.wants_gpu_kernels("auto")):
-            return cls(native, {})
-        return cls(native, {index: gpu.load_kernels(index) for index in on_gpus})
+        kernels = {index: trust.kernels_of(index, load.chosen("auto")) for index in on_gpus}
+        return cls(native, {index: found for index, found in kernels.items() if found is not None})
 
     def add(
         self, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None

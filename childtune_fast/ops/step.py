@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..native import gpu, load
-from . import reference
+from ..native import load
+from . import reference, trust
 from .on_gpu import check_capture, step_on_gpu
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
@@ -26,18 +26,20 @@ class StepKernels(NamedTuple):
 
     Attributes:
         backend: the word that asked for them.
+        choice: the word that it stands for, CHILDTUNE_BACKEND considered.
         native: the compiled module; None if torch steps everything.
-        use_gpus: whether the kernels on GPUs step the parameters there; otherwise torch does.
+        wait: whether a step waits until it is known if the kernels on GPUs are right.
     """
 
     backend: load.Backend
+    choice: load.Backend
     native: ModuleType | None
-    use_gpus: bool
+    wait: bool
 
     @classmethod
-    def find(cls, backend: load.Backend) -> "StepKernels":
+    def find(cls, backend: load.Backend, wait: bool = False) -> "StepKernels":
         """Returns the kernels that a backend asks for; raises as `load.resolve` does."""
-        return cls(backend, load.resolve(backend), load.wants_gpu_kernels(backend))
+        return cls(backend, load.chosen(backend), load.resolve(backend), wait)
 
     @property
     def on_cpu(self) -> Where:
@@ -52,13 +54,15 @@ class StepKernels(NamedTuple):
                 parts.
 
         Raises:
-            BackendError: the kernels of its GPU are asked for and there are none.
+            BackendError: the kernels of its GPU are asked for and there are none. Nothing has been written then.
         """
         param = tensors[0]
-        if not (self.use_gpus and param.is_cuda):
+        if self.native is None or not param.is_cuda:
             return None
-        gpu.load_kernels(param.device.index)  # raises before anything is written
-        return param.device.index if all(tensor.is_contiguous() for tensor in tensors) else None
+        device = param.device.index
+        if trust.kernels_of(device, self.choice, self.wait) is None:
+            return None
+        return device if all(tensor.is_contiguous() for tensor in tensors) else None
 
 
 def take_step(

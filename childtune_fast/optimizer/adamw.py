@@ -260,7 +260,7 @@ class ChildAdamW(CheckpointedAdamW):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
         """Takes the step; returns whether it was taken, as far as the host knows."""
-        kernels = StepKernels.find(self.backend)
+        kernels = StepKernels.find(self.backend, wait=any(group.get("capturable") for group in self.param_groups))
         masks = self._masks() if self._book.active else None
         groups = collect(self.param_groups, self.state, masks, kernels, states_before)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler

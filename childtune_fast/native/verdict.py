@@ -1,0 +1,125 @@
+"""Verdicts on the kernels of a GPU: whether they have proved themselves there, kept on disk beside their code.
+
+A verdict holds for one image of device code on one GPU, with one driver, torch and version of this package: if any of
+these changes, its key does, and the kernels are proved anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from filelock import FileLock, Timeout
+
+from . import build, kept, load
+from .jit import cache_folder
+
+Word = Literal["good", "bad", "unknown"]
+BAD_FOR = datetime.timedelta(days=7)  # a fault may have been the machine's: after that, the kernels are proved again
+LOCK_TIMEOUT = 180.0  # seconds to wait for another process's proof; after that, both prove, which is safe
+
+
+class Verdict(NamedTuple):
+    """What a proof has found.
+
+    Attributes:
+        word: "good" if every bit was right; "bad" if one was not, or a kernel failed; "unknown" if the proof could not
+            be held, or not to its end. Only the first two are kept.
+        cause: the case that differed and how, or why nothing is known; "" for "good".
+        date: when the proof ended, in UTC, as in ISO 8601.
+        seconds: how long it took.
+    """
+
+    word: Word
+    cause: str = ""
+    date: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.word == "good":
+            return f"proved on {self.date} in {self.seconds:.0f} s"
+        return f"not proved: {self.cause}" + f" (on {self.date})" * bool(self.date)
+
+
+def made(word: Word, cause: str, seconds: float) -> Verdict:
+    """Returns a verdict of now."""
+    return Verdict(word, cause, datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "seconds"), seconds)
+
+
+def facts_of(properties: Any) -> dict[str, Any]:
+    """Returns what a verdict on kernels depends on, but for their device code.
+
+    Args:
+        properties: what `torch.cuda.get_device_properties` returns for the GPU.
+    """
+    return {
+        "GPU": properties.name,
+        "capability": [properties.major, properties.minor],
+        "UUID": str(getattr(properties, "uuid", "")),
+        "driver": _driver(),
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "childtune_fast": build.version(),
+        "host code": build.fingerprint(),
+    }
+
+
+def _driver() -> str:
+    """Returns the driver's version: Linux's driver tells its own, the library everywhere that of its CUDA."""
+    native = load.find_native().module
+    known = "" if native is None else f"CUDA {native.cuda_driver_version()}"
+    with contextlib.suppress(OSError):
+        known += ", " + Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").strip()
+    return known
+
+
+def with_image(facts: dict[str, Any], image: bytes) -> dict[str, Any]:
+    """Returns what a verdict on kernels depends on, their device code included."""
+    return {**facts, "device code": hashlib.sha256(image).hexdigest()}
+
+
+def stored(facts: dict[str, Any]) -> Verdict | None:
+    """Returns the verdict that was kept under these facts; None if there is none, or it is damaged or too old."""
+    content = kept.read(_path(facts, "json"))
+    try:
+        found = json.loads(content or b"")
+        verdict = Verdict(**found["verdict"])
+        age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(verdict.date)
+        float(verdict.seconds)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if found["facts"] != facts or verdict.word not in get_args(Word) or verdict.word == "unknown":
+        return None
+    return None if verdict.word == "bad" and age > BAD_FOR else verdict
+
+
+def keep(facts: dict[str, Any], verdict: Verdict) -> bool:
+    """Keeps a verdict under these facts, unless it is "unknown"; returns whether that was possible."""
+    if verdict.word == "unknown":
+        return True
+    content = json.dumps({"facts": facts, "verdict": verdict._asdict()}, indent=1)
+    return kept.write(_path(facts, "json"), content.encode())
+
+
+@contextlib.contextmanager
+def one_at_a_time(facts: dict[str, Any]) -> Iterator[None]:
+    """Waits while another process of this machine proves the same; without a folder to lock in, nobody waits."""
+    path = _path(facts, "lock")
+    lock = FileLock(path)
+    try:
+        with contextlib.suppress(Timeout, OSError, NotImplementedError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock.acquire(timeout=LOCK_TIMEOUT)
+        yield
+    finally:
+        lock.release()
+
+
+def _path(facts: dict[str, Any], ending: str) -> Path:
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / f"verdict-{key}.{ending}"
