@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .native import build, gpu, load
+from .ops import proof, prover, trust
 
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
+COMMAND = "`python -m childtune_fast prove`"
 
 
-def main() -> int:
-    """Prints the report; returns 1 if the self-check fails, 2 if an environment variable is invalid, else 0."""
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report, or with the argument "prove" proves the kernels of all GPUs.
+
+    Args:
+        arguments: those of the command line; None takes this process's (default: None).
+
+    Returns:
+        0; 1 if a self-check or a proof fails; 2 if an argument or an environment variable is invalid.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words not in ([], ["prove"]):
+        print(f"usage: python -m childtune_fast [prove] (got {' '.join(words)})")
+        return 2
     try:
+        if words:
+            return prove()
         native = load.find_native()
         served = list(_devices(native))
     except ValueError as error:
         print(error)
         return 2
+    passed = True
     for label, value in [*_versions(), *_native(native), *served]:
         print(f"{label:<18}{value}")
-    verdict, passed = self_check(native)
-    print(f"{'self-check':<18}{verdict}")
+    checked = ["cpu", *(label.removeprefix("serves ") for label, value in served if value.startswith("native ("))]
+    for device in dict.fromkeys(checked):
+        said, right = self_check(native, device)
+        print(f"{'self-check' + f' {device}' * (device != 'cpu'):<18}{said}")
+        passed = passed and right
     return 0 if passed else 1
 
 
-def self_check(native: load.Native) -> tuple[str, bool]:
-    """Takes the same steps with both backends and compares the weights.
+def self_check(native: load.Native, device: str = "cpu") -> tuple[str, bool]:
+    """Takes the same steps with the native backend on a device and with pure torch on the CPU; compares the weights.
 
     Returns:
         A sentence for the report, and False if a single bit differs or a step raises, else True.
@@ -42,7 +62,7 @@ def self_check(native: load.Native) -> tuple[str, bool]:
     if native.module is None:
         return "skipped: there is no native backend to compare with pure torch", True
     try:
-        ours, expected = _steps("native"), _steps("torch")
+        ours, expected = _steps("native", device), _steps("torch", "cpu")
     except Exception as error:  # the report must end with a line, whatever a step raises
         return f"FAILED: {type(error).__name__}: {error}", False
     differing = sum(
@@ -59,22 +79,22 @@ def self_check(native: load.Native) -> tuple[str, bool]:
     )
 
 
-def _steps(name: load.Backend) -> list[torch.Tensor]:
-    """Returns float32 parameters after steps of mode F, then of mode D, with a backend, from fixed random numbers."""
+def _steps(name: load.Backend, device: str) -> list[torch.Tensor]:
+    """Returns float32 parameters, on the CPU, after steps of mode F, then of D, on a device, from fixed numbers."""
     from . import ChildAdamW, ChildNetwork
 
     random = torch.Generator().manual_seed(0)
-    model = torch.nn.ParameterList(torch.randn(size, generator=random) for size in SIZES)
-    masks = {key: torch.rand(param.shape, generator=random) < 0.3 for key, param in model.named_parameters()}
+    model = torch.nn.ParameterList(torch.randn(size, generator=random) for size in SIZES).to(device)
+    masks = {k: (torch.rand(p.shape, generator=random) < 0.3).to(device) for k, p in model.named_parameters()}
     child = ChildNetwork.from_masks(model, masks)
     runs: tuple[dict[str, Any], ...] = ({"reserve_p": 0.3, "seed": 0}, {"child": child})
     for options in runs:
         optimizer = ChildAdamW(model.parameters(), lr=1e-2, backend=name, **options)
         for _ in range(STEPS):
             for param in model.parameters():
-                param.grad = torch.randn(param.shape, generator=random)
+                param.grad = torch.randn(param.shape, generator=random).to(device)
             optimizer.step()
-    return [param.detach() for param in model.parameters()]
+    return [param.detach().cpu() for param in model.parameters()]
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -124,19 +144,76 @@ def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
         why = f"native ({native.origin})"
     yield "serves cpu", why
     for device in range(torch.cuda.device_count()):
-        yield from _gpu_lines(device, asked)
+        yield from _asking(device, functools.partial(_gpu_lines, device, asked))
+
+
+def _asking(device: int, ask: Callable[[], Iterator[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """Returns lines about a GPU, or one that says why torch cannot use it: another process may have it for itself."""
+    try:
+        return list(ask())
+    except RuntimeError as error:
+        return [(f"serves cuda:{device}", f"none: torch cannot use it ({str(error).splitlines()[0]})")]
 
 
 def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
-    """Yields lines that say which backend serves a GPU, and in which way its kernels are made."""
-    found = gpu.find(device)
-    kernels = f"kernels {found.origin}" if found.kernels else "no kernels"
-    if asked == "native":
-        yield f"serves cuda:{device}", f"native ({kernels})" if found.kernels else "none: it has no kernels"
+    """Yields lines that say which backend serves a GPU, in which way its kernels are made, and if they are proved."""
+    label, how = f"serves cuda:{device}", trust.setting()
+    if asked == "torch" or how == "off":
+        yield label, f"torch ({'CHILDTUNE_BACKEND=torch' if asked == 'torch' else 'CHILDTUNE_GPU=off'} asks for it)"
+        return
+    if asked == "native" or how == "trust":
+        found = gpu.find(device)
+        notes, variable = found.notes, "CHILDTUNE_BACKEND=native" if asked == "native" else "CHILDTUNE_GPU=trust"
+        other = "none" if asked == "native" else "torch"
+        kernels = f"native (kernels {found.origin}, not proved: {variable} asks for them)"
+        yield label, kernels if found.kernels else f"{other}: it has no kernels"
     else:
-        yield f"serves cuda:{device}", f"torch ({kernels}; CHILDTUNE_BACKEND=native would ask for them)"
-    for note in found.notes:
+        origin, known, notes = prover.look(gpu.properties(device))
+        if known is not None:
+            yield label, f"{'native' if known.word == 'good' else 'torch'} (kernels {origin}, {known})"
+        elif origin:
+            yield label, f"torch, until its kernels, {origin}, are proved: by the first training, or by {COMMAND}"
+        else:
+            yield label, "torch: it has no kernels"
+    for note in notes:
         yield "  because", note
+
+
+def prove() -> int:
+    """Proves the kernels of every GPU anew, and prints a table by kernel and dtype; returns 1 if one is not proved."""
+    passed = True
+    for device in range(torch.cuda.device_count()):
+        properties = gpu.properties(device)
+        print(f"GPU {device}: {properties.name}", flush=True)
+        found = prover.find(device, properties, anew=True)
+        told, ended = found.outcome.told, found.outcome.verdict
+        if found.outcome.here and found.image:
+            print(f"no second process can use it ({ended.cause}), so the cases run in this one", flush=True)
+            told, ended = prover.prove_here(device, found)
+        for line in _table(told):
+            print(line)
+        print(ended)
+        facts = {**found.facts, "device code": str(found.facts.get("device code"))[:12], "made": found.origin}
+        print("for a bug report: " + "; ".join(f"{name}: {value}" for name, value in facts.items()))
+        print(f"                  {ended.word}, {ended}; tried before: {'; '.join(found.notes) or 'nothing'}")
+        passed = passed and ended.word == "good"
+    if torch.cuda.device_count() == 0 or torch.version.cuda is None:
+        print("there is no GPU that torch's CUDA can use, so there is nothing to prove")
+        return 1
+    return 0 if passed else 1
+
+
+def _table(told: Iterable[proof.Told]) -> Iterator[str]:
+    """Yields lines: for each kernel and dtype, in how many cases its bits were right, and the seconds they took."""
+    rows: dict[str, list[proof.Told]] = {}
+    for case in told:
+        rows.setdefault(case.case.partition(":")[0], []).append(case)
+    for row, of_row in rows.items():
+        right = sum(not case.differs for case in of_row)
+        yield f"  {row:<36}{right:>3} of {len(of_row):>2} right{sum(case.seconds for case in of_row):>8.2f} s"
+        for case in of_row:
+            if case.differs:
+                yield f"      {case.case.partition(': ')[2]}: {case.differs}"
 
 
 def _cpu_name() -> str:

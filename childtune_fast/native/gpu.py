@@ -56,6 +56,23 @@ def find(device: int) -> Gpu:
     return _found[device]
 
 
+def images(properties: Any, notes: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields the ways to make device code for a GPU and what each makes, the best one first; loads nothing.
+
+    Args:
+        properties: what `properties` returns for the GPU.
+        notes: receives the failures of the ways that make none, one line each.
+    """
+    from .device_code import images
+
+    for origin, make in images((properties.major, properties.minor)):
+        image = None
+        with _noting(origin, notes):
+            image = make()
+        if image is not None:
+            yield origin, image
+
+
 def use(device: int, origin: str, image: bytes) -> Any:
     """Loads a GPU's kernels from device code, for the whole process, and returns them.
 

@@ -13,9 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +32,27 @@ _CODE = (
     "from childtune_fast.ops.proof import main; main(job)"
 )
 # Variables that would make the process a rank of the user's job, or have a profiler load its code into it.
-_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
-_NOT_INHERITED += ("MASTER_PORT", "CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH", "PYTHONSTARTUP")
+_NOT_INHERITED = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH", "PYTHONSTARTUP"),
+}
 
 
 Case = StepCase | SquaresCase | SelectionCase
+
+
+class Told(NamedTuple):
+    """What is told of one case.
+
+    Attributes:
+        case: its name.
+        seconds: how long it took; -1 before it has run.
+        differs: what differed, or "".
+    """
+
+    case: str
+    seconds: float = -1.0
+    differs: str = ""
 
 
 class Outcome(NamedTuple):
@@ -47,13 +62,13 @@ class Outcome(NamedTuple):
         verdict: what it has found.
         refused: whether the driver does not load this device code, which then is no matter for a proof.
         here: whether the cases may yet run in this process, since no second one may use the GPU.
-        seconds: {name of a case that was run: its seconds}.
+        told: what was told of the cases that have run to their end.
     """
 
     verdict: verdict.Verdict
     refused: bool = False
     here: bool = False
-    seconds: Mapping[str, float] = MappingProxyType({})
+    told: tuple[Told, ...] = ()
 
 
 def cases() -> Iterator[Case]:
@@ -71,26 +86,28 @@ def trial(device: int) -> str:
     return next((f"{case.name}: {differs}" for case in trial_cases() if (differs := case.check(device))), "")
 
 
-def run(device: int, note: Callable[[str, float], None] = lambda case, seconds: None) -> verdict.Verdict:
-    """Runs all cases in this process, on kernels that `gpu` has loaded; stops at the first that differs.
+def run(device: int, tell: Callable[[Told], None], thorough: bool = False) -> verdict.Verdict:
+    """Runs the cases in this process, on kernels that `gpu` has loaded.
 
     Args:
         device: number of the GPU.
-        note: called with each case's name and -1.0 before it runs, and with its seconds after it was right.
+        tell: called before a case runs, and after it has run to its end.
+        thorough: whether to go on after a case that differs (default: False).
     """
-    start = time.perf_counter()
+    start, first = time.perf_counter(), ""
     for case in cases():
-        note(case.name, -1.0)
+        tell(Told(case.name))
         began = time.perf_counter()
         try:
             differs = case.check(device)
         except Exception as error:
             word, cause = _meaning(error)
-            return verdict.made(word, f"{case.name}: {cause}", time.perf_counter() - start)
-        if differs:
-            return verdict.made("bad", f"{case.name}: {differs}", time.perf_counter() - start)
-        note(case.name, time.perf_counter() - began)
-    return verdict.made("good", "", time.perf_counter() - start)
+            return verdict.made(word, first or f"{case.name}: {cause}", time.perf_counter() - start)
+        tell(Told(case.name, time.perf_counter() - began, differs))
+        first = first or (f"{case.name}: {differs}" if differs else "")
+        if first and not thorough:
+            break
+    return verdict.made("bad" if first else "good", first, time.perf_counter() - start)
 
 
 def _meaning(error: Exception) -> tuple[verdict.Word, str]:
@@ -112,26 +129,27 @@ def why_no_process() -> str:
     return ""
 
 
-def run_in_a_process(device: int, image: bytes, uuid: str) -> Outcome:
+def run_in_a_process(device: int, image: bytes, uuid: str, thorough: bool = False) -> Outcome:
     """Runs all cases in another process, on kernels that it loads from `image`.
 
     Args:
         device: number of the GPU, by which the other process finds it as this one does.
         image: device code.
         uuid: the GPU's identifier as torch has it; if the other process finds another one, nothing is known.
+        thorough: as in `run` (default: False).
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="childtune_fast-", ignore_cleanup_errors=True) as folder:
         path = Path(folder, "image")
         path.write_bytes(image)
         sys_path = [os.path.abspath(entry) for entry in sys.path]
-        job = {"sys_path": sys_path, "device": device, "image": str(path), "uuid": uuid}
+        job = {"sys_path": sys_path, "device": device, "image": str(path), "uuid": uuid, "thorough": thorough}
         try:
             status, output = toolchain.run(
                 [sys.executable, "-c", _CODE, json.dumps(job)], timeout=TIMEOUT, env=_environment()
             )
         except subprocess.TimeoutExpired as expired:
-            return Outcome(_cut_short(f"it was not done after {TIMEOUT:.0f} s", _lines(expired.output), start))
+            return Outcome(_cut_short(f"it was not done after {TIMEOUT:.0f} s", _lines(expired.output)[0], start))
         except OSError as error:
             return Outcome(_cut_short(f"its process could not be started ({error})", [], start), here=True)
     return _outcome(status, output, start)
@@ -142,27 +160,28 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in kept.items() if not name.startswith("TORCHELASTIC_")} | {GUARD: "1"}
 
 
-def _lines(output: bytes | str | None) -> list[dict[str, Any]]:
-    """Returns what a process has told of its proof."""
+def _lines(output: bytes | str | None) -> tuple[list[Told], list[Any]]:
+    """Returns what a process has told of its cases, and at its end: three fields of an Outcome, or nothing."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
     marked = [line.removeprefix(_MARK) for line in text.splitlines() if line.startswith(_MARK)]
-    return [json.loads(line) for line in marked if line.endswith("}")]
+    lines = [json.loads(line) for line in marked if line.endswith("}")]  # the last may be cut off
+    return [Told(*line["told"]) for line in lines if "told" in line], next((x["end"] for x in lines if "end" in x), [])
 
 
 def _outcome(status: int, output: str, start: float) -> Outcome:
-    told = _lines(output)
-    seconds = {line["case"]: line["seconds"] for line in told if line.get("seconds", -1.0) >= 0}
-    last = told[-1] if told else {}
-    if "verdict" in last:
-        return Outcome(verdict.Verdict(*last["verdict"]), last["refused"], last["here"], seconds)
+    told, end = _lines(output)
+    if end:
+        ended = tuple(case for case in told if case.seconds >= 0)
+        return Outcome(verdict.Verdict(*end[0]), end[1], end[2], ended)
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    if status == 0 or status == -9 or "case" not in last:  # not by a kernel, as far as one can tell
+    if status in (0, -9) or not told:  # not by a kernel, as far as one can tell
         return Outcome(_cut_short(f"its process ended with {how}{toolchain.quoted(output)}", told, start))
-    return Outcome(verdict.made("bad", f"{last['case']}: the process ended with {how}", time.perf_counter() - start))
+    cause = f"{told[-1].case}: its process ended with {how}"
+    return Outcome(verdict.made("bad", cause, time.perf_counter() - start))
 
 
-def _cut_short(why: str, told: list[dict[str, Any]], start: float) -> verdict.Verdict:
-    where = f"{told[-1]['case']}: " if told and "case" in told[-1] else ""
+def _cut_short(why: str, told: list[Told], start: float) -> verdict.Verdict:
+    where = f"{told[-1].case}: " if told else ""
     return verdict.made("unknown", f"{where}{why}", time.perf_counter() - start)
 
 
@@ -170,15 +189,11 @@ def main(job: dict[str, Any]) -> None:
     """Runs the proof that `run_in_a_process` has asked for, and tells what comes of it."""
     if hasattr(os, "killpg"):
         threading.Thread(target=die_with_parent, daemon=True).start()
-    outcome = _prove(job["device"], Path(job["image"]).read_bytes(), job["uuid"])
-    _tell(verdict=list(outcome.verdict), refused=outcome.refused, here=outcome.here)
+    outcome = _prove(job["device"], Path(job["image"]).read_bytes(), job["uuid"], job["thorough"])
+    print(_MARK + json.dumps({"end": outcome[:3]}), flush=True)
 
 
-def _tell(**line: object) -> None:
-    print(_MARK + json.dumps(line), flush=True)
-
-
-def _prove(device: int, image: bytes, uuid: str) -> Outcome:
+def _prove(device: int, image: bytes, uuid: str, thorough: bool) -> Outcome:
     """Loads the kernels in this process, which was started for that, and runs the cases."""
     try:
         found = str(gpu.properties(device).uuid)
@@ -192,5 +207,5 @@ def _prove(device: int, image: bytes, uuid: str) -> Outcome:
     except Exception as error:
         word, cause = _meaning(error)
         return Outcome(verdict.made("unknown", cause, 0.0), refused=word == "bad", here=word == "unknown")
-    judged = run(device, lambda case, seconds: _tell(case=case, seconds=seconds))
+    judged = run(device, lambda told: print(_MARK + json.dumps({"told": told}), flush=True), thorough)
     return Outcome(judged, here=judged.word == "unknown")

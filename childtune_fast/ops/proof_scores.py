@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..native import gpu
 from . import reference
-from .proof_steps import DTYPES, SIZES, difference, name_of
+from .proof_tensors import DTYPES, SIZES, difference, name_of
 from .radix import OnGpu, select_in_parts
 
 
@@ -80,7 +80,7 @@ class SelectionCase:
             names, total = [str(i) for i in range(len(scores))], sum(score.numel() for score in scores)
             for k in (0, 1, round(0.3 * total), total):
                 wanted = reference.select(names, scores, k, self.largest)
-                part = OnGpu(place, {i: score.to(place) for i, score in enumerate(scores)}, self.largest)
+                part = OnGpu(device, {i: score.to(place) for i, score in enumerate(scores)}, self.largest)
                 found = select_in_parts([part], k)
                 if found is None:
                     return f"{k} of {kind}: a score is said to be NaN, and none is"
@@ -88,7 +88,7 @@ class SelectionCase:
                     if differs := difference(found[i].cpu(), mask):
                         return f"{k} of {kind}, bytes of the mask of {scores[i].numel()} weights: {differs}"
         scores[-1][-1] = float("nan")
-        part = OnGpu(place, {i: score.to(place) for i, score in enumerate(scores)}, self.largest)
+        part = OnGpu(device, {i: score.to(place) for i, score in enumerate(scores)}, self.largest)
         return "" if select_in_parts([part], 1) is None else "a score that is NaN is not seen"
 
 

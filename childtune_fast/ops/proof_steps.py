@@ -5,11 +5,12 @@ and compares every bit.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,24 +18,10 @@ from torch import Tensor
 from ..native import gpu
 from . import reference
 from .on_gpu import step_on_gpu
-from .packed_mask import PackedMask
+from .proof_tensors import DTYPES, SIZES, Parameter, difference, name_of, shapes_of
 from .random_mask import KEEP_ALL
-from .step_group import StepGroup, compute_dtype
+from .step_group import StepGroup
 
-SIZES = (0, 1, 3, 127, 128, 129, 1023, 1025, 4097, 70_001)
-TINY_SIZES = (1, 127, 129, 1025)
-ODD_SIZES = (3, 129, 4097)  # again, at addresses at which no vector begins
-MANY = 400  # tensors; more than a small table holds
-# Of shards: (offset, run, stride) as in StepGroup.slices, and the number of runs. Offsets beyond 2**35 need the upper
-# word of a Philox counter.
-SLICES = (
-    ((5, 1, 9), 7),
-    ((64, 129, 200), 5),
-    ((0, 128, 256), 9),
-    ((1 << 33, 1025, 4096), 3),
-    (((1 << 36) + 77, 4097, 0), 1),
-)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Trained = Literal["all weights", "a random mask", "a child network"]
 TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network")
 
@@ -75,10 +62,16 @@ class StepCase:
 
     def check(self, device: int) -> str:
         """Runs the case on a GPU; returns what differed from the specification, or "" if nothing did."""
-        on_gpu, on_cpu = _Run(self, device), _Run(self, None)
+        options: dict[str, Any] = {
+            "masked": self.trained == "a child network",
+            "amsgrad": self.amsgrad,
+            "steps": self.steps,
+        }
+        params = [Parameter(self.dtype, i, *shape, **options) for i, shape in enumerate(shapes_of(self.tensors))]
+        on_gpu, on_cpu = _Run(self, params, device), _Run(self, params, None)
         with gpu.side_stream(device) if self.way == "on a side stream" else contextlib.nullcontext():
             for number in range(self.steps):
-                on_gpu.take(number)
+                on_gpu.take(device, number)
         gpu.synchronize(device)
         for number in range(self.steps):
             on_cpu.take_as_specified(number)
@@ -107,64 +100,6 @@ def step_cases() -> Iterator[StepCase]:
     yield StepCase(torch.float32, "a child network", tensors="many", counted=True)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Returns a dtype's name, such as "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-class _Parameter:
-    """One parameter of a case with its gradients, state and mask, all in one place.
-
-    Attributes:
-        param: values of shape [numel].
-        grads: gradients of that shape, one for each step.
-        state: the entries of its state, by torch.optim.AdamW's names; the step count begins on the CPU.
-        mask: mask of the child network, or None.
-        slice: of a shard, as in StepGroup.slices; else None.
-    """
-
-    def __init__(self, case: StepCase, number: int, numel: int, place: tuple[int, int, int] | None) -> None:
-        random = torch.Generator("cpu").manual_seed(number)
-
-        def normal(size: int) -> Tensor:
-            return torch.randn(size, generator=random, device="cpu")
-
-        self.slice, self.mask, size = place, None, numel
-        if case.trained == "a child network":
-            density = (0.3, 0.6, 0.3, 0.02, 1.0, 0.0)[number % 6]
-            self.mask = PackedMask.pack(torch.rand(numel, generator=random, device="cpu") < density)
-            size = self.mask.count
-        self.param = normal(numel).to(case.dtype)
-        self.grads = [normal(numel).to(case.dtype) for _ in range(case.steps)]
-        for grad in self.grads[: numel // 128]:
-            grad[:4] = torch.tensor(
-                [0.0, -0.0, 1e-40, 1e4], device="cpu"
-            )  # a zero that divides, a denormal, a large value
-        compute = compute_dtype(self.param)
-        self.state = {
-            "step": torch.tensor(7.0 * (number % 3 == 0), device="cpu"),
-            "exp_avg": normal(size).to(compute),
-            "exp_avg_sq": normal(size).to(compute).square() * (number % 2),
-        }
-        if case.amsgrad:
-            self.state["max_exp_avg_sq"] = normal(size).to(compute).square()
-
-    def move(self, device: torch.device, odd: bool) -> None:
-        """Copies all but the step count to a device, if `odd` to addresses that no vector begins at."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            memory = torch.empty(tensor.numel() + odd, dtype=tensor.dtype, device=device)
-            return memory[int(odd) :].copy_(tensor)
-
-        self.param, self.grads = moved(self.param), [moved(grad) for grad in self.grads]
-        self.state = {key: value if key == "step" else moved(value) for key, value in self.state.items()}
-        self.mask = None if self.mask is None else self.mask.to(device)
-
-    def values(self) -> dict[str, Tensor]:
-        """Returns what a step may change, on the CPU."""
-        return {"parameter": self.param.cpu(), **{key: value.cpu() for key, value in self.state.items()}}
-
-
 class _Run:
     """The parameters of a case in one place, and the steps that they take.
 
@@ -173,12 +108,11 @@ class _Run:
         grads: the gradients of the next step; a CUDA graph needs them in one place.
     """
 
-    def __init__(self, case: StepCase, device: int | None) -> None:
-        self.case, self.device, self.memory = case, device, {}
-        self.params = [_Parameter(case, i, *shape) for i, shape in enumerate(_shapes(case.tensors))]
+    def __init__(self, case: StepCase, params: list[Parameter], device: int | None) -> None:
+        self.case, self.memory = case, dict[int, Tensor]()
         place = torch.device("cpu") if device is None else gpu.place(device)
-        for i, param in enumerate(self.params if device is not None else []):
-            param.move(place, odd=case.tensors == "few" and i >= 2 * len(SIZES))
+        odd = [case.tensors == "few" and i >= 2 * len(SIZES) for i in range(len(params))]
+        self.params = params if device is None else [p.moved(place, o) for p, o in zip(params, odd, strict=True)]
         self.scale, self.found_inf, *self.lrs = (
             torch.zeros((), dtype=dtype, device=place) for dtype in (*[torch.float32] * 3, torch.float64)
         )
@@ -198,7 +132,12 @@ class _Run:
         """Returns two groups that share nothing but the seed; parameters alternate between them."""
         case = self.case
         draws = case.trained == "a random mask"
-        numbers = {"eps": 1e-8, "amsgrad": case.amsgrad, "seed": 0xFEED_0123_4567_89AB, "capturable": case.counted}
+        numbers: dict[str, Any] = {
+            "eps": 1e-8,
+            "amsgrad": case.amsgrad,
+            "seed": 0xFEED_0123_4567_89AB,
+            "capturable": case.counted,
+        }
         first = StepGroup(
             lr=1e-2,
             beta1=0.9,
@@ -227,23 +166,22 @@ class _Run:
             _add(second if i % 2 else first, i + 3, param, self.grads[i])
         return [group for group in (first, second) if group.params]
 
-    def take(self, number: int) -> None:
+    def take(self, device: int, number: int) -> None:
         """Takes a step on the GPU, as an optimizer does."""
-        assert self.device is not None
         self._set(number)
         if self.case.way != "captured" or number == 0:  # the first step moves the counts, which no graph can
-            self._step()
+            self._step(device)
             return
         if self.replay is None:
-            self.replay = gpu.capture(self.device, self._step)
+            self.replay = gpu.capture(device, functools.partial(self._step, device))
         self.replay()
 
-    def _step(self) -> None:
+    def _step(self, device: int) -> None:
         groups = self._groups()
         for group, lr in zip(groups, self.lrs, strict=True) if self.case.counted else ():
             group.lr, group.lr_on_device = math.nan, lr
         scaler = (self.scale, self.found_inf) if self.case.counted else (None, None)
-        step_on_gpu(self.device, groups, self.memory, *scaler)
+        step_on_gpu(device, groups, self.memory, *scaler)
 
     def take_as_specified(self, number: int) -> None:
         """Takes the same step on the CPU, by the specification."""
@@ -270,17 +208,7 @@ class _Run:
         return ""
 
 
-def _shapes(tensors: str) -> list[tuple[int, tuple[int, int, int] | None]]:
-    """Returns for each parameter its size, and where it lies if it is a shard."""
-    if tensors == "many":
-        return [((33, 0, 128, 257, 1, 1030)[i % 6], None) for i in range(MANY)]
-    if tensors == "shards":
-        return [(place[1] * runs, place) for place, runs in SLICES for _ in range(2)]
-    sizes = TINY_SIZES if tensors == "tiny" else (*SIZES, *ODD_SIZES)
-    return [(size, None) for size in sizes for _ in range(2)]
-
-
-def _add(group: StepGroup, index: int, param: _Parameter, grad: Tensor) -> None:
+def _add(group: StepGroup, index: int, param: Parameter, grad: Tensor) -> None:
     """Adds a parameter to a group."""
     group.params.append(param.param)
     group.grads.append(grad)
@@ -296,13 +224,3 @@ def _add(group: StepGroup, index: int, param: _Parameter, grad: Tensor) -> None:
         group.child_counts.append(param.mask.count)
     if param.slice is not None:
         group.slices = [*(group.slices or []), param.slice]
-
-
-def difference(found: Tensor, wanted: Tensor) -> str:
-    """Returns how many bits of two tensors differ, and where first, or "" if none does; every NaN equals every NaN."""
-    same = (found == wanted) & (found.signbit() == wanted.signbit()) | found.isnan() & wanted.isnan()
-    if bool(same.all()):
-        return ""
-    where = int((~same).flatten().nonzero()[0])
-    got, right = found.flatten()[where].item(), wanted.flatten()[where].item()
-    return f"{int((~same).sum())} of {same.numel()} values differ, first at {where}: {got!r}, not {right!r}"

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-from ..native import BackendError, device_code, gpu, load, verdict
+from ..native import gpu, load, verdict
 from ..native.jit import cache_folder
 from . import proof
 
@@ -61,16 +61,11 @@ def find(device: int, properties: Any, *, anew: bool = False) -> Found:
     Args:
         device: number of the GPU.
         properties: `gpu.properties(device)`.
-        anew: whether to prove even if there is a verdict on disk (default: False).
+        anew: whether to prove thoroughly even if there is a verdict on disk (default: False).
     """
     notes: list[str] = []
     of_gpu = verdict.facts_of(properties)
-    for origin, make in device_code.images((properties.major, properties.minor)):
-        try:
-            image = make()
-        except BackendError as error:
-            notes.append(f"{origin}: {error}")
-            continue
+    for origin, image in gpu.images(properties, notes):
         facts = verdict.with_image(of_gpu, image)
         outcome, kept = _proved(device, image, facts, anew)
         if not outcome.refused:
@@ -78,6 +73,19 @@ def find(device: int, properties: Any, *, anew: bool = False) -> Found:
         notes.append(f"{origin}: {outcome.verdict.cause}")
     nothing = verdict.made("unknown", "there are none: " + "; ".join(notes), 0.0)
     return Found({}, b"", "", proof.Outcome(nothing), True, notes)
+
+
+def look(properties: Any) -> tuple[str, verdict.Verdict | None, list[str]]:
+    """Returns how a GPU's device code is made, the verdict that is on disk, and the failures of the ways before.
+
+    Args:
+        properties: `gpu.properties` of the GPU.
+    """
+    notes: list[str] = []
+    of_gpu = verdict.facts_of(properties)
+    for origin, image in gpu.images(properties, notes):
+        return origin, verdict.stored(verdict.with_image(of_gpu, image)), notes
+    return "", None, notes
 
 
 def _proved(device: int, image: bytes, facts: dict[str, Any], anew: bool) -> tuple[proof.Outcome, bool]:
@@ -89,7 +97,7 @@ def _proved(device: int, image: bytes, facts: dict[str, Any], anew: bool) -> tup
         with verdict.one_at_a_time(facts):
             found = None if anew else verdict.stored(facts)  # which another process may just have written
             if found is None:
-                outcome = proof.run_in_a_process(device, image, facts["UUID"])
+                outcome = proof.run_in_a_process(device, image, facts["UUID"], thorough=anew)
                 return outcome, verdict.keep(facts, outcome.verdict)
     return proof.Outcome(found), True
 
@@ -110,27 +118,35 @@ def judged(device: int, found: Found) -> Any:
     Where no second process may use the GPU, the cases run here first.
     """
     ended = found.outcome.verdict
-    kernels, kept = None, found.kept
+    kernels = None
     try:
         if found.image and (ended.word == "good" or found.outcome.here):
-            kernels = gpu.use(device, found.origin, found.image)
             if ended.word != "good":
-                ended = proof.run(device)
-                kept = verdict.keep(found.facts, ended)
-            elif differs := proof.trial(device):
+                _, ended = prove_here(device, found)
+            kernels = gpu.use(device, found.origin, found.image)
+            if differs := proof.trial(device):
                 ended = verdict.made("bad", f"in this process, {differs}", 0.0)
     except Exception as error:  # whatever it is, training goes on without the kernels
         ended = verdict.made("unknown", f"{type(error).__name__}: {error}", 0.0)
     if ended.word != "good":
         warn(device, ended.cause)
         return None
-    if not kept:
+    if not found.kept:
         load.warn_once(
             f"childtune_fast: the verdict on the kernels of GPU {device} cannot be kept in {cache_folder()}, so that "
             "every process proves them anew; name a folder that can be written in the environment variable "
             "CHILDTUNE_CACHE"
         )
     return kernels
+
+
+def prove_here(device: int, found: Found) -> tuple[tuple[proof.Told, ...], verdict.Verdict]:
+    """Loads a GPU's kernels and runs all cases in this process; returns what was told of the cases, and the verdict."""
+    gpu.use(device, found.origin, found.image)
+    told: list[proof.Told] = []
+    ended = proof.run(device, told.append)
+    verdict.keep(found.facts, ended)
+    return tuple(case for case in told if case.seconds >= 0), ended
 
 
 def warn(device: int, cause: str) -> None:

@@ -48,9 +48,9 @@ class OnGpu:
         bits: {number of a tensor among all: bits of its mask}, written by the passes.
     """
 
-    def __init__(self, device: torch.device, scores: dict[int, Tensor], largest: bool) -> None:
-        self.device, self.scores, self.largest = device, scores, largest
-        self.kernels, self.stream = gpu.load_kernels(device.index), gpu.stream_of(device.index)
+    def __init__(self, device: int, scores: dict[int, Tensor], largest: bool) -> None:
+        self.device, self.scores, self.largest = gpu.place(device), scores, largest
+        self.kernels, self.stream = gpu.load_kernels(device), gpu.stream_of(device)
         self.bits = {i: self._zeros(packed_size(tensor.numel()), torch.uint8) for i, tensor in scores.items()}
 
     def _zeros(self, size: int, dtype: torch.dtype) -> Tensor:

@@ -64,9 +64,9 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
 
 
 def _select_on_gpus(names: list[str], scores: list[Tensor], k: int, largest: bool) -> list[Tensor]:
-    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    by_device: dict[int, dict[int, Tensor]] = {}
     for i, tensor in enumerate(scores):
-        by_device.setdefault(tensor.device, {})[i] = tensor
+        by_device.setdefault(tensor.get_device(), {})[i] = tensor
     bits = select_in_parts([OnGpu(*part, largest) for part in by_device.items()], k)
     if bits is None:
         reference.refuse_nan(next(name for name, tensor in zip(names, scores, strict=True) if tensor.isnan().any()))

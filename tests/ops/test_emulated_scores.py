@@ -11,7 +11,7 @@ from stand_in import IMAGE, STREAM, bytes_of_memory
 
 from childtune_fast import ChildNetwork, FisherAccumulator
 from childtune_fast.native import gpu, load
-from childtune_fast.ops import radix, select
+from childtune_fast.ops import radix, select, trust
 from childtune_fast.ops.squares import SquareKernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,6 +30,7 @@ def stand_in(kernels):
     SquareKernels.find = lambda devices: SquareKernels(load.load_native(), {of_cpu: noting})
     gpu.load_kernels = lambda device: kernels
     gpu.stream_of, gpu.memory = lambda device: STREAM, lambda device, size: bytes_of_memory(size)
+    gpu.place = lambda device: torch.device("cpu")
     return served
 
 
@@ -79,8 +80,7 @@ def check_selection():
             expected = select.top_k(scores, k, largest=largest)
             for gpus in (1, 3):
                 parts = [
-                    radix.OnGpu(torch.device("cpu"), dict(list(enumerate(scores.values()))[gpu::gpus]), largest)
-                    for gpu in range(gpus)
+                    radix.OnGpu(-1, dict(list(enumerate(scores.values()))[gpu::gpus]), largest) for gpu in range(gpus)
                 ]
                 bits = radix.select_in_parts(parts, k)
                 assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
@@ -88,7 +88,8 @@ def check_selection():
 
 def check_selection_from_a_model():
     """As a user calls it, on tensors that say they are on a GPU."""
-    stand_in(load.load_native().GpuKernels(-1, IMAGE))
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
+    stand_in(kernels)
     model = torch.nn.Sequential(torch.nn.Linear(40, 70), torch.nn.Linear(70, 3))
     scores = {name: random_tensor(p.shape, torch.float32).square() for name, p in model.named_parameters()}
     expected = ChildNetwork.from_scores(model, scores, reserve_p=0.3, maskable="weight")
@@ -96,7 +97,7 @@ def check_selection_from_a_model():
     select_on_gpus = select._select_on_gpus
     select._select_on_gpus = lambda *args: calls.append(args) or select_on_gpus(*args)
     torch.Tensor.is_cuda, torch.Tensor.is_cpu = True, False
-    load.wants_gpu_kernels = lambda requested: True
+    trust.kernels_of = lambda device, choice: kernels
     kept = sum(mask.count for mask in expected.packed.values())
     found = select.top_k({name: scores[name] for name in expected.packed}, kept)
     broken = {"good": torch.zeros(3), "bad": torch.tensor([1.0, float("nan")])}

@@ -73,8 +73,8 @@ def cause_of_failure():
     return str(caught.value)
 
 
-def in_a_process_with(driver, function):
+def in_a_process_with(driver, function, **variables):
     """Calls a test module's function in a process that finds the stand-in for the CUDA driver in a folder."""
     folders, module = [str(Path(__file__).parent), str(Path(function.__code__.co_filename).parent)], function.__module__
     code = f"import sys; sys.path[:0] = {folders!r}; import {module}; {module}.{function.__name__}()"
-    result_of(python(code, LD_LIBRARY_PATH=str(driver)))
+    return result_of(python(code, LD_LIBRARY_PATH=str(driver), **variables))
