@@ -28,7 +28,7 @@ OUT := build/tests
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.nvrtc
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.benchmark
@@ -117,6 +117,12 @@ $(VENV)/.examples $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.native
 
 $(VENV)/.test: $(VENV)/.native
 	$(PIP) --constraint $(CONSTRAINTS) "childtune-fast[test,examples]"
+	touch $@
+
+# The NVRTC of torch's CUDA 13.0 wheels, beside the newest one that other tests use; tests/native/test_nvrtc.py says why.
+$(VENV)/.nvrtc: $(VENV)/.created
+	$(PIP) --no-deps --target $(VENV)/nvrtc-13.0 \
+	  "nvidia-cuda-nvrtc==13.0.88; sys_platform == 'linux' and platform_machine == 'x86_64'"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)

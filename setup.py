@@ -63,11 +63,14 @@ class BuildNative(build_ext):
             nvcc = build.find_nvcc()
             if nvcc is None:
                 raise FileNotFoundError("there is no nvcc")
-            known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-            codes = [code for code in build.DEVICE_CODES if f"sm_{code}" in known]
+            listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+            known = build.listed_codes(listed)
+            codes = [code for code in build.DEVICE_CODES if code in known]
+            if not codes:
+                raise LookupError(f"{nvcc} compiles for {known}, and none of {list(build.DEVICE_CODES)} is among them")
             target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(build.nvcc_command(nvcc, codes, target), check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            subprocess.run(build.fatbin_command(nvcc, codes, target), check=True)
+        except (OSError, LookupError, subprocess.CalledProcessError) as error:
             if required:
                 raise RuntimeError(
                     f"CHILDTUNE_CUDA=1 asks for GPU kernels, which could not be built ({error})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -61,21 +62,40 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
-def nvcc_command(nvcc: str, codes: list[int], target: Path) -> list[str]:
-    """Returns the command that compiles the kernels into `target`.
+def listed_codes(listing: str) -> list[int]:
+    """Returns the compute capabilities in what `nvcc --list-gpu-code` prints, such as 90 for sm_90."""
+    return [int(code) for code in re.findall(r"\bsm_(\d+)\b", listing)]
+
+
+def nvcc_command(nvcc: str, target: str, file: Path) -> list[str]:
+    """Returns the command that compiles the kernels for one target.
 
     Args:
         nvcc: path of the compiler.
-        codes: compute capabilities, such as 90 for 9.0. For one, the command makes a cubin; for several, a fatbin that
-            also has PTX of the last one.
-        target: file to write.
+        target: "sm_90" for machine code, a cubin, for compute capability 9.0; "compute_90" for its PTX.
+        file: file to write.
     """
-    if len(codes) == 1:
-        what = ["-cubin", f"-arch=sm_{codes[0]}"]
-    else:
-        ptx = f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}"
-        what = ["-fatbin", *(f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes), ptx, "--threads=0"]
-    return [nvcc, *what, *DEVICE_FLAGS, f"-I{csrc()}", "-o", str(target), str(device_source())]
+    return [nvcc, "-cubin" if target.startswith("sm_") else "-ptx", f"-arch={target}", *_what_to_compile(file)]
+
+
+def fatbin_command(nvcc: str, codes: list[int], file: Path) -> list[str]:
+    """Returns the command that compiles the kernels for several GPUs into a fatbin.
+
+    Machine code serves later GPUs of its major version alone. The driver compiles PTX for every later GPU: that of the
+    first code for those between two major versions in `codes`, that of the last one for those that come after it.
+
+    Args:
+        nvcc: path of the compiler.
+        codes: compute capabilities in ascending order, such as 90 for 9.0; at least one.
+        file: file to write.
+    """
+    targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    targets += [f"-gencode=arch=compute_{code},code=compute_{code}" for code in sorted({codes[0], codes[-1]})]
+    return [nvcc, "-fatbin", *targets, "--threads=0", *_what_to_compile(file)]
+
+
+def _what_to_compile(file: Path) -> list[str]:
+    return [*DEVICE_FLAGS, f"-I{csrc()}", "-o", str(file), str(device_source())]
 
 
 def device_source() -> Path:

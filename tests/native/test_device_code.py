@@ -1,6 +1,8 @@
 """Device code for a GPU: prebuilt, by NVRTC, by nvcc; what is told when a way leads nowhere, and the next one taken."""
 
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +10,20 @@ import torch
 from processes import script
 
 from childtune_fast import __main__ as report
-from childtune_fast.native import BackendError, build, device_code, gpu, load
+from childtune_fast.native import BackendError, build, device_code, gpu, load, nvrtc
 
+# An nvcc that knows three GPUs, writes what it was asked for, and fails if there is a file "broken" beside it.
 FALSE_NVCC = """
-case "$1" in --version) echo "nvcc of a test"; exit;; esac
+case "$1" in
+  --version) echo "nvcc of a test"; exit;;
+  --list-gpu-code) printf "sm_75\\nsm_90\\nsm_100\\n"; exit;;
+esac
+if [ -e "$(dirname "$0")/broken" ]; then echo "unsupported GNU version! gcc 99"; exit 2; fi
+asked="$1 $2"
 while [ "$1" != -o ]; do shift; done
-echo cubin > "$2"
+echo "$asked" > "$2"
 """
+CUBIN = b"-cubin -arch=sm_90\n"
 
 
 @pytest.fixture
@@ -25,18 +34,55 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def nvcc(monkeypatch, tmp_path):
-    """The path of an nvcc that the test is to write."""
+    """The path of an nvcc that works."""
     (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "nvcc", FALSE_NVCC)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     return tmp_path / "bin" / "nvcc"
 
 
-def way(name):
-    return dict(device_code.images((9, 0)))[name]
+def way(name, capability=(9, 0)):
+    return dict(device_code.images(capability))[name]
 
 
 def test_the_ways_in_their_order():
-    assert [name for name, _ in device_code.images((9, 0))] == ["prebuilt", "compiled by NVRTC", "compiled by nvcc"]
+    assert [name for name, _ in device_code.images((7, 5))] == ["prebuilt", "compiled by NVRTC", "compiled by nvcc"]
+
+
+@pytest.mark.parametrize("capability", [(5, 2), (6, 1), (7, 0)])
+def test_a_gpu_that_is_too_old_is_told_so_and_nothing_is_compiled(capability):
+    ((name, make),) = device_code.images(capability)
+    assert name == f"compute capability {capability[0]}.{capability[1]}"
+    with pytest.raises(BackendError, match=r"^the kernels need 7.5 or later$"):
+        make()
+
+
+NVRTC_12_8 = [70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 120]
+NVRTC_13_0 = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "known", "target"),
+    [
+        (90, NVRTC_12_8, "sm_90"),
+        (87, NVRTC_12_8, "sm_87"),
+        (103, NVRTC_12_8, "sm_100"),  # not 101, an integrated GPU's
+        (121, NVRTC_12_8, "sm_120"),
+        (121, NVRTC_13_0, "sm_121"),
+        (110, NVRTC_12_8, "compute_100"),
+        (101, NVRTC_13_0, "compute_100"),  # an integrated GPU runs no other's machine code
+        (130, NVRTC_13_0, "compute_121"),
+        (86, [90, 75], "compute_75"),
+    ],
+)
+def test_a_gpu_that_the_compiler_does_not_know_gets_what_it_can_run(architecture, known, target):
+    assert device_code.target_for(architecture, "nvcc", known) == target
+
+
+@pytest.mark.parametrize(("known", "listed"), [([100, 120], "10.0, 12.0"), ([], "no GPU that it names")])
+def test_a_compiler_for_later_gpus_alone_is_told(known, listed):
+    with pytest.raises(BackendError, match=f"^nvcc compiles for {listed}, and the GPU has 9.0$"):
+        device_code.target_for(90, "nvcc", known)
 
 
 # ---- Prebuilt ------------------------------------------------------------------------------------------------------
@@ -62,32 +108,74 @@ def test_prebuilt_device_code_is_taken_if_it_is_of_these_sources(monkeypatch, tm
 
 
 def test_nvcc_compiles_once(nvcc, cache):
-    script(nvcc, FALSE_NVCC)
-    assert way("compiled by nvcc")() == b"cubin\n"
+    assert way("compiled by nvcc")() == CUBIN
     (cubin,) = cache.iterdir()
-    script(nvcc, 'case "$1" in --version) echo "nvcc of a test";; *) exit 1;; esac')
-    assert way("compiled by nvcc")() == b"cubin\n"
+    (nvcc.parent / "broken").touch()
+    assert way("compiled by nvcc")() == CUBIN
+    with pytest.raises(BackendError, match=r"nvcc failed \(status 2\)"):
+        way("compiled by nvcc", (10, 0))()
+    cubin.chmod(0o666)  # others can write it
+    with pytest.raises(BackendError, match=r"nvcc failed \(status 2\)"):
+        way("compiled by nvcc")()
+    cubin.chmod(0o600)
     cubin.write_bytes(b"half a cu")
-    with pytest.raises(BackendError, match=r"nvcc failed \(status 1\)"):
+    with pytest.raises(BackendError, match=r"nvcc failed \(status 2\)"):
         way("compiled by nvcc")()
 
 
-def test_another_nvcc_compiles_anew(nvcc, cache):
-    script(nvcc, FALSE_NVCC)
+def test_ptx_is_made_for_a_gpu_newer_than_nvcc(nvcc, cache):
+    for _ in range(2):  # compiled, then from the cache
+        assert way("compiled by nvcc", (13, 0))() == b"-ptx -arch=compute_100\n\0"
+        (nvcc.parent / "broken").touch()
+
+
+def another_banner(nvcc, monkeypatch):
+    status = nvcc.stat()
+    script(nvcc, FALSE_NVCC.replace("of a test", "of a tesd"))  # as long
+    os.utime(nvcc, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def another_size(nvcc, monkeypatch):
+    status = nvcc.stat()
+    script(nvcc, FALSE_NVCC + "\n")
+    os.utime(nvcc, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def another_time(nvcc, monkeypatch):
+    os.utime(nvcc, ns=(0, 0))
+
+
+def another_folder(nvcc, monkeypatch):
+    shutil.copytree(nvcc.parent, nvcc.parents[1] / "other" / "bin")
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1] / "other"))
+
+
+def another_standard_header(nvcc, monkeypatch):
+    monkeypatch.setitem(nvrtc.STANDARD_HEADERS, "cmath", "#pragma once")
+
+
+def another_flag(nvcc, monkeypatch):
+    monkeypatch.setattr(build, "DEVICE_FLAGS", [*build.DEVICE_FLAGS, "-lineinfo"])
+
+
+@pytest.mark.parametrize(
+    "change", [another_banner, another_size, another_time, another_folder, another_standard_header, another_flag]
+)
+def test_what_the_device_code_depends_on_compiles_anew(nvcc, cache, monkeypatch, change):
     way("compiled by nvcc")()
-    script(nvcc, FALSE_NVCC.replace("of a test", "of another toolkit").replace("echo cubin", "echo another"))
-    assert way("compiled by nvcc")() == b"another\n"
-    assert len(list(cache.iterdir())) == 2
+    change(nvcc, monkeypatch)
+    way("compiled by nvcc")()
+    keys = {path.name.partition("-")[0] for path in cache.iterdir()}
+    assert len(keys) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(nvcc, cache):
-    script(nvcc, FALSE_NVCC)
     cache.write_text("a file where the folder should be")
-    assert way("compiled by nvcc")() == b"cubin\n"
+    assert way("compiled by nvcc")() == CUBIN
 
 
 def test_what_nvcc_says_is_told(nvcc, cache):
-    script(nvcc, 'case "$1" in --version) exit 0;; esac; echo "unsupported GNU version! gcc 99"; exit 2')
+    (nvcc.parent / "broken").touch()
     with pytest.raises(BackendError, match=r"(?s)nvcc failed \(status 2\); its last lines:.*unsupported GNU version"):
         way("compiled by nvcc")()
     assert not list(cache.glob("*"))
@@ -107,17 +195,28 @@ def test_a_real_nvcc_gives_a_cubin(cache):
 # ---- NVRTC ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not device_code.nvrtc_libraries(), reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
-def test_a_real_nvrtc_gives_a_cubin_once(cache, monkeypatch):
+FOUND = [path for path in device_code.nvrtc_files() if path.is_absolute()]
+
+
+@pytest.mark.skipif(not FOUND, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+def test_the_first_nvrtc_that_works_gives_a_cubin_once(cache, monkeypatch, tmp_path):
+    (tmp_path / "libnvrtc.so.13").write_text("no library")
+    monkeypatch.setattr(device_code, "nvrtc_files", lambda: [tmp_path / "libnvrtc.so.13", *FOUND])
     cubin = way("compiled by NVRTC")()
     assert cubin.startswith(b"\x7fELF")
     monkeypatch.setattr(device_code.Nvrtc, "compile", None)
     assert way("compiled by NVRTC")() == cubin
 
 
-def test_without_nvrtc(monkeypatch):
-    monkeypatch.setattr(device_code, "nvrtc_libraries", list)
-    with pytest.raises(BackendError, match="there is no NVRTC; run `pip install nvidia-cuda-nvrtc`"):
+def test_if_no_nvrtc_works_the_words_of_each_are_told(monkeypatch, tmp_path):
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        (tmp_path / name).write_text("no library")
+    monkeypatch.setattr(device_code, "nvrtc_files", lambda: sorted(tmp_path.iterdir()))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    words = (
+        "there is no NVRTC of CUDA 12 that works; run `pip install nvidia-cuda-nvrtc-cu12`; NVRTC could not be loaded "
+    )
+    with pytest.raises(BackendError, match=words + r"from .*\.so\.12 \(.*; NVRTC could not be loaded from .*\.so\.13"):
         way("compiled by NVRTC")()
 
 

@@ -1,12 +1,21 @@
 """The CUDA kernels through NVRTC, as far as a machine without a GPU goes: to the cubin."""
 
+import ctypes.util
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
+from processes import python, result_of
 
-from childtune_fast.native import BackendError, device_code
+from childtune_fast.native import BackendError, nvrtc, nvrtc_files
 
-LIBRARIES = device_code.nvrtc_libraries()
+INSTALLED = [path for path in nvrtc_files.nvrtc_files() if path.is_absolute()]
+# `make test` installs the release that torch's CUDA 13.0 wheels bring beside the newest. It has no run path.
+OLD = sorted(Path(sys.prefix, "nvrtc-13.0").glob("nvidia/cu13/lib/libnvrtc.so.13"))
+# One of each optimizer that NVRTC has: it changes at 10.0.
+TARGETS = [*((path, "sm_75") for path in INSTALLED), *((path, "sm_120") for path in OLD or INSTALLED[:1])]
+SMALL = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
 KERNELS = [
     "step_" + "_".join(filter(None, parts))
     for parts in itertools.product(
@@ -16,29 +25,49 @@ KERNELS = [
 KERNELS += ["count_steps", "norm_chunks", "norm_tensors", "norm_total"]
 KERNELS += ["add_squares", "count_digits", "write_above", "add_ties"]
 
-pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda path: path.name)
-def nvrtc(request):
-    return device_code.Nvrtc(request.param)
-
-
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_compiles_every_kernel(nvrtc, architecture):
-    source, headers = device_code.kernel_source()
-    cubin = nvrtc.compile(source, headers, architecture)
+@pytest.mark.parametrize(("path", "target"), TARGETS, ids=str)
+def test_compiles_every_kernel(path, target):
+    compiler = nvrtc.Nvrtc(path)
+    cubin = compiler.compile(*nvrtc.kernel_source(), target)
     assert cubin.startswith(b"\x7fELF")
-    expected = KERNELS if nvrtc.version() >= (12, 1) else [name for name in KERNELS if not name.endswith("large")]
+    expected = KERNELS if compiler.version >= (12, 1) else [name for name in KERNELS if not name.endswith("large")]
     for name in expected:
         assert b"\0.text." + name.encode() + b"\0" in cubin, name
 
 
-def test_says_what_does_not_compile(nvrtc):
+@pytest.mark.parametrize("path", [*INSTALLED, *OLD], ids=str)
+def test_makes_ptx_which_ends_as_a_c_string(path):
+    compiler = nvrtc.Nvrtc(path)
+    assert {75, 90, 120} <= set(compiler.architectures())
+    ptx = compiler.compile(SMALL, {}, "compute_90")
+    assert b".target sm_90\n" in ptx
+    assert b".entry twice(" in ptx
+    assert ptx.endswith(b"\0")
+
+
+@pytest.mark.parametrize("path", OLD or INSTALLED[:1], ids=str)
+def test_finds_the_builtins_of_a_library_that_is_known_by_its_name_alone(path):
+    """As one that torch has loaded from a folder of its own, in which the loader does not look."""
+    code = f"""
+import ctypes, pathlib
+from childtune_fast.native import nvrtc
+ctypes.CDLL({str(path)!r})
+compiler = nvrtc.Nvrtc(pathlib.Path({path.name!r}))
+print(compiler.path, compiler.compile({SMALL!r}, {{}}, "sm_75")[1:4].decode())
+"""
+    output, errors = result_of(python(code, LD_LIBRARY_PATH=""))
+    assert output == f"{path} ELF\n", errors
+
+
+def test_says_what_does_not_compile():
     with pytest.raises(BackendError, match=r'(?s)NVRTC .* for sm_90:.*identifier "nonsense" is undefined'):
-        nvrtc.compile("int x = nonsense;", {}, 90)
+        nvrtc.Nvrtc(INSTALLED[0]).compile("int x = nonsense;", {}, "sm_90")
 
 
-def test_says_which_library_does_not_load(tmp_path):
-    with pytest.raises(BackendError, match="NVRTC could not be loaded from"):
-        device_code.Nvrtc(tmp_path / "libnvrtc.so")
+@pytest.mark.parametrize("name", ["/nonexistent/libnvrtc.so", ctypes.util.find_library("m") or "libm.so.6"])
+def test_says_which_library_is_none(name):
+    with pytest.raises(BackendError, match=f"NVRTC could not be loaded from {name}"):
+        nvrtc.Nvrtc(Path(name))
