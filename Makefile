@@ -28,8 +28,10 @@ OUT := build/tests
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
 
+# Two processes, which take the next file of tests when they are done with one; ARGS=-n0 runs all in one, for a debugger.
+# OpenMP's threads sleep while they wait: those of two processes would spin, and take the cores from each other.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.benchmark
 	mkdir -p build
