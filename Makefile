@@ -84,7 +84,7 @@ cuda: $(CUBINS) $(OUT)/core_compiles.o
 $(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/check_device_code.py
 	mkdir -p $(OUT)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -ptx $< -o $(@:cubin=ptx)
-	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $< -o $@.new 2>$@.log || { cat $@.log; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $(@:cubin=ptx) -o $@.new 2>$@.log || { cat $@.log; exit 1; }
 	@echo sm_$*; $(PYTHON) tests/support/check_device_code.py $(@:cubin=ptx) <$@.log
 	mv $@.new $@
 $(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)
