@@ -4,6 +4,7 @@ The stand-in is a few lines of C++ in the place of csrc/, for tests of the build
 """
 
 import functools
+import gc
 import subprocess
 import sysconfig
 
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage in every run, and went through all that is imported, which never is garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
