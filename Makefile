@@ -28,8 +28,10 @@ OUT := build/tests
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
 
+# Two processes, which take the next file of tests when they are done with one; ARGS=-n0 runs all in one, for a debugger.
+# OpenMP's threads sleep while they wait: those of two processes would spin, and take the cores from each other.
 test: $(VENV)/.test $(VENV)/.nvrtc
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.benchmark
 	mkdir -p build
@@ -82,7 +84,7 @@ cuda: $(CUBINS) $(OUT)/core_compiles.o
 $(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/check_device_code.py
 	mkdir -p $(OUT)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -ptx $< -o $(@:cubin=ptx)
-	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $< -o $@.new 2>$@.log || { cat $@.log; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $(@:cubin=ptx) -o $@.new 2>$@.log || { cat $@.log; exit 1; }
 	@echo sm_$*; $(PYTHON) tests/support/check_device_code.py $(@:cubin=ptx) <$@.log
 	mv $@.new $@
 $(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)

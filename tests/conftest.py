@@ -4,11 +4,9 @@ The stand-in is a few lines of C++ in the place of csrc/, for tests of the build
 """
 
 import functools
-import os
+import gc
 import subprocess
-import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +16,20 @@ from childtune_fast.native import build, jit, load, toolchain
 
 
 def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that the processes of `make test`, which take file by file, end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage in every run, and went through all that is imported, which never is garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -98,18 +105,3 @@ def driver(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{root / 'csrc'}"]
     subprocess.run(["c++", *flags, *map(str, sources), "-o", str(folder / "libcuda.so.1")], check=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def real_build(tmp_path_factory):
-    """Builds the real csrc/ in a fresh cache; returns the environment to use it in and what was printed."""
-    folder = tmp_path_factory.mktemp("real")
-    env = {**os.environ, "CHILDTUNE_FORCE_JIT": "1", "CHILDTUNE_CACHE": str(folder / "with space")}
-    env.update(PYTHONPATH=str(build.PACKAGE.parent))
-    env.pop("CHILDTUNE_BACKEND", None)
-    code = "from childtune_fast.native import load; print(load.load_native().__file__)"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr
-    return env, Path(ran.stdout.strip()), ran.stderr

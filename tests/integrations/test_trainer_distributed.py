@@ -100,6 +100,7 @@ def run_checks(rank, port, folder):
     os._exit(0)  # as in optimizer/test_distributed.py
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
 def test_two_processes():
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:

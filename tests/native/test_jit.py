@@ -1,7 +1,7 @@
 """The just-in-time build, with every way in which it can go wrong: compilers, cache folders, several processes.
 
 Most tests compile a stand-in of a few lines; where not even the compiler matters, a copy of a compiled one is put in
-place. The real sources are built once per session.
+place. test_real_build.py builds the real sources.
 """
 
 import os
@@ -267,24 +267,3 @@ def test_killed_build_blocks_nobody_and_leaves_no_compiler_running(monkeypatch, 
     output, errors = result_of(python(load_code(stand_in)))
     assert output == "42\n"
     assert "waiting" not in errors
-
-
-# ---- The real sources ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_real_build_says_so_in_one_line(real_build):
-    env, binary, errors = real_build
-    assert errors.startswith(f"childtune_fast: building the native backend in {env['CHILDTUNE_CACHE']} (once; about")
-    assert errors.count("\n") == 1
-    assert str(binary.parent) == env["CHILDTUNE_CACHE"]
-
-
-@pytest.mark.slow
-def test_real_build_needs_no_library_of_torch(real_build):
-    _, binary, _ = real_build
-    code = f"import ctypes; ctypes.CDLL({str(binary)!r}); print(open('/proc/self/maps').read())"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert binary.name in loaded
-    assert "libtorch" not in loaded
-    assert "libc10" not in loaded

@@ -1,7 +1,6 @@
 """The choice of backend, prebuilt binaries, the report of `python -m childtune_fast`, and what an import costs."""
 
 import json
-import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -133,19 +132,6 @@ def test_fingerprint_depends_on_every_file_and_on_the_version(monkeypatch, stand
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_report(real_build):
-    env, binary, _ = real_build
-    command = [sys.executable, "-m", "childtune_fast"]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    lines = dict(line.split(None, 1) for line in ran.stdout.splitlines())
-    assert f"built just in time, {binary}" in ran.stdout
-    assert lines["torch"].startswith(torch.__version__)
-    assert "self-check        OK: " in ran.stdout
-    assert ran.stderr == ""  # it was built before
 
 
 def test_report_without_a_compiler(monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_equals_adamw_at_reserve_p_1(kwargs, dtype, backend):
             assert error <= torchs + Decimal(torch.finfo(dtype).eps) * max(np.ravel(abs(exact)))
 
 
-@pytest.mark.parametrize("case", INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32), ids=str)
+@pytest.mark.parametrize("case", INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32))
 def test_errors_are_torch_s(case):
     given = case.optimizer_error_input
     params = make_params() if given.params is None else given.params

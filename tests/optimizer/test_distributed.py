@@ -205,6 +205,7 @@ def run_checks(rank, rendezvous):
     os._exit(0)  # gloo's threads may outlive its group and abort an interpreter that ends beside them: pytorch#179291
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(run_checks, args=(tmp_path / "rendezvous",), nprocs=WORLD)

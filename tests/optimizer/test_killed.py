@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import killed_runs
+import pytest
 from helpers import both_backends
 
 
+@pytest.mark.slow
 @both_backends
 def test_killed_runs_equal_one_that_was_not_interrupted(tmp_path, backend):
     support = Path(killed_runs.__file__).parent

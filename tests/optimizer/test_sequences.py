@@ -199,6 +199,7 @@ class Runs(RuleBasedStateMachine):
             assert mask is None or torch.equal(mask.unpack(), expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_random_sequences(backend):
     machine = type("Runs", (Runs,), {"backend": backend})
