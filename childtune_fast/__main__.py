@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .native import build, gpu, load
+from .native import CudaError, build, gpu, load
 
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
@@ -64,15 +64,17 @@ def _steps(name: load.Backend) -> list[torch.Tensor]:
     from . import ChildAdamW, ChildNetwork
 
     random = torch.Generator().manual_seed(0)
-    model = torch.nn.ParameterList(torch.randn(size, generator=random) for size in SIZES)
-    masks = {key: torch.rand(param.shape, generator=random) < 0.3 for key, param in model.named_parameters()}
+    model = torch.nn.ParameterList(torch.randn(size, generator=random, device="cpu") for size in SIZES)
+    masks = {
+        key: torch.rand(param.shape, generator=random, device="cpu") < 0.3 for key, param in model.named_parameters()
+    }
     child = ChildNetwork.from_masks(model, masks)
     runs: tuple[dict[str, Any], ...] = ({"reserve_p": 0.3, "seed": 0}, {"child": child})
     for options in runs:
         optimizer = ChildAdamW(model.parameters(), lr=1e-2, backend=name, **options)
         for _ in range(STEPS):
             for param in model.parameters():
-                param.grad = torch.randn(param.shape, generator=random)
+                param.grad = torch.randn(param.shape, generator=random, device="cpu")
             optimizer.step()
     return [param.detach() for param in model.parameters()]
 
@@ -129,7 +131,11 @@ def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
 
 def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
     """Yields lines that say which backend serves a GPU, and in which way its kernels are made."""
-    found = gpu.find(device)
+    try:
+        found = gpu.find(device)
+    except CudaError as error:
+        yield f"serves cuda:{device}", f"unknown: {error}"
+        return
     kernels = f"kernels {found.origin}" if found.kernels else "no kernels"
     if asked == "native":
         yield f"serves cuda:{device}", f"native ({kernels})" if found.kernels else "none: it has no kernels"

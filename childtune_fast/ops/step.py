@@ -4,15 +4,15 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..native import gpu, load
+from ..native import CudaError, gpu, load
 from . import reference
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
@@ -20,6 +20,13 @@ from .step_group import StepGroup, check_group
 # Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and
 # None for torch.
 Where = str | int | None
+
+# An optimizer's memory on GPUs, which a step uses while it runs: {(number of a GPU, handle of a stream there): bytes}.
+GpuMemory = dict[tuple[int, int], Tensor]
+
+
+class StepInterrupted(RuntimeError):
+    """A step was taken in part: some parameters and states are those of after it, others those of before it."""
 
 
 class StepKernels(NamedTuple):
@@ -62,28 +69,48 @@ class StepKernels(NamedTuple):
         return param.device.index if all(tensor.is_contiguous() for tensor in tensors) else None
 
 
+def prepare(backend: load.Backend, param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Loads what steps of these groups need, as early as can be: a GPU's memory may be full at the first step.
+
+    Args:
+        backend: the word that asks for kernels; for "auto", the CPU's are left for the first step.
+        param_groups: the optimizer's groups, with their parameters where they are now.
+
+    Raises:
+        BackendError: kernels are asked for, and there are none.
+    """
+    if backend == "native":
+        load.resolve(backend)
+    if load.wants_gpu_kernels(backend):
+        params = itertools.chain.from_iterable(group["params"] for group in param_groups)
+        for device in sorted({param.device.index for param in params if param.is_cuda}):
+            gpu.load_kernels(device)
+
+
 def take_step(
     groups: Mapping[Where, list[StepGroup]],
     kernels: StepKernels,
-    gpu_memory: dict[int, Tensor],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    gpu_memory: GpuMemory,
+    grad_scale: Tensor | float | None = None,
+    found_inf: Tensor | float | None = None,
 ) -> bool:
     """Takes one step; returns whether it was taken, as far as the host knows.
 
     Args:
         groups: the groups to step, by who steps them.
         kernels: the kernels with which `groups` were sorted.
-        gpu_memory: {number of a GPU: the optimizer's memory on it}, which a step uses while it runs; this call may
-            make it grow.
-        grad_scale: tensor of one number, by which a GradScaler has multiplied all gradients; None for 1
+        gpu_memory: the optimizer's memory on GPUs; this call may make it grow.
+        grad_scale: number, or tensor of one, by which a GradScaler has multiplied all gradients; None for 1
             (default: None).
-        found_inf: tensor of one number; unless it is 0, the step is not taken. None for 0 (default: None).
+        found_inf: number, or tensor of one; unless it is 0, the step is not taken. A GradScaler that has seen no
+            gradient gives a number. None for 0 (default: None).
 
     Raises:
+        StepInterrupted: a GPU's driver has refused to go on after a part of the step.
         RuntimeError, TypeError, ValueError: `check_group` refuses a group, `max_grad_norm` is given for sharded
             gradients, whose norm no rank knows, or a CUDA graph captures a step that it could not replay. Nothing has
             been written then.
+        CudaError: a GPU's driver has refused the step. Nothing has been written then.
     """
     on_cpu, on_torch = groups.get("cpu", []), groups.get(None, [])
     on_gpus = {where: on_gpu for where, on_gpu in groups.items() if isinstance(where, int)}
@@ -95,7 +122,7 @@ def take_step(
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
     by_host = not (on_gpus and alone)  # a GPU that steps everything scales, skips and clips without the host
     if by_host:
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and float(found_inf):
             return False
         _unscale(everything, grad_scale)
         grad_scale = found_inf = None
@@ -106,8 +133,11 @@ def take_step(
             _clip(kernels.native, on_cpu, of_gpus + on_torch)
         if kernels.native is not None and on_cpu:
             kernels.native.step(on_cpu, torch.get_num_threads())
+        begun = bool(on_cpu)
         for device, on_gpu in on_gpus.items():
-            _step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
+            with _noticing(begun):
+                _step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
+            begun = True
     if on_torch:
         reference.step(on_torch)
     for group in on_cpu + of_gpus:
@@ -117,13 +147,29 @@ def take_step(
 
 @contextlib.contextmanager
 def _explaining(groups: list[StepGroup]) -> Iterator[None]:
-    """Replaces the short errors of the kernels by the sentences of `check_group`."""
+    """Replaces the short errors of the kernels by the sentences of `check_group`; those of a driver stay."""
     try:
         yield
+    except (CudaError, StepInterrupted):
+        raise
     except (TypeError, ValueError, RuntimeError, BufferError):
         for group in groups:
             check_group(group)
         raise
+
+
+@contextlib.contextmanager
+def _noticing(begun: bool) -> Iterator[None]:
+    """Raises StepInterrupted where a driver's error leaves a step taken in part; `begun`: it was so before already."""
+    try:
+        yield
+    except CudaError as error:
+        if not (begun or error.begun):
+            raise
+        raise StepInterrupted(
+            f"ChildAdamW: a step was taken in part ({error}), so that parameters and state do not belong together any "
+            "more; load the model's and the optimizer's checkpoint before the next step"
+        ) from error
 
 
 # ---- What the host does with the gradients' factor -----------------------------------------------------------------
@@ -174,9 +220,9 @@ def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]
 def _step_on_gpu(
     device: int,
     groups: list[StepGroup],
-    memory: dict[int, Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    memory: GpuMemory,
+    grad_scale: Tensor | float | None,
+    found_inf: Tensor | float | None,
 ) -> None:
     """Steps groups of contiguous tensors on a GPU, on torch's current stream; returns before the GPU has done it.
 
@@ -191,8 +237,10 @@ def _step_on_gpu(
     for count in itertools.chain.from_iterable(group.steps for group in groups):
         if count.is_cpu:
             count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
-    scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
-    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device), *scaler)
+    scaler = (
+        x if x is None else torch.as_tensor(x, dtype=torch.float32, device=place) for x in (grad_scale, found_inf)
+    )
+    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device, stream), *scaler)
 
 
 def _check_capture(groups: list[StepGroup]) -> None:
@@ -220,8 +268,15 @@ def _is_counted_on_gpu(group: StepGroup) -> bool:
     return reads or not all(map(_is_on_cpu, group.steps))
 
 
-def _memory_of(memory: dict[int, Tensor], device: int, size: int) -> Tensor:
-    """Returns at least `size` bytes on a GPU, allocated at the first step and when a later one needs more."""
-    if device not in memory or memory[device].numel() < size:
-        memory[device] = gpu.memory(device, size)
-    return memory[device]
+def _memory_of(memory: GpuMemory, device: int, stream: int, size: int) -> Tensor:
+    """Returns at least `size` bytes for a step on a stream: new ones in a CUDA graph, else the last step's there.
+
+    A graph keeps the address, so the memory must be the graph's own: torch's allocator takes it from the pool of the
+    graph that is being captured. Steps on one stream run one after the other, so they share their memory; where it is
+    too small, the allocator gives what is dropped here to later work of that stream alone.
+    """
+    if gpu.is_capturing(device):
+        return gpu.memory(device, size)
+    if (device, stream) not in memory or memory[device, stream].numel() < size:
+        memory[device, stream] = gpu.memory(device, size)
+    return memory[device, stream]

@@ -8,7 +8,7 @@ import torch
 from processes import script
 
 from childtune_fast import __main__ as report
-from childtune_fast.native import BackendError, build, device_code, gpu, load
+from childtune_fast.native import BackendError, CudaError, build, device_code, gpu, load
 
 FALSE_NVCC = """
 case "$1" in --version) echo "nvcc of a test"; exit;; esac
@@ -130,7 +130,7 @@ def ways(monkeypatch):
 
     def kernels(device, image):
         if image == b"old":
-            raise RuntimeError("cuModuleLoadData failed: no kernel image is available")
+            raise CudaError("cuModuleLoadData failed: no kernel image is available", 209)
         return device, image
 
     def of(*results):

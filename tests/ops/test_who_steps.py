@@ -40,7 +40,7 @@ def gpu(monkeypatch):
         for group in groups:
             if group.lr_on_device is not None:
                 group.lr = group.lr_on_device.item()
-        assert memory_of(100) is memory_of(50)
+        assert (memory_of(100) is memory_of(50)) != gpu_kernels.is_capturing(1)
         calls.append(("counted_step", groups, stream))
         if found_inf is None or not found_inf.item():
             op._unscale(groups, grad_scale)
@@ -49,6 +49,11 @@ def gpu(monkeypatch):
 
     kernels = SimpleNamespace(step=step, counted_step=counted_step)
     monkeypatch.setattr(gpu_kernels, "find", lambda device: gpu_kernels.Gpu(kernels, "", []))
+    monkeypatch.setattr(
+        gpu_kernels,
+        "is_capturing",
+        lambda device: torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing(),
+    )
     monkeypatch.setattr(gpu_kernels, "place", lambda device: torch.device("cpu"))
     monkeypatch.setattr(op, "check_group", lambda group: None)  # it would find that state is on the CPU
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
@@ -135,10 +140,17 @@ def test_masks_follow_a_model_that_moved(monkeypatch):
 def test_native_says_why_there_are_no_kernels(monkeypatch):
     none = gpu_kernels.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"])
     monkeypatch.setattr(gpu_kernels, "find", lambda device: none)
-    param = on_gpu(torch.ones(3))
-    param.grad = torch.ones(3)
-    run = ChildAdamW([param], backend="native")
-    with pytest.raises(BackendError, match=r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"):
+    here, there = torch.nn.Parameter(torch.ones(3)), on_gpu(torch.ones(3))
+    refusal = r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"
+    with pytest.raises(BackendError, match=refusal):
+        ChildAdamW([here, there], backend="native")
+    run = ChildAdamW([here], backend="native")
+    with pytest.raises(BackendError, match=refusal):
+        run.add_param_group({"params": [there]})
+    assert len(run.param_groups) == 1
+    run.param_groups[0]["params"] = [there]  # as a model that has moved since
+    set_grads([there], 0)
+    with pytest.raises(BackendError, match=refusal):
         run.step()
     assert len(run.state) == 0
 
