@@ -84,15 +84,18 @@ def _steps(name: load.Backend, device: str) -> list[torch.Tensor]:
     from . import ChildAdamW, ChildNetwork
 
     random = torch.Generator().manual_seed(0)
-    model = torch.nn.ParameterList(torch.randn(size, generator=random) for size in SIZES).to(device)
-    masks = {k: (torch.rand(p.shape, generator=random) < 0.3).to(device) for k, p in model.named_parameters()}
+    model = torch.nn.ParameterList(torch.randn(size, generator=random, device="cpu") for size in SIZES).to(device)
+    masks = {
+        name: (torch.rand(param.shape, generator=random, device="cpu") < 0.3).to(device)
+        for name, param in model.named_parameters()
+    }
     child = ChildNetwork.from_masks(model, masks)
     runs: tuple[dict[str, Any], ...] = ({"reserve_p": 0.3, "seed": 0}, {"child": child})
     for options in runs:
         optimizer = ChildAdamW(model.parameters(), lr=1e-2, backend=name, **options)
         for _ in range(STEPS):
             for param in model.parameters():
-                param.grad = torch.randn(param.shape, generator=random).to(device)
+                param.grad = torch.randn(param.shape, generator=random, device="cpu").to(device)
             optimizer.step()
     return [param.detach().cpu() for param in model.parameters()]
 
@@ -168,7 +171,7 @@ def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
         kernels = f"native (kernels {found.origin}, not proved: {variable} asks for them)"
         yield label, kernels if found.kernels else f"{other}: it has no kernels"
     else:
-        origin, known, notes = prover.look(gpu.properties(device))
+        origin, known, notes = prover.look(device, gpu.properties(device))
         if known is not None:
             yield label, f"{'native' if known.word == 'good' else 'torch'} (kernels {origin}, {known})"
         elif origin:

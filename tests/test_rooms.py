@@ -86,7 +86,7 @@ def test_setup_can_read_the_build_description_without_the_package():
 
 
 # What one must name to find out whether kernels exist, or to decide between the CPU, a GPU and torch.
-DECIDING = {"resolve", "chosen", "wants_gpu_kernels", "find_native", "load_native", "load_kernels", "find"}
+DECIDING = {"resolve", "chosen", "kernels_of", "find_native", "load_native", "load_kernels", "find"}
 DECIDING |= {"native", "gpus", "use_gpus", "is_cuda", "import_module", "__import__"}
 
 
@@ -102,12 +102,12 @@ def deciding_names(name):
 def test_only_ops_decides_between_the_cpu_a_gpu_and_torch():
     outside = {name for name in MODULES if room_of(name) not in ("ops", "native", "")}
     deciding = {name: names for name in outside if (names := deciding_names(name))}
-    assert deciding.pop("optimizer.adamw") == ["find", "resolve"]  # StepKernels.find; native is asked for at once
+    assert deciding.pop("optimizer.adamw") == ["find"]  # StepKernels.find
     assert deciding.pop("fisher.sums") == ["find"]  # SquareKernels.find, for a pass
     assert deciding.pop("optimizer.collect") == ["is_cuda"]  # of a learning rate
     assert deciding == {}
     adamw = MODULES["optimizer.adamw"].read_text(encoding="utf-8")
-    assert re.findall(r"load\.(?!check\b|Backend\b)\w+.*", adamw) == ['load.resolve("native")']
+    assert re.findall(r"load\.(?!check\b|Backend\b)\w+.*", adamw) == []
 
 
 def files_run_by(function):

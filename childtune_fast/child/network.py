@@ -175,7 +175,7 @@ class ChildNetwork(WeightSet):
         """
         of_head = head_parameters(model, head)
         params = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in of_head}
-        empty = {n: torch.zeros(packed_size(p.numel()), dtype=torch.uint8) for n, p in params.items()}
+        empty = {n: torch.zeros(packed_size(p.numel()), dtype=torch.uint8, device="cpu") for n, p in params.items()}
         return cls({name: PackedMask(params[name].shape, bits) for name, bits in empty.items()}, model)
 
     def mask_of(self, param: Tensor, name: str | None = None) -> PackedMask | None:

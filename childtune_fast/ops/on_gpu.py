@@ -10,13 +10,16 @@ from torch import Tensor
 from ..native import gpu
 from .step_group import StepGroup
 
+# An optimizer's memory on GPUs, which a step uses while it runs: {(number of a GPU, handle of a stream there): bytes}.
+GpuMemory = dict[tuple[int, int], Tensor]
+
 
 def step_on_gpu(
     device: int,
     groups: list[StepGroup],
-    memory: dict[int, Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    memory: GpuMemory,
+    grad_scale: Tensor | float | None,
+    found_inf: Tensor | float | None,
 ) -> None:
     """Steps groups of contiguous tensors on a GPU, on torch's current stream; returns before the GPU has done it.
 
@@ -31,8 +34,10 @@ def step_on_gpu(
     for count in itertools.chain.from_iterable(group.steps for group in groups):
         if count.is_cpu:
             count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
-    scaler = (x if x is None else x.to(place, torch.float32) for x in (grad_scale, found_inf))
-    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device), *scaler)
+    scaler = (
+        x if x is None else torch.as_tensor(x, dtype=torch.float32, device=place) for x in (grad_scale, found_inf)
+    )
+    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device, stream), *scaler)
 
 
 def check_capture(groups: list[StepGroup]) -> None:
@@ -60,8 +65,15 @@ def _is_counted_on_gpu(group: StepGroup) -> bool:
     return reads or not all(map(_is_on_cpu, group.steps))
 
 
-def _memory_of(memory: dict[int, Tensor], device: int, size: int) -> Tensor:
-    """Returns at least `size` bytes on a GPU, allocated at the first step and when a later one needs more."""
-    if device not in memory or memory[device].numel() < size:
-        memory[device] = gpu.memory(device, size)
-    return memory[device]
+def _memory_of(memory: GpuMemory, device: int, stream: int, size: int) -> Tensor:
+    """Returns at least `size` bytes for a step on a stream: new ones in a CUDA graph, else the last step's there.
+
+    A graph keeps the address, so the memory must be the graph's own: torch's allocator takes it from the pool of the
+    graph that is being captured. Steps on one stream run one after the other, so they share their memory; where it is
+    too small, the allocator gives what is dropped here to later work of that stream alone.
+    """
+    if gpu.is_capturing(device):
+        return gpu.memory(device, size)
+    if (device, stream) not in memory or memory[device, stream].numel() < size:
+        memory[device, stream] = gpu.memory(device, size)
+    return memory[device, stream]

@@ -113,7 +113,9 @@ def run(device: int, tell: Callable[[Told], None], thorough: bool = False) -> ve
 def _meaning(error: Exception) -> tuple[verdict.Word, str]:
     """Returns what an error in a case says of the kernels: nothing, if there was no memory."""
     words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "code", None) == 2
+    no_memory = (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "code", None) == gpu.OUT_OF_MEMORY
+    )
     return ("unknown" if no_memory else "bad"), words
 
 
@@ -205,7 +207,8 @@ def _prove(device: int, image: bytes, uuid: str, thorough: bool) -> Outcome:
     try:
         gpu.use(device, "given", image)
     except Exception as error:
-        word, cause = _meaning(error)
-        return Outcome(verdict.made("unknown", cause, 0.0), refused=word == "bad", here=word == "unknown")
+        code = getattr(error, "code", None)
+        unknown = verdict.made("unknown", _meaning(error)[1], 0.0)
+        return Outcome(unknown, refused=code in gpu.LASTING, here=code == gpu.OUT_OF_MEMORY)
     judged = run(device, lambda told: print(_MARK + json.dumps({"told": told}), flush=True), thorough)
     return Outcome(judged, here=judged.word == "unknown")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..native import gpu
 from . import reference
-from .on_gpu import step_on_gpu
+from .on_gpu import GpuMemory, step_on_gpu
 from .proof_tensors import DTYPES, SIZES, Parameter, difference, name_of, shapes_of
 from .random_mask import KEEP_ALL
 from .step_group import StepGroup
@@ -109,7 +109,8 @@ class _Run:
     """
 
     def __init__(self, case: StepCase, params: list[Parameter], device: int | None) -> None:
-        self.case, self.memory = case, dict[int, Tensor]()
+        self.case = case
+        self.memory: GpuMemory = {}
         place = torch.device("cpu") if device is None else gpu.place(device)
         odd = [case.tensors == "few" and i >= 2 * len(SIZES) for i in range(len(params))]
         self.params = params if device is None else [p.moved(place, o) for p, o in zip(params, odd, strict=True)]

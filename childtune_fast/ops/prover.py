@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-from ..native import gpu, load, verdict
+from ..native import CudaError, gpu, load, verdict
 from ..native.jit import cache_folder
 from . import proof
 
@@ -65,7 +65,7 @@ def find(device: int, properties: Any, *, anew: bool = False) -> Found:
     """
     notes: list[str] = []
     of_gpu = verdict.facts_of(properties)
-    for origin, image in gpu.images(properties, notes):
+    for origin, image in gpu.images(device, properties, notes):
         facts = verdict.with_image(of_gpu, image)
         outcome, kept = _proved(device, image, facts, anew)
         if not outcome.refused:
@@ -75,15 +75,16 @@ def find(device: int, properties: Any, *, anew: bool = False) -> Found:
     return Found({}, b"", "", proof.Outcome(nothing), True, notes)
 
 
-def look(properties: Any) -> tuple[str, verdict.Verdict | None, list[str]]:
+def look(device: int, properties: Any) -> tuple[str, verdict.Verdict | None, list[str]]:
     """Returns how a GPU's device code is made, the verdict that is on disk, and the failures of the ways before.
 
     Args:
-        properties: `gpu.properties` of the GPU.
+        device: number of the GPU.
+        properties: `gpu.properties(device)`.
     """
     notes: list[str] = []
     of_gpu = verdict.facts_of(properties)
-    for origin, image in gpu.images(properties, notes):
+    for origin, image in gpu.images(device, properties, notes):
         return origin, verdict.stored(verdict.with_image(of_gpu, image)), notes
     return "", None, notes
 
@@ -116,6 +117,9 @@ def judged(device: int, found: Found) -> Any:
     """Loads the kernels that have proved themselves and returns them, or warns and returns None.
 
     Where no second process may use the GPU, the cases run here first.
+
+    Raises:
+        CudaError: the driver cannot load them now.
     """
     ended = found.outcome.verdict
     kernels = None
@@ -126,6 +130,8 @@ def judged(device: int, found: Found) -> Any:
             kernels = gpu.use(device, found.origin, found.image)
             if differs := proof.trial(device):
                 ended = verdict.made("bad", f"in this process, {differs}", 0.0)
+    except CudaError:
+        raise
     except Exception as error:  # whatever it is, training goes on without the kernels
         ended = verdict.made("unknown", f"{type(error).__name__}: {error}", 0.0)
     if ended.word != "good":

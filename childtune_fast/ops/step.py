@@ -2,23 +2,27 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..native import load
+from ..native import CudaError, load
 from . import reference, trust
-from .on_gpu import check_capture, step_on_gpu
+from .on_gpu import GpuMemory, check_capture, step_on_gpu
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
 # Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and
 # None for torch.
 Where = str | int | None
+
+
+class StepInterrupted(RuntimeError):
+    """A step was taken in part: some parameters and states are those of after it, others those of before it."""
 
 
 class StepKernels(NamedTuple):
@@ -65,28 +69,47 @@ class StepKernels(NamedTuple):
         return device if all(tensor.is_contiguous() for tensor in tensors) else None
 
 
+def prepare(backend: load.Backend, param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Loads what steps of these groups need, as early as can be: a GPU's memory may be full at the first step.
+
+    Args:
+        backend: the word that asks for kernels; for "auto", the CPU's are left for the first step.
+        param_groups: the optimizer's groups, with their parameters where they are now.
+
+    Raises:
+        BackendError: kernels are asked for, and there are none.
+    """
+    if backend == "native":
+        load.resolve(backend)
+    params = itertools.chain.from_iterable(group["params"] for group in param_groups)
+    devices = sorted({param.device.index for param in params if param.is_cuda})
+    trust.prepare(devices, load.chosen(backend))
+
+
 def take_step(
     groups: Mapping[Where, list[StepGroup]],
     kernels: StepKernels,
-    gpu_memory: dict[int, Tensor],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    gpu_memory: GpuMemory,
+    grad_scale: Tensor | float | None = None,
+    found_inf: Tensor | float | None = None,
 ) -> bool:
     """Takes one step; returns whether it was taken, as far as the host knows.
 
     Args:
         groups: the groups to step, by who steps them.
         kernels: the kernels with which `groups` were sorted.
-        gpu_memory: {number of a GPU: the optimizer's memory on it}, which a step uses while it runs; this call may
-            make it grow.
-        grad_scale: tensor of one number, by which a GradScaler has multiplied all gradients; None for 1
+        gpu_memory: the optimizer's memory on GPUs; this call may make it grow.
+        grad_scale: number, or tensor of one, by which a GradScaler has multiplied all gradients; None for 1
             (default: None).
-        found_inf: tensor of one number; unless it is 0, the step is not taken. None for 0 (default: None).
+        found_inf: number, or tensor of one; unless it is 0, the step is not taken. A GradScaler that has seen no
+            gradient gives a number. None for 0 (default: None).
 
     Raises:
+        StepInterrupted: a GPU's driver has refused to go on after a part of the step.
         RuntimeError, TypeError, ValueError: `check_group` refuses a group, `max_grad_norm` is given for sharded
             gradients, whose norm no rank knows, or a CUDA graph captures a step that it could not replay. Nothing has
             been written then.
+        CudaError: a GPU's driver has refused the step. Nothing has been written then.
     """
     on_cpu, on_torch = groups.get("cpu", []), groups.get(None, [])
     on_gpus = {where: on_gpu for where, on_gpu in groups.items() if isinstance(where, int)}
@@ -98,7 +121,7 @@ def take_step(
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
     by_host = not (on_gpus and alone)  # a GPU that steps everything scales, skips and clips without the host
     if by_host:
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and float(found_inf):
             return False
         _unscale(everything, grad_scale)
         grad_scale = found_inf = None
@@ -109,8 +132,11 @@ def take_step(
             _clip(kernels.native, on_cpu, of_gpus + on_torch)
         if kernels.native is not None and on_cpu:
             kernels.native.step(on_cpu, torch.get_num_threads())
+        begun = bool(on_cpu)
         for device, on_gpu in on_gpus.items():
-            step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
+            with _noticing(begun):
+                step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
+            begun = True
     if on_torch:
         reference.step(on_torch)
     for group in on_cpu + of_gpus:
@@ -120,13 +146,29 @@ def take_step(
 
 @contextlib.contextmanager
 def _explaining(groups: list[StepGroup]) -> Iterator[None]:
-    """Replaces the short errors of the kernels by the sentences of `check_group`."""
+    """Replaces the short errors of the kernels by the sentences of `check_group`; those of a driver stay."""
     try:
         yield
+    except (CudaError, StepInterrupted):
+        raise
     except (TypeError, ValueError, RuntimeError, BufferError):
         for group in groups:
             check_group(group)
         raise
+
+
+@contextlib.contextmanager
+def _noticing(begun: bool) -> Iterator[None]:
+    """Raises StepInterrupted where a driver's error leaves a step taken in part; `begun`: it was so before already."""
+    try:
+        yield
+    except CudaError as error:
+        if not (begun or error.begun):
+            raise
+        raise StepInterrupted(
+            f"ChildAdamW: a step was taken in part ({error}), so that parameters and state do not belong together any "
+            "more; load the model's and the optimizer's checkpoint before the next step"
+        ) from error
 
 
 # ---- What the host does with the gradients' factor -----------------------------------------------------------------

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from .packed_mask import PackedMask
 
+# A float32 counts no further: 2**24 + 1 rounds to 2**24, and F would draw the same mask from then on.
+_STEP_LIMITS = {
+    torch.float32: (2**24, "2**24, as far as float32 counts, or a float64 tensor to go on"),
+    torch.float64: (2**32 - 1, "2**32 - 1"),
+}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -126,5 +131,6 @@ def _check_step(name: str, step: Tensor) -> None:
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"ChildAdamW: state 'step' of {name} must be a tensor of one float32 or float64 (got {step!r})")
     value = step.item()
-    if not 0 <= value < 2**32 - 1 or value != int(value):
-        raise ValueError(f"ChildAdamW: state 'step' of {name} must be a whole number below 2**32 - 1 (got {value})")
+    limit, words = _STEP_LIMITS[step.dtype]
+    if not 0 <= value < limit or value != int(value):
+        raise ValueError(f"ChildAdamW: state 'step' of {name} must be a whole number below {words} (got {value})")

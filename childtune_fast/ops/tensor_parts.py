@@ -50,7 +50,7 @@ def parts(tensor: Tensor) -> dict[str, Tensor]:
         return {}
     if kind == "sparse_coo":
         found = {"indices": tensor._indices(), "values": tensor._values()}
-        return {**found, "coalesced": torch.tensor(tensor.is_coalesced())}
+        return {**found, "coalesced": torch.tensor(tensor.is_coalesced(), device="cpu")}
     if kind in _COMPRESSED:
         return {name: getattr(tensor, name)() for name in _COMPRESSED[kind]}
     if kind in _QUANTISED and tensor.dtype in _INTEGERS:
@@ -65,13 +65,14 @@ def _quantised_parts(tensor: Tensor) -> dict[str, Tensor]:
     integers = torch.empty(0, dtype=_INTEGERS[tensor.dtype], device=tensor.device)
     integers.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     if tensor.qscheme() == torch.per_tensor_affine:
-        scale = torch.tensor(tensor.q_scale(), dtype=torch.float64)
-        return {"integers": integers, "scale": scale, "zero_point": torch.tensor(tensor.q_zero_point())}
+        scale = torch.tensor(tensor.q_scale(), dtype=torch.float64, device="cpu")
+        zero_point = torch.tensor(tensor.q_zero_point(), device="cpu")
+        return {"integers": integers, "scale": scale, "zero_point": zero_point}
     return {
         "integers": integers,
         "scale": tensor.q_per_channel_scales(),
         "zero_point": tensor.q_per_channel_zero_points(),
-        "axis": torch.tensor(tensor.q_per_channel_axis()),
+        "axis": torch.tensor(tensor.q_per_channel_axis(), device="cpu"),
     }
 
 
@@ -96,12 +97,19 @@ def rebuilt(kind: str, shape: Sequence[int], parts: Mapping[str, Tensor], *, che
             parts["values"],
             tuple(shape),
             is_coalesced=bool(parts["coalesced"]),
+            device=parts["values"].device,
             check_invariants=check,
         )
     if kind in _COMPRESSED:
         compressed, plain, values = (parts[name] for name in _COMPRESSED[kind])
         return torch.sparse_compressed_tensor(
-            compressed, plain, values, tuple(shape), layout=getattr(torch, kind), check_invariants=check
+            compressed,
+            plain,
+            values,
+            tuple(shape),
+            layout=getattr(torch, kind),
+            device=values.device,
+            check_invariants=check,
         )
     integers, scale, zero_point = parts["integers"], parts["scale"], parts["zero_point"]
     if kind in _PER_CHANNEL:

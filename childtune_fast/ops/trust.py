@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
-from ..native import gpu, load
+from ..native import CudaError, gpu, load
 
 if TYPE_CHECKING:
     from .prover import Proof
@@ -59,18 +59,26 @@ def kernels_of(device: int, choice: load.Backend, wait: bool = False) -> Any:
     return _settled.get(device)
 
 
-def begin(devices: Iterable[int], choice: load.Backend) -> None:
-    """Begins to prove the kernels of GPUs, so that the verdict is there when it is needed; raises as `kernels_of`.
+def prepare(devices: Iterable[int], choice: load.Backend) -> None:
+    """Loads the kernels of GPUs, or begins to prove them, before training fills their memory; raises as `kernels_of`.
 
-    Called as early as parameters are known, before training fills the GPU's memory.
+    Args:
+        devices: numbers of GPUs.
+        choice: the backend, as in `kernels_of`.
     """
-    if choice == "auto" and setting() in ("auto", "prove"):
-        for device in set(devices) - _settled.keys():
-            _proof_of(device)
+    for device in devices:
+        if choice == "auto" and setting() in ("auto", "prove") and torch.version.cuda is not None:
+            if device not in _settled:
+                _proof_of(device)
+        else:
+            kernels_of(device, choice)
 
+
+ATTEMPTS = 3  # at loading kernels that there is no memory for
 
 _settled: dict[int, Any] = {}  # the kernels of each GPU about which all is known, or None
 _proofs: dict[int, Proof] = {}
+_attempts: dict[int, int] = {}
 _lock = threading.RLock()
 
 
@@ -88,23 +96,40 @@ def _proof_of(device: int) -> Proof:
 
 def _settle(device: int, wait: bool) -> None:
     """Puts a GPU's kernels, or None, into `_settled`, if all is known."""
-    how = setting()
-    if how == "off" or torch.version.cuda is None or load.resolve("auto") is None:  # nothing could launch them
+    if setting() == "off" or torch.version.cuda is None or load.resolve("auto") is None:  # nothing could launch them
         _settled[device] = None
-    elif how == "trust":
+        return
+    try:
+        _load(device, wait)
+    except CudaError as error:
+        _attempts[device] = _attempts.get(device, 0) + 1
+        if error.code != gpu.OUT_OF_MEMORY:
+            raise
+        if _attempts[device] == ATTEMPTS:  # until then, the next step may find more memory
+            _give_up(device, str(error))
+
+
+def _load(device: int, wait: bool) -> None:
+    """Does what `_settle` does, if CHILDTUNE_GPU is not "off"; raises CudaError if kernels cannot be loaded now."""
+    if setting() == "trust":
         found = gpu.find(device)
         if found.kernels is None:
-            from . import prover
-
-            prover.warn(device, "there are none: " + "; ".join(found.notes))
+            _give_up(device, "there are none: " + "; ".join(found.notes))
         _settled[device] = found.kernels
-    else:
-        running = _proof_of(device)
-        if wait or how == "prove":
-            running.join()
-        if running.found is not None and not torch.cuda.is_current_stream_capturing():  # a capture can load nothing
-            from . import prover
+        return
+    running = _proof_of(device)
+    if wait or setting() == "prove":
+        running.join()
+    if running.found is not None and not gpu.is_capturing(device):  # a graph that is captured lets nothing be loaded
+        from .prover import judged
 
-            with _lock:
-                if device not in _settled:
-                    _settled[device] = prover.judged(device, running.found)
+        with _lock:
+            if device not in _settled:
+                _settled[device] = judged(device, running.found)
+
+
+def _give_up(device: int, cause: str) -> None:
+    from .prover import warn
+
+    warn(device, cause)
+    _settled[device] = None

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import PLAIN_TENSORS, check_type
+from ..arguments import PLAIN_TENSORS, check_seed, check_type
 from ..child import ChildNetwork
 from ..native import load
 from ..ops.random_mask import MASK_VERSION
-from ..ops.step import StepKernels, take_step
+from ..ops.step import GpuMemory, StepInterrupted, StepKernels, prepare, take_step
 from .checkpoint import FINGERPRINT, CheckpointedAdamW
 from .checks import (
-    agreed_seed,
+    agree_on_seed,
     check_child,
     check_masks,
     check_no_lazy_negation,
     check_overlap,
     check_ranks_agree,
+    refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import Decay, NormOf, Variant, check_options, collect, settle_options
+from .collect import OWN_OPTIONS, Decay, NormOf, Variant, check_options, collect, settle_options
 from .masks import MaskBook
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
@@ -116,7 +117,7 @@ class ChildAdamW(CheckpointedAdamW):
         backend: load.Backend = "auto",
     ) -> None:
         self.backend = load.check(backend, "backend")
-        self._gpu_memory: dict[int, Tensor] = {}
+        self._gpu_memory: GpuMemory = {}
         check_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
         self._book = MaskBook(child)
         options = {
@@ -125,7 +126,7 @@ class ChildAdamW(CheckpointedAdamW):
             "variant": variant,
             "max_grad_norm": max_grad_norm,
             "norm_of": norm_of,
-            "seed": agreed_seed(seed),
+            "seed": check_seed(torch.initial_seed() if seed is None else seed),
             "mask_version": MASK_VERSION,
             FINGERPRINT: None,
         }
@@ -145,12 +146,12 @@ class ChildAdamW(CheckpointedAdamW):
             fused=fused,
         )
         del self._child_defaults  # `defaults` has them now
+        agree_on_seed(self.defaults, self.param_groups)
         masks = self._masks()
         if child is not None:
             check_masks(child, masks, self.param_groups, "those passed")
-        check_ranks_agree(child)
-        if self.backend == "native":
-            load.resolve("native")
+        check_ranks_agree(child, self.param_groups)
+        prepare(self.backend, self.param_groups)
 
     @property
     def seed(self) -> int:
@@ -193,6 +194,7 @@ class ChildAdamW(CheckpointedAdamW):
             settle_options(group, self._book.active)
             if not self._child_defaults:  # else the constructor looks for masks when it has added all groups
                 self._masks()
+                prepare(self.backend, self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -215,7 +217,7 @@ class ChildAdamW(CheckpointedAdamW):
         book = MaskBook(child)
         masks = book.read(self.param_groups)
         check_masks(child, masks, self.param_groups, "the optimizer")
-        check_ranks_agree(child)
+        check_ranks_agree(child, self.param_groups)
         for param in self._book.masks.keys() | masks.keys():
             self.state.pop(param, None)
         for options in (self.defaults, *self.param_groups):
@@ -237,7 +239,11 @@ class ChildAdamW(CheckpointedAdamW):
         Raises:
             RuntimeError: a gradient is sparse, or a mask has been written to.
             TypeError, ValueError: a gradient or a state does not fit its parameter. Nothing has been written then.
+            StepInterrupted: a GPU has refused to go on after a part of the step; until a checkpoint is loaded, later
+                steps raise a RuntimeError.
         """
+        if self._interrupted:
+            refuse_interrupted()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -246,6 +252,9 @@ class ChildAdamW(CheckpointedAdamW):
         taken = False
         try:
             taken = self._step(states_before)
+        except StepInterrupted:
+            self._interrupted = True
+            raise
         finally:
             if not taken:
                 for param, state in states_before.items():
@@ -274,23 +283,15 @@ class ChildAdamW(CheckpointedAdamW):
         return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "_book": self._book}
+        own = {name: getattr(self, name) for name in ("backend", "_book", "_interrupted")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_gpu_memory", {})
         self.__dict__.setdefault("_book", MaskBook())
         for group in self.param_groups:
-            for name in (
-                "reserve_p",
-                "decay",
-                "variant",
-                "max_grad_norm",
-                "norm_of",
-                "seed",
-                "mask_version",
-                FINGERPRINT,
-            ):
+            for name in ("reserve_p", *OWN_OPTIONS, "mask_version", FINGERPRINT):
                 if name in self.defaults:
                     group.setdefault(name, self.defaults[name])
             settle_options(group, self._book.active)

@@ -22,6 +22,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
     """The checkpoints of ChildAdamW, which is its only subclass."""
 
     _book: MaskBook  # the same object all along, for wrappers of the optimizer
+    _interrupted: bool = False  # a step was taken in part, and no checkpoint has been loaded since
 
     @property
     def child_masks(self) -> Masks:
@@ -145,6 +146,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
         finally:
             for handle in handles:
                 handle.remove()
+        self._interrupted = False
 
     def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the saved groups, completed by the present ones with what a checkpoint lacks or does not decide."""

@@ -1,11 +1,11 @@
 """Checks of a ChildAdamW's child network, ranks and parameters when it is made."""
 
+import contextlib
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_seed
 from ..child import ChildNetwork
 from ..ops.packed_mask import Masks
 
@@ -30,12 +30,28 @@ def refuse_reserve_p(reserve_p: Any, where: str = "") -> NoReturn:
     )
 
 
-def agreed_seed(seed: int | None) -> int:
-    """Returns the seed as an unsigned integer; in an initialised process group, rank 0's."""
-    agreed = [check_seed(torch.initial_seed() if seed is None else seed)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def agree_on_seed(defaults: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
+    """Gives an optimizer's defaults and groups the seed of rank 0, in an initialised process group."""
+    if not _has_ranks():
+        return
+    agreed = [defaults["seed"]]
+    with _on_gpu_of(param_groups):
         torch.distributed.broadcast_object_list(agreed, src=0)
-    return agreed[0]
+    for options in (defaults, *param_groups):
+        options["seed"] = agreed[0]
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _on_gpu_of(param_groups: list[dict[str, Any]]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the GPU of the first parameter that is on one the current GPU, through which NCCL exchanges objects.
+
+    Without it, ranks of a script that never calls torch.cuda.set_device would all take GPU 0.
+    """
+    devices = (param.device for group in param_groups for param in group["params"])
+    return next((torch.cuda.device(device) for device in devices if device.type == "cuda"), contextlib.nullcontext())
 
 
 def check_masks(child: ChildNetwork, masks: Masks | None, param_groups: list[dict[str, Any]], whose: str) -> None:
@@ -51,18 +67,27 @@ def check_masks(child: ChildNetwork, masks: Masks | None, param_groups: list[dic
         )
 
 
-def check_ranks_agree(child: ChildNetwork | None) -> None:
+def check_ranks_agree(child: ChildNetwork | None, param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError on all ranks of an initialised process group if their child networks differ."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _has_ranks():
         return
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, None if child is None else child.fingerprint)
+    with _on_gpu_of(param_groups):
+        torch.distributed.all_gather_object(found, None if child is None else child.fingerprint)
     if len(set(found)) > 1:
         raise ValueError(
             "ChildAdamW: all ranks must have one child network, or their replicas drift apart (got "
             f"{len(set(found))} different ones, each perhaps chosen by the rank's own data); merge the ranks' "
             "FisherAccumulators before choosing, or load one file on all ranks"
         )
+
+
+def refuse_interrupted() -> NoReturn:
+    """Raises the RuntimeError for a step after one that was taken in part."""
+    raise RuntimeError(
+        "ChildAdamW.step: an earlier step was taken in part, so that parameters and state do not belong together; load "
+        "the model's and the optimizer's checkpoint, by load_state_dict, before the next step"
+    )
 
 
 def check_no_lazy_negation(params: list[Tensor]) -> None:
@@ -108,10 +133,11 @@ def _check_cluster(cluster: list[tuple[str, int, int, Tensor]]) -> None:
     size = min(sizes)
     overlap = len(sizes) > 1 or any((s[1] - begin) % size for s in cluster)
     if not overlap:
-        used = torch.zeros((end - begin) // size, dtype=torch.int32)
+        used = torch.zeros((end - begin) // size, dtype=torch.int32, device="cpu")
         for _, first, _, param in cluster:
-            index = torch.arange(used.numel()).as_strided(param.shape, param.stride(), (first - begin) // size)
-            used.put_(index, torch.ones(index.shape, dtype=torch.int32), accumulate=True)
+            places = torch.arange(used.numel(), device="cpu")
+            index = places.as_strided(param.shape, param.stride(), (first - begin) // size)
+            used.put_(index, torch.ones_like(index, dtype=torch.int32), accumulate=True)
         overlap = bool((used > 1).any())
     if overlap:
         shapes = ", ".join(str(tuple(s[3].shape)) for s in cluster)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Literal, get_args
 
-from torch import Tensor, float32, float64
+from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
 from ..arguments import check_seed, is_sharded
@@ -20,9 +20,10 @@ Decay = Literal["auto", "all", "child"]
 Variant = Literal["torch", "hf"]
 NormOf = Literal["all", "child"]
 _DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
+OWN_OPTIONS = ("decay", "variant", "max_grad_norm", "norm_of", "seed")  # of a group, besides reserve_p
 _OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # AdamW's
-    *("decay", "variant", "max_grad_norm", "norm_of", "seed"),
+    *OWN_OPTIONS,
 )
 _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on a GPU can read
 
@@ -56,13 +57,15 @@ def collect(
     """
     by_where: defaultdict[Where, list[StepGroup]] = defaultdict(list)
     index = itertools.count()
+    clips = any(group.get("max_grad_norm") is not None for group in param_groups)
     for group in param_groups:
         try:
             fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
             params = group["params"]
         except KeyError as error:
             raise _incomplete(error) from error
-        rows = _rows(params, index, fields, states, masks, kernels, states_before)
+        ordered = clips or masks is not None or group.get("reserve_p") != 1
+        rows = _rows(params, index, fields, states, masks, kernels, states_before, ordered)
         for (where, sharded, masked), of_kind in rows.items():
             if of_kind:
                 target = _options(group, param_groups[0], masks is not None, where)
@@ -80,8 +83,12 @@ def _rows(
     masks: Masks | None,
     kernels: StepKernels,
     states_before: dict[Tensor, dict[str, Any]],
+    ordered: bool,
 ) -> dict[tuple[Where, bool, bool], list[tuple[Any, ...]]]:
-    """Returns the rows of a group's parameters, by who steps them, whether they are sharded and whether masked."""
+    """Returns the rows of a group's parameters, by who steps them, whether they are sharded and whether masked.
+
+    `ordered` says whether the step looks at elements in their logical order: for a mask, or for the gradients' norm.
+    """
     rows: defaultdict[tuple[Where, bool, bool], list[tuple[Any, ...]]] = defaultdict(list)
     on_cpu = kernels.on_cpu
     plain_rows = rows[on_cpu, False, False]
@@ -103,7 +110,11 @@ def _rows(
                 row = (*row, state["max_exp_avg_sq"])
         except KeyError as error:
             raise _incomplete(error) from error
-        where = on_cpu if param.is_cpu else _elsewhere(kernels, fields, row)
+        if param.is_cpu:
+            where = on_cpu
+        else:
+            row = row if ordered else _in_memory_order(fields, row)
+            where = _elsewhere(kernels, fields, row)
         if mask is not None:
             check_mask(mask, param)
             rows[where, False, True].append((*row, mask.bits, mask.offsets, mask.count))
@@ -128,6 +139,23 @@ def _begin(state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: b
         mask = masks[param] = mask.to(param.device)
     init_state(state, param, mask, amsgrad)
     return mask
+
+
+def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns a row with its tensors as contiguous views, if they lie densely in memory in one order of dimensions.
+
+    So do those of channels_last. An update without mask is the same for every element, whatever its place; and the
+    kernels on a GPU take only contiguous tensors.
+    """
+    tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
+    param = tensors[0]
+    if is_sharded(param) or param.is_contiguous() or any(tensor.layout != strided for tensor in tensors):
+        return row
+    order = sorted(range(param.dim()), key=lambda dim: -param.stride(dim))
+    if any(tensor.shape != param.shape or not tensor.permute(order).is_contiguous() for tensor in tensors):
+        return row
+    views = {id(tensor): tensor.permute(order) for tensor in tensors}
+    return tuple(views.get(id(entry), entry) for entry in row)
 
 
 def _elsewhere(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:

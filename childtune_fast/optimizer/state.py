@@ -34,9 +34,13 @@ def init_state(state: dict[str, Any], param: Tensor, mask: PackedMask | None, am
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     if not has_begun(state):
-        state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=zeros(), exp_avg_sq=zeros())
+        state.update(step=_no_steps(), exp_avg=zeros(), exp_avg_sq=zeros())
     if amsgrad:
         state["max_exp_avg_sq"] = zeros()
+
+
+def _no_steps() -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch.set_default_device says
 
 
 def check_saved_state(saved: Any) -> None:
@@ -49,7 +53,7 @@ def check_saved_state(saved: Any) -> None:
 
 def saved_state(state: dict[str, Any], mask: PackedMask) -> dict[str, Any]:
     """Returns the state of a masked parameter for a checkpoint, with a copy of its mask; all else is shared."""
-    return {"step": torch.zeros((), dtype=torch.float32), **state, "child_mask": mask.bits.clone()}
+    return {"step": _no_steps(), **state, "child_mask": mask.bits.clone()}
 
 
 def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None, dense: bool) -> dict[str, Any]:
@@ -68,9 +72,9 @@ def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None
     if not has_begun(saved):
         return {}
     state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*_AVERAGES, "step", "child_mask")}
-    state["step"] = (
-        torch.as_tensor(saved.get("step", 0.0), dtype=torch.float32, device="cpu").detach().clone().reshape(())
-    )
+    step = saved.get("step", 0.0)
+    dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else torch.float32
+    state["step"] = torch.as_tensor(step, dtype=dtype, device="cpu").detach().clone().reshape(())
     for key in (key for key in _AVERAGES if key in saved):
         value = saved[key]
         if not isinstance(value, Tensor):

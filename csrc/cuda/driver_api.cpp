@@ -24,6 +24,18 @@ void* library() {
 #endif
 }
 
+// Returns why `library` has just returned nullptr.
+std::string why_no_library() {
+#if defined(__unix__)
+  const char* why = dlerror();
+  return why == nullptr ? "no reason was given" : why;
+#elif defined(_WIN32)
+  return "nvcuda.dll: error " + std::to_string(GetLastError());
+#else
+  return "no system that CUDA supports";
+#endif
+}
+
 void* symbol(void* library, const char* name) {
 #if defined(__unix__)
   return dlsym(library, name);
@@ -43,17 +55,20 @@ struct Driver {
   Result (*primary_context_retain)(void** context, int device) = nullptr;
   Result (*context_push)(void* context) = nullptr;
   Result (*context_pop)(void** context) = nullptr;
+  Result (*context_current)(void** context) = nullptr;
+  Result (*context_device)(int* device) = nullptr;
   Result (*module_load)(void** module, const void* image) = nullptr;
   Result (*module_function)(void** function, void* module, const char* name) = nullptr;
   Result (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** arguments,
                           void** extra) = nullptr;
   std::string problem;  // why it cannot be used; empty if it can
+  Result problem_code = 0;
 
   Driver() {
     void* found = library();
     if (found == nullptr) {
-      problem = "there is no CUDA driver";
+      problem = "there is no CUDA driver (" + why_no_library() + ")";
       return;
     }
     find(found, "cuInit", &init);
@@ -63,13 +78,17 @@ struct Driver {
     find(found, "cuDevicePrimaryCtxRetain", &primary_context_retain);
     find(found, "cuCtxPushCurrent_v2", &context_push);
     find(found, "cuCtxPopCurrent_v2", &context_pop);
+    find(found, "cuCtxGetCurrent", &context_current);
+    find(found, "cuCtxGetDevice", &context_device);
     find(found, "cuModuleLoadData", &module_load);
     find(found, "cuModuleGetFunction", &module_function);
     find(found, "cuLaunchKernel", &launch_kernel);
     // Only this one tells apart the instances of a GPU that is partitioned (MIG).
     device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid_v2"));
     if (device_uuid == nullptr) device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid"));
-    if (problem.empty() && init(0) != 0) problem = "the CUDA driver cannot be initialised";
+    if (!problem.empty()) return;
+    problem_code = init(0);
+    if (problem_code != 0) problem = sentence(problem_code, "cuInit");
   }
 
   template <class Function>
@@ -78,11 +97,14 @@ struct Driver {
     if (*to == nullptr) problem = std::string("the CUDA driver has no ") + name;
   }
 
-  void check(Result result, const char* what) const {
-    if (result == 0) return;
+  std::string sentence(Result result, const char* what) const {
     const char* text = nullptr;
     if (error_string(result, &text) != 0 || text == nullptr) text = "unknown error";
-    throw CudaError(std::string(what) + " failed: " + text + " (CUDA error " + std::to_string(result) + ")");
+    return std::string(what) + " failed: " + text + " (CUDA error " + std::to_string(result) + ")";
+  }
+
+  void check(Result result, const char* what) const {
+    if (result != 0) throw CudaError(sentence(result, what), result);
   }
 };
 
@@ -100,43 +122,60 @@ std::string hexadecimal(const unsigned char* bytes, int count) {
   return text;
 }
 
-// Makes a context current for the life of this object.
+// Returns whether the current context is one of a device, by the driver's handle.
+bool is_current(int device) {
+  void* context = nullptr;
+  int its_device = 0;
+  return driver().context_current(&context) == 0 && context != nullptr && driver().context_device(&its_device) == 0 &&
+         its_device == device;
+}
+
+// Makes a context current for the life of this object, if it is wanted.
 class CurrentContext {
  public:
-  explicit CurrentContext(void* context) { driver().check(driver().context_push(context), "cuCtxPushCurrent"); }
+  CurrentContext(void* context, bool wanted) : pushed_(wanted) {
+    if (pushed_) driver().check(driver().context_push(context), "cuCtxPushCurrent");
+  }
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
   ~CurrentContext() {
     void* ignored;
-    driver().context_pop(&ignored);
+    if (pushed_) driver().context_pop(&ignored);
   }
+
+ private:
+  bool pushed_;
 };
 
 }  // namespace
 
 CudaKernels::CudaKernels(int device, const std::string& image, const std::vector<std::string>& names) {
   const Driver& cuda = driver();
-  if (!cuda.problem.empty()) throw CudaError(cuda.problem);
-  int handle = 0;
-  cuda.check(cuda.device_get(&handle, device), "cuDeviceGet");
+  if (!cuda.problem.empty()) throw CudaError(cuda.problem, cuda.problem_code);
+  cuda.check(cuda.device_get(&handle_, device), "cuDeviceGet");
   unsigned char uuid[16];
   if (cuda.device_uuid != nullptr) {
-    cuda.check(cuda.device_uuid(uuid, handle), "cuDeviceGetUuid");
+    cuda.check(cuda.device_uuid(uuid, handle_), "cuDeviceGetUuid");
     uuid_ = hexadecimal(uuid, sizeof uuid);
   }
-  cuda.check(cuda.primary_context_retain(&context_, handle), "cuDevicePrimaryCtxRetain");
-  const CurrentContext current(context_);
+  cuda.check(cuda.primary_context_retain(&context_, handle_), "cuDevicePrimaryCtxRetain");
+  const CurrentContext primary(context_, true);
   void* module = nullptr;  // it and the context are kept for the life of the process, as torch keeps its own
   cuda.check(cuda.module_load(&module, image.c_str()), "cuModuleLoadData");
   for (const std::string& name : names) {
     functions_.push_back(nullptr);
+    if (name.empty()) continue;
     const Result result = cuda.module_function(&functions_.back(), module, name.c_str());
     if (result != kNotFound) cuda.check(result, "cuModuleGetFunction");
   }
 }
 
+// Mostly the primary context is current, since torch makes it so; in a thread that torch has not used, none is. A green
+// context of the device, which has a part of its multiprocessors and default streams of its own, stays: torch's stream
+// 0 is its stream. cuCtxFromGreenCtx says that it is the primary context with other resources, so the functions loaded
+// there are launched in it.
 void CudaKernels::launch(size_t function, const void* argument, unsigned blocks, unsigned threads, void* stream) const {
-  const CurrentContext current(context_);
+  const CurrentContext primary(context_, !is_current(handle_));
   void* arguments[] = {const_cast<void*>(argument)};
   driver().check(
       driver().launch_kernel(functions_.at(function), blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr),

@@ -8,15 +8,20 @@
 
 namespace childtune {
 
-// Thrown if the driver is missing or refuses something; the message quotes the driver.
+// Thrown if the driver is missing or refuses something; the message quotes the driver. Python gets it as
+// childtune_fast.native.CudaError.
 struct CudaError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit CudaError(const std::string& message, int code_ = 0) : std::runtime_error(message), code(code_) {}
+
+  int code;            // the driver's CUresult; 0 if it was not the driver that refused
+  bool begun = false;  // the GPU has been told to do a part of what was asked
 };
 
 // Kernels loaded onto one device: device code in its primary context, which is the one that torch uses.
 class CudaKernels {
  public:
-  // Loads those kernels of `names` that `image`, a cubin, a fatbin or PTX, has. Throws CudaError.
+  // Loads those kernels of `names` that `image`, a cubin, a fatbin or PTX, has. An empty name stands for a kernel that
+  // is not looked for. Throws CudaError.
   CudaKernels(int device, const std::string& image, const std::vector<std::string>& names);
   CudaKernels(const CudaKernels&) = delete;
   CudaKernels& operator=(const CudaKernels&) = delete;
@@ -28,10 +33,12 @@ class CudaKernels {
   const std::string& uuid() const { return uuid_; }
 
   // Launches the function of this number in `names` with one argument, by value. `stream` is the driver's handle; 0 is
-  // the default stream. Leaves the current context as it was. Throws CudaError.
+  // the current context's default stream if that context is one of this device, else the primary context's. Leaves the
+  // current context as it was. Throws CudaError.
   void launch(size_t function, const void* argument, unsigned blocks, unsigned threads, void* stream) const;
 
  private:
+  int handle_ = 0;  // the driver's, of the device
   void* context_ = nullptr;
   std::vector<void*> functions_;
   std::string uuid_;

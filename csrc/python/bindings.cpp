@@ -122,6 +122,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     try {
       std::rethrow_exception(thrown);
     } catch (const PythonError&) {  // Python's error indicator is set already
+    } catch (const CudaError& error) {
+      const py::object type = py::module_::import("childtune_fast.native").attr("CudaError");
+      PyErr_SetObject(type.ptr(), type(error.what(), error.code, error.begun).ptr());
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;

@@ -34,10 +34,14 @@ constexpr int kLargeArgumentsSince = 12010;  // the driver's version for CUDA 12
 enum : size_t { kLastOfStep = kKinds - 1, CHILDTUNE_OTHER_KERNELS(CHILDTUNE_NUMBER) };
 #undef CHILDTUNE_NUMBER
 
-// The kernels' names, by number.
-std::vector<std::string> kernel_names() {
+// The kernels' names, by number; empty ones for kernels of large arguments, if the driver does not know these: it then
+// refuses such a kernel with an error that does not say why.
+std::vector<std::string> kernel_names(bool large_arguments) {
   std::vector<std::string> names;
-  for (int number = 0; number < kKinds; ++number) names.push_back(kernel_name(kind_of_number(number)));
+  for (int number = 0; number < kKinds; ++number) {
+    const Kind kind = kind_of_number(number);
+    names.push_back(kind.large && !large_arguments ? "" : kernel_name(kind));
+  }
 #define CHILDTUNE_NAME(number, name) names.emplace_back(name);
   CHILDTUNE_OTHER_KERNELS(CHILDTUNE_NAME)
 #undef CHILDTUNE_NAME
@@ -50,9 +54,8 @@ class GpuKernels {
  public:
   GpuKernels(int device, const py::bytes& image)
       : device_(device),
-        kernels_(device, image, kernel_names()),
-        large_arguments_(cuda_driver_version() >= kLargeArgumentsSince &&
-                         kernels_.has(kind_number({DType::kFloat32, Trained::kAll, false, true}))) {
+        kernels_(device, image, kernel_names(cuda_driver_version() >= kLargeArgumentsSince)),
+        large_arguments_(kernels_.has(kind_number({DType::kFloat32, Trained::kAll, false, true}))) {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 
@@ -61,7 +64,7 @@ class GpuKernels {
     Workspace& w = collect(groups, Counter::kHost);
     LaunchPlan& plan = plan_step(w, nullptr, nullptr);
     const py::gil_scoped_release no_gil;
-    launch_step(plan, stream);
+    launch_writes({}, plan, stream);
     write_steps(w);
   }
 
@@ -83,9 +86,7 @@ class GpuKernels {
       launch(kNormTensors, &table, static_cast<unsigned>(table.count), stream);
     }
     if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
-    for (const ConstantsTable& table : prelude.constants_tables())
-      launch(kCountSteps, &table, constants_blocks(table), stream);
-    launch_step(plan, stream);
+    launch_writes(prelude.constants_tables(), plan, stream);
   }
 
   int device() const { return device_; }
@@ -126,10 +127,22 @@ class GpuKernels {
     return plan;
   }
 
-  void launch_step(const LaunchPlan& plan, uintptr_t stream) const {
-    for (size_t i = 0; i < plan.launches().size(); ++i) {
-      const Launch& of_step = plan.launches()[i];
-      launch(kind_number(of_step.kind), plan.argument(i), of_step.blocks, stream);
+  // Launches what writes counts, state and parameters. Its error says whether a part of that was begun.
+  void launch_writes(const std::vector<ConstantsTable>& constants, const LaunchPlan& plan, uintptr_t stream) const {
+    bool begun = false;
+    try {
+      for (const ConstantsTable& table : constants) {
+        launch(kCountSteps, &table, constants_blocks(table), stream);
+        begun = true;
+      }
+      for (size_t i = 0; i < plan.launches().size(); ++i) {
+        const Launch& of_step = plan.launches()[i];
+        launch(kind_number(of_step.kind), plan.argument(i), of_step.blocks, stream);
+        begun = true;
+      }
+    } catch (CudaError& error) {
+      error.begun = begun;
+      throw;
     }
   }
 

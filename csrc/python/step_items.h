@@ -160,8 +160,9 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
     refuse("step must be one float32 or float64 on the CPU");
   }
   const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
-  if (!(value >= 0 && value < 4294967295.0) || value != std::floor(value))
-    refuse("step must be a whole number below 2^32");
+  const double limit = is_double ? 4294967295.0 : 16777216.0;  // a float32 counts no further: 2^24 + 1 rounds to 2^24
+  if (!(value >= 0 && value < limit) || value != std::floor(value))
+    refuse("step must be a whole number that can be counted up: below 2^32 - 1, or 2^24 for a float32");
   w->step_counters.push_back(t.data);
   w->step_is_double.push_back(is_double);
   return static_cast<uint64_t>(value) + 1;

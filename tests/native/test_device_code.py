@@ -10,7 +10,7 @@ import torch
 from processes import script
 
 from childtune_fast import __main__ as report
-from childtune_fast.native import BackendError, build, device_code, gpu, load, nvrtc
+from childtune_fast.native import BackendError, CudaError, build, device_code, gpu, load, nvrtc
 
 # An nvcc that knows three GPUs, writes what it was asked for, and fails if there is a file "broken" beside it.
 FALSE_NVCC = """
@@ -225,11 +225,16 @@ def test_if_no_nvrtc_works_the_words_of_each_are_told(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ways(monkeypatch):
-    """Sets what each way gives, bytes or an error, for a driver that refuses b"old"."""
+    """Sets what each way gives: bytes, codes with which the driver refuses it in turn, or an error.
+
+    The driver refuses b"old" for good.
+    """
 
     def kernels(device, image):
+        if isinstance(image, list) and image:
+            raise CudaError("cuModuleLoadData failed: it says why", image.pop(0))
         if image == b"old":
-            raise RuntimeError("cuModuleLoadData failed: no kernel image is available")
+            raise CudaError("cuModuleLoadData failed: no kernel image is available", 209)
         return device, image
 
     def of(*results):
@@ -268,6 +273,43 @@ def test_if_none_does_all_causes_are_told(ways):
         gpu.load_kernels(1)
 
 
+def test_a_gpu_without_free_memory_is_tried_again(ways, monkeypatch):
+    """At once, after torch has given back what it holds free, and then at each later call."""
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    assert ways([2]) == gpu.Gpu((1, []), "way 0", [])
+    assert len(emptied) == 1
+    with pytest.raises(CudaError, match=r"onto GPU 1 now: cuModuleLoadData failed: it says why; .*torch\"$") as caught:
+        ways([2, 2, 2], b"new")
+    assert caught.value.code == 2
+    assert len(emptied) == 2
+    assert gpu.load_kernels(1) == (1, [])
+    assert len(emptied) == 3
+
+
+@pytest.mark.parametrize("code", [700, 719, 46, 3])
+def test_an_error_that_is_not_the_images_is_raised_at_once(code, ways):
+    with pytest.raises(CudaError, match="onto GPU 1 now") as caught:
+        ways([code], b"new")
+    assert caught.value.code == code
+    assert gpu.find(1).origin == "way 0"
+
+
+@pytest.mark.parametrize("code", [200, 209, 218, 221, 222, 223, 0])
+def test_an_image_that_the_driver_cannot_take_is_not_tried_again(code, ways):
+    assert ways([code]).notes == ["way 0: cuModuleLoadData failed: it says why"]
+    assert gpu.find(1).kernels is None
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(ways, monkeypatch):
+    capturing = [True]
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: capturing[0])
+    with pytest.raises(BackendError, match=r"onto GPU 1 while a CUDA graph is captured; take one step outside of the"):
+        ways(b"new")
+    capturing[0] = False
+    assert gpu.load_kernels(1) == (1, b"new")
+
+
 def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert ways(b"new").notes == ["this torch was built without CUDA"]
@@ -291,3 +333,6 @@ def test_the_report_says_how_kernels_are_had_and_who_serves(ways, monkeypatch):
     assert ("serves cuda:1", "native (kernels way 1)") in list(report._devices(native))
     ways(b"old")
     assert ("serves cuda:1", "none: it has no kernels") in list(report._devices(native))
+    gpu._found.clear()
+    monkeypatch.setattr(device_code, "images", lambda capability: [("way", lambda: [46])])
+    assert any(line.startswith("unknown: ") and "it says why" in line for _, line in report._devices(native))

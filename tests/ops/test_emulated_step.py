@@ -2,15 +2,19 @@
 loops on the CPU.
 """
 
+import contextlib
+import os
+
 import pytest
 import torch
 from child_models import OPTIONS as CHILD_OPTIONS
 from child_models import Model, child_adamw, params_of
 from helpers import assert_same_run, make_params, set_grads
 from processes import in_a_process_with
-from stand_in import IMAGE, STREAM, bytes_of_memory
+from stand_in import GREEN, IMAGE, OF_ANOTHER_DEVICE, PRIMARY, STREAM, bytes_of_memory, current, failing, launched_in
 
 from childtune_fast import ChildAdamW
+from childtune_fast.native import CudaError
 from childtune_fast.ops.step import StepKernels
 from childtune_fast.optimizer.collect import collect
 
@@ -197,6 +201,77 @@ def check_refusals():
             kernels.step(on_native, STREAM + (broken == "stream"))
         assert torch.equal(param, torch.ones(4, 6))
         assert optimizer.state[param]["step"] == 0
+
+
+def stepped_as_a_gpu(kernels):
+    """A parameter of ones after a step of AdamW by the kernels of a GPU."""
+    param = torch.nn.Parameter(torch.ones(4, 6))
+    param.grad = torch.ones(4, 6)
+    step_as_a_gpu(kernels, ChildAdamW([param], lr=0.5, weight_decay=0.0, reserve_p=1.0, backend="native"))
+    return param
+
+
+def check_launches():
+    check_contexts()
+    check_a_launch_that_fails()
+    check_a_driver_of_cuda_12_0()
+
+
+def check_contexts():
+    from childtune_fast.native import load
+
+    with current(GREEN):
+        kernels = load.load_native().GpuKernels(-1, IMAGE)  # loads into the primary context all the same
+    expected = torch.full((4, 6), 0.5)
+    for context, where in ((None, PRIMARY), (PRIMARY, PRIMARY), (GREEN, GREEN), (OF_ANOTHER_DEVICE, PRIMARY)):
+        with current(context) if context is not None else contextlib.nullcontext():
+            torch.testing.assert_close(stepped_as_a_gpu(kernels).detach(), expected)
+        assert launched_in() == where
+
+
+def check_codes():
+    from childtune_fast.native import load
+
+    native = load.load_native()
+    with (
+        failing("cuInit", 1, 1, 999),
+        pytest.raises(CudaError, match=r"^cuInit failed: .* \(CUDA error 999\)$") as caught,
+    ):
+        native.GpuKernels(-1, IMAGE)
+    assert caught.value.code == 999
+
+
+def check_a_launch_that_fails():
+    from childtune_fast.native import load
+
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
+    for first, counted in ((1, False), (2, False), (1, True), (2, True)):
+        params = make_params([(9,)], torch.float32) + make_params([(9,)], torch.float64)
+        set_grads(params, 0)
+        optimizer = ChildAdamW(params, backend="native")
+        groups = groups_of(optimizer)
+        step, more = (kernels.counted_step, (bytes_of_memory, None, None)) if counted else (kernels.step, ())
+        with failing("cuLaunchKernel", first, first, 700), pytest.raises(CudaError, match="illegal memory") as caught:
+            step(groups, STREAM, *more)
+        assert (caught.value.code, caught.value.begun) == (700, first == 2)
+
+
+def check_a_driver_of_cuda_12_0():
+    from childtune_fast.native import load
+
+    os.environ["STANDIN_VERSION"] = "12000"
+    kernels = load.load_native().GpuKernels(-1, IMAGE)
+    runs = [ChildAdamW(make_params([(3,)] * 300), seed=7, backend="native") for _ in range(2)]
+    for run in runs:
+        set_grads(run.param_groups[0]["params"], 0)
+    step_as_a_gpu(kernels, runs[0])
+    runs[1].step()
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("check", [check_launches, check_codes])
+def test_what_the_driver_is_asked_and_answers(check, driver):
+    in_a_process_with(driver, check)
 
 
 def test_the_modules_launches_have_the_bits_of_the_cpus_step(driver):

@@ -150,7 +150,7 @@ FATES = {  # what happens to the process that proves: the warning, and whether t
 def check_failures():
     proof.TIMEOUT = 25.0
     proof.cases = lambda: iter([stand_in_gpu.Doomed("no memory")])  # in this process, should a proof be held here
-    trust.begin(range(len(FATES)), "auto")
+    trust.prepare(range(len(FATES)), "auto")
     for device, (cause, kept) in enumerate(FATES.values()):
         trust._proofs[device].join()
         kernels, messages = warned(lambda device=device: [trust.kernels_of(device, "auto") for _ in range(2)])

@@ -22,6 +22,9 @@ class OnGpu(torch.nn.Parameter):
     is_cuda = True
     device = torch.device("cuda", 1)
 
+    def permute(self, order):
+        return on_gpu(self.detach().permute(order))
+
 
 def on_gpu(param):
     return OnGpu(param.detach())
@@ -40,7 +43,7 @@ def gpu(monkeypatch):
         for group in groups:
             if group.lr_on_device is not None:
                 group.lr = group.lr_on_device.item()
-        assert memory_of(100) is memory_of(50)
+        assert (memory_of(100) is memory_of(50)) != gpu_kernels.is_capturing(1)
         calls.append(("counted_step", groups, stream))
         if found_inf is None or not found_inf.item():
             op._unscale(groups, grad_scale)
@@ -49,6 +52,11 @@ def gpu(monkeypatch):
 
     kernels = SimpleNamespace(step=step, counted_step=counted_step)
     monkeypatch.setattr(gpu_kernels, "find", lambda device: gpu_kernels.Gpu(kernels, "", []))
+    monkeypatch.setattr(
+        gpu_kernels,
+        "is_capturing",
+        lambda device: torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing(),
+    )
     monkeypatch.setattr(gpu_kernels, "place", lambda device: torch.device("cpu"))
     monkeypatch.setattr(op, "check_group", lambda group: None)  # it would find that state is on the CPU
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
@@ -88,6 +96,33 @@ def test_what_they_cannot_do_is_left_to_the_fallback(gpu):
     run.step()
     assert [p is plain for _, groups, _ in gpu for group in groups for p in group.params] == [True]
     assert run.state[strided]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({"reserve_p": 1.0, "amsgrad": True}, True), ({}, False), ({"reserve_p": 1.0, "max_grad_norm": 1.0}, False)],
+)
+def test_channels_last_is_theirs_where_the_order_does_not_matter(options, taken, gpu):
+    """A mask and the gradients' norm know elements by their logical place; the update alone does not."""
+    shapes = ((2, 3, 4, 5), (3, 2, 1, 4), (5, 2))
+    like = [p.detach() for p in make_params(shapes)]
+    like = [p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in like]
+    params, plain = list(map(on_gpu, like)), [torch.nn.Parameter(p.clone()) for p in like]
+    run, expected = (ChildAdamW(p, seed=7, backend=b, **options) for p, b in ((params, "native"), (plain, "torch")))
+    for step in range(2):
+        for of_run in (params, plain):
+            set_grads(of_run, step)
+            for p in of_run[:2]:
+                p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+        run.step()
+        expected.step()
+    assert sum(len(group.params) for _, groups, _ in gpu for group in groups) == 2 * (3 if taken else 1)
+    assert all(p.is_contiguous() for _, groups, _ in gpu for group in groups for p in group.params)
+    assert_same_run(run, expected)
+    assert params[0]._version >= plain[0]._version > 0
+    scattered = on_gpu(torch.ones(2, 3, 8, 5)[:, :, ::2])  # not dense
+    set_grads([scattered], 0)
+    ChildAdamW([scattered], backend="native", **options).step()
 
 
 def child_on_gpu(monkeypatch, **options):
@@ -135,10 +170,17 @@ def test_masks_follow_a_model_that_moved(monkeypatch):
 def test_native_says_why_there_are_no_kernels(monkeypatch):
     none = gpu_kernels.Gpu(None, "", ["prebuilt: none is prebuilt", "compiled: no"])
     monkeypatch.setattr(gpu_kernels, "find", lambda device: none)
-    param = on_gpu(torch.ones(3))
-    param.grad = torch.ones(3)
-    run = ChildAdamW([param], backend="native")
-    with pytest.raises(BackendError, match=r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"):
+    here, there = torch.nn.Parameter(torch.ones(3)), on_gpu(torch.ones(3))
+    refusal = r"no kernels for GPU 1: prebuilt: none is prebuilt; compiled: no; repair"
+    with pytest.raises(BackendError, match=refusal):
+        ChildAdamW([here, there], backend="native")
+    run = ChildAdamW([here], backend="native")
+    with pytest.raises(BackendError, match=refusal):
+        run.add_param_group({"params": [there]})
+    assert len(run.param_groups) == 1
+    run.param_groups[0]["params"] = [there]  # as a model that has moved since
+    set_grads([there], 0)
+    with pytest.raises(BackendError, match=refusal):
         run.step()
     assert len(run.state) == 0
 

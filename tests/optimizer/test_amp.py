@@ -226,3 +226,12 @@ def test_the_norm_counts_masked_and_scaled_gradients_whole(backend):
     assert 150 < kept.count_nonzero() < 350
     # 1/p = 2 is exact, so what the mask keeps is exactly twice what the unmasked run has
     assert same_bits(kept[kept != 0], 2 * whole[kept != 0])
+
+
+@both_backends
+def test_a_scaler_without_any_gradient_passes(backend):
+    """It gives found_inf as the number 0 then, and no tensor."""
+    optimizer, scaler = child_adamw(make_params(), backend=backend), scaler_of(8.0)
+    before = snapshot(optimizer)
+    scaler.step(optimizer)
+    assert same_snapshot(before, snapshot(optimizer))

@@ -1,5 +1,6 @@
 """Bad input: a sentence that says what is wrong, raised before anything is written, from both backends."""
 
+import copy
 import re
 
 import pytest
@@ -233,3 +234,28 @@ def test_missing_state(key, backend):
     with pytest.raises(ValueError, match=f"'{key}' is missing in a group or in the state of a parameter"):
         optimizer.step()
     assert same_snapshot(before, snapshot(optimizer))
+
+
+@both_backends
+def test_a_step_count_stops_where_its_dtype_does(backend):
+    """A float32 cannot count from 2^24 to 2^24 + 1, and F would draw one mask for ever."""
+    params = make_params()
+    optimizer = child_adamw(params, backend=backend)
+    train(optimizer, [0])
+    last = torch.tensor(2.0**24 - 1)
+    for param in params:
+        optimizer.state[param]["step"] = last.clone()
+    train(optimizer, [1])
+    assert all(optimizer.state[param]["step"] == 2**24 for param in params)
+    before = snapshot(optimizer)
+    with pytest.raises(
+        ValueError, match=r"below 2\*\*24, as far as float32 counts, or a float64 tensor to go on \(got 16"
+    ):
+        optimizer.step()
+    assert same_snapshot(before, snapshot(optimizer))
+    for param in params:
+        optimizer.state[param]["step"] = optimizer.state[param]["step"].double()
+    train(optimizer, [2])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, [3])
+    assert all(optimizer.state[param]["step"] == 2**24 + 2 for param in params)

@@ -50,7 +50,7 @@ def install():
     gpu.side_stream, gpu.capture = lambda device: contextlib.nullcontext(), lambda device, work: work
     device_code.images = lambda capability: [("stand-in", lambda: IMAGE)]
     torch.version.cuda = "13.0"
-    torch.cuda.is_current_stream_capturing = lambda: False
+    gpu.is_capturing = lambda device: False
     step.check_group = lambda group: None  # it would find that state is on the CPU
     if os.environ.get(proof.GUARD):
         every = proof.cases
@@ -62,7 +62,7 @@ def install():
 
 def forget():
     """Makes this process one that has met no GPU yet."""
-    for known in (trust._settled, trust._proofs, gpu._found):
+    for known in (trust._settled, trust._proofs, trust._attempts, gpu._found):
         known.clear()
     load.warn_once.cache_clear()
 
