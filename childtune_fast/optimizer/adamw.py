@@ -11,8 +11,9 @@ from torch import Tensor
 from ..arguments import PLAIN_TENSORS, check_seed, check_type
 from ..child import ChildNetwork
 from ..native import load
+from ..ops.on_gpu import GpuMemory
 from ..ops.random_mask import MASK_VERSION
-from ..ops.step import GpuMemory, StepInterrupted, StepKernels, prepare, take_step
+from ..ops.step import StepInterrupted, StepKernels, prepare, take_step
 from .checkpoint import FINGERPRINT, CheckpointedAdamW
 from .checks import (
     agree_on_seed,

@@ -143,21 +143,24 @@ FATES = {  # what happens to the process that proves: the warning, and whether t
     "killed": (r"killed: its process ended with signal 9", False),
     "other GPU": (r"its process found another GPU \(GPU-other, not GPU-4\)", False),
     "no memory": (r"no memory: OutOfMemoryError: CUDA out of memory\. Tried to allocate 2 MiB", False),
-    "hangs": (r"hangs: it was not done after 25 s", False),
+    "hangs": (r"(hangs: )?it was not done after 10 s", False),
 }
 
 
 def check_failures():
-    proof.TIMEOUT = 25.0
     proof.cases = lambda: iter([stand_in_gpu.Doomed("no memory")])  # in this process, should a proof be held here
-    trust.prepare(range(len(FATES)), "auto")
+    trust.prepare(range(len(FATES) - 1), "auto")
     for device, (cause, kept) in enumerate(FATES.values()):
+        if device == len(FATES) - 1:
+            proof.TIMEOUT = 10.0
+            trust.prepare([device], "auto")
         trust._proofs[device].join()
         kernels, messages = warned(lambda device=device: [trust.kernels_of(device, "auto") for _ in range(2)])
         assert kernels == [None, None]
         assert len(messages) == 1
         wanted = rf"childtune_fast does not use its kernels on GPU {device}: {cause}\n.*pure-torch.*same results.*"
-        assert re.fullmatch(wanted + r"`python -m childtune_fast prove` shows more; CHILDTUNE_GPU=.*\.", messages[0])
+        wanted += r"`python -m childtune_fast prove` shows more; CHILDTUNE_GPU=.*\."
+        assert re.fullmatch(wanted, messages[0]), messages[0]
         facts = trust._proofs[device].found.facts
         assert (prover.verdict.stored(facts) is not None) == kept
     params = [stand_in_gpu.OnGpu(param.detach()) for param in make_params()]  # of GPU 0, whose kernels differ
