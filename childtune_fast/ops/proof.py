@@ -177,7 +177,8 @@ def _outcome(status: int, output: str, start: float) -> Outcome:
         return Outcome(verdict.Verdict(*end[0]), end[1], end[2], ended)
     how = f"signal {-status}" if status < 0 else f"status {status}"
     if status in (0, -9) or not told:  # not by a kernel, as far as one can tell
-        return Outcome(_cut_short(f"its process ended with {how}{toolchain.quoted(output)}", told, start))
+        said = "\n".join(line for line in output.splitlines() if not line.startswith(_MARK))
+        return Outcome(_cut_short(f"its process ended with {how}{toolchain.quoted(said)}", told, start))
     cause = f"{told[-1].case}: its process ended with {how}"
     return Outcome(verdict.made("bad", cause, time.perf_counter() - start))
 

@@ -70,7 +70,8 @@ class ChildAdamW(CheckpointedAdamW):
         maximize: ascend instead of descend (default: False).
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
         capturable: allow a CUDA graph to capture the step, after one step outside of it. Step counts are then on the
-            GPU, and a replay reads an `lr` that is a tensor there. Needs backend="native" and GPUs (default: False).
+            GPU, and a replay reads an `lr` that is a tensor there; a float stays as it was, and state that
+            `load_state_dict` makes is not the graph's. Needs backend="native" and GPUs (default: False).
         differentiable: must be False (default: False).
         decay: "all" decays every weight, "child" spares those that `child` leaves out of the parameters that it masks;
             "auto" is "child" with `child`, else "all" (default: "auto").

@@ -1,7 +1,10 @@
 """Device code for a GPU: prebuilt, by NVRTC, by nvcc; what is told when a way leads nowhere, and the next one taken."""
 
+import contextlib
+import ctypes
 import json
 import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -313,6 +316,16 @@ def test_nothing_is_loaded_while_a_graph_is_captured(ways, monkeypatch):
 def test_a_torch_without_cuda_has_no_kernels(ways, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert ways(b"new").notes == ["this torch was built without CUDA"]
+
+
+def test_a_missing_driver_is_named(native):
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("there is a driver")
+    with pytest.raises(CudaError, match=r"^there is no CUDA driver \(libcuda\.so\.1: .*\)$") as caught:
+        native.GpuKernels(0, b"")
+    assert caught.value.code in gpu.LASTING
+    assert pickle.loads(pickle.dumps(caught.value)).code == caught.value.code
 
 
 def test_without_a_native_backend_nothing_launches_them(ways, monkeypatch):
