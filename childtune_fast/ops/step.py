@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..native import gpu, load
-from . import reference
+from . import foreach, reference
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
 
@@ -109,7 +109,7 @@ def take_step(
         for device, on_gpu in on_gpus.items():
             _step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
     if on_torch:
-        reference.step(on_torch)
+        foreach.step(on_torch)
     for group in on_cpu + of_gpus:
         increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
     return True
