@@ -1,8 +1,11 @@
 """The random mask of Child-Tuning_F in pure torch, with the same bits as csrc/core/philox.h and csrc/core/mask.h."""
 
+import itertools
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +14,11 @@ from ..arguments import check_seed
 
 MASK_VERSION = 1  # changes whenever elements use other Philox words; csrc/core/mask.h documents version 1
 KEEP_ALL = 1 << 16  # the threshold that keeps every weight
-_BLOCK = 128  # elements that share 16 counters
+BLOCK = 128  # elements that share 16 counters
 _COUNTERS = 16
-_CHUNK_BLOCKS = 1 << 15  # blocks drawn at once; limits the temporary memory to about 30 MB
+_CHUNK_BLOCKS = 1 << 15  # blocks drawn at once; limits the temporary memory to about 34 MB
 _LOW32 = 0xFFFFFFFF
+_LOW = 0 if sys.byteorder == "little" else 1  # which int32 half of an int64 has its low bits
 
 
 def keep_threshold(reserve_p: float) -> int:
@@ -34,28 +38,36 @@ def keep_threshold(reserve_p: float) -> int:
     return threshold
 
 
-def philox4x32_10(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Returns the random words of the generator Philox4x32-10 (Salmon et al., SC 2011) for many counters.
+def philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Computes the random words of the generator Philox4x32-10 (Salmon et al., SC 2011) for many counters.
 
     Args:
-        counter: four int64 tensors of one shape, which hold unsigned 32-bit words.
+        counter: int64 tensor of shape [4, n], contiguous, which holds unsigned 32-bit words. It is overwritten.
         key: two unsigned 32-bit words.
 
     Returns:
-        Four int64 tensors of the counters' shape, which hold unsigned 32-bit words.
+        int32 tensor of shape [4, n] in the memory of `counter`: the words, of which int32 has the same bits.
     """
-    c0, c1, c2, c3 = counter
-    key0, key1 = key
-    for _ in range(10):
-        product0 = 0xD2511F53 * c0  # 64 bits; a product beyond 2^63 wraps, which the masks below undo
-        product1 = 0xCD9E8D57 * c2
-        c0 = ((product1 >> 32) & _LOW32) ^ c1 ^ key0
-        c2 = ((product0 >> 32) & _LOW32) ^ c3 ^ key1
-        c1 = product1 & _LOW32
-        c3 = product0 & _LOW32
-        key0 = (key0 + 0x9E3779B9) & _LOW32
-        key1 = (key1 + 0xBB67AE85) & _LOW32
-    return [c0, c1, c2, c3]
+    words = counter.view(torch.int32)[:, _LOW::2]
+    even, even_low = counter[::2].unbind(), words[::2]  # words 0 and 2, and their int32 halves
+    # The low half of a product is a word of the next round as it lies there: words 1 and 3 stay in the product.
+    product, spare = _Products(torch.empty_like(counter[1::2])), _Products(counter[1::2])
+    for i in range(10):
+        torch.mul(even[1], 0xCD9E8D57, out=product.rows[0])  # 64 bits; what is beyond 2^63 wraps, which is harmless
+        torch.mul(even[0], 0xD2511F53, out=product.rows[1])
+        torch.bitwise_xor(product.high, spare.low, out=even_low)
+        even[0].bitwise_xor_((key[0] + i * 0x9E3779B9) & _LOW32)
+        even[1].bitwise_xor_((key[1] + i * 0xBB67AE85) & _LOW32)
+        product, spare = spare, product
+    return words
+
+
+class _Products:
+    """Two rows of 64-bit products, and views of their 32-bit halves."""
+
+    def __init__(self, products: Tensor) -> None:
+        halves = products.view(torch.int32)
+        self.rows, self.low, self.high = products.unbind(), halves[:, _LOW::2], halves[:, 1 - _LOW :: 2]
 
 
 def bernoulli_mask(
@@ -103,17 +115,64 @@ def bernoulli_mask(
     if threshold == KEEP_ALL:
         return torch.ones(shape, dtype=torch.bool, device=device)
     mask = torch.empty(count, dtype=torch.bool, device=device)
-    for start in range(offset // _BLOCK, (offset + count + _BLOCK - 1) // _BLOCK, _CHUNK_BLOCKS):
-        end = min(start + _CHUNK_BLOCKS, (offset + count + _BLOCK - 1) // _BLOCK)
-        kept = _random16(start, end, seed, step, param_index, device) < threshold
-        first, last = max(offset, start * _BLOCK), min(offset + count, end * _BLOCK)
-        mask[first - offset : last - offset] = kept[first - start * _BLOCK : last - start * _BLOCK]
+    end = -(-(offset + count) // BLOCK)  # blocks
+    for first in range(offset // BLOCK, end, _CHUNK_BLOCKS):
+        blocks = min(_CHUNK_BLOCKS, end - first)
+        kept = kept_elements([Blocks(first, blocks, param_index)], threshold, seed, step, device)
+        low, high = max(offset, first * BLOCK), min(offset + count, (first + blocks) * BLOCK)
+        mask[low - offset : high - offset] = kept[low - first * BLOCK : high - first * BLOCK]
     return mask.view(shape)
 
 
-def _random16(start: int, end: int, seed: int, step: int, param_index: int, device: torch.device | str) -> Tensor:
-    """Returns the 16-bit random numbers of the blocks [start, end), one for each element, in the elements' order."""
-    number = torch.arange(start * _COUNTERS, end * _COUNTERS, device=device).view(-1, 1, _COUNTERS)
-    counter = [number & _LOW32, number >> 32, torch.full_like(number, step), torch.full_like(number, param_index)]
-    words = torch.cat(philox4x32_10(counter, (seed & _LOW32, seed >> 32)), dim=1)  # block, word, counter
-    return torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()  # block, word, half, counter
+class Blocks(NamedTuple):
+    """Neighbouring blocks of a parameter.
+
+    Attributes:
+        first: number of the first block in the whole parameter.
+        count: how many blocks there are.
+        param_index: index of the parameter in the optimizer.
+    """
+
+    first: int
+    count: int
+    param_index: int
+
+
+def kept_elements(pieces: Sequence[Blocks], threshold: int, seed: int, step: int, device: torch.device | str) -> Tensor:
+    """Draws the masks of pieces of many parameters at once; holds at most 8 bytes an element while it does.
+
+    Args:
+        pieces: the blocks to draw, one or more.
+        threshold: how many of the 65536 values of a random number keep a weight, below 65536.
+        seed: the optimizer's seed, unsigned.
+        step: the parameters' step count.
+        device: device of the result.
+
+    Returns:
+        bool tensor of shape [128 * number of all blocks]: whether the elements are kept, piece by piece.
+    """
+    ends = list(itertools.accumulate(piece.count for piece in pieces))
+    rows = [(p.count, p.first - end + p.count, p.param_index) for p, end in zip(pieces, ends, strict=True)]
+    # Not waiting for the copy is safe on CUDA, where the driver takes the few numbers before it returns.
+    table = torch.tensor(rows).to(device, non_blocking=torch.device(device).type == "cuda").T
+    first, index = table[1:].repeat_interleave(table[0], dim=1, output_size=ends[-1]).unsqueeze(2)
+    counter = torch.empty((4, ends[-1], _COUNTERS), dtype=torch.int64, device=device)
+    number = torch.arange(ends[-1] * _COUNTERS, device=device).view(-1, _COUNTERS).add_(first, alpha=_COUNTERS)
+    torch.bitwise_and(number, _LOW32, out=counter[0])
+    torch.bitwise_right_shift(number, 32, out=counter[1])
+    del number
+    counter[2] = step
+    counter[3] = index
+    words = philox4x32_10(counter.view(4, -1), (seed & _LOW32, seed >> 32))
+    return _halves_below(words, threshold)
+
+
+def _halves_below(words: Tensor, threshold: int) -> Tensor:
+    """Returns whether the unsigned 16-bit halves of words are below a threshold, in the order of their elements."""
+    below = torch.empty((words.shape[1] // _COUNTERS, 4, 2, _COUNTERS), dtype=torch.bool, device=words.device)
+    words.bitwise_xor_(0x80008000 - (1 << 32))  # now the order of unsigned halves is that of signed ones
+    limit = (threshold - (1 << 15)) << 16
+    words = words.view(4, -1, _COUNTERS).transpose(0, 1)  # block, word, counter
+    torch.lt(words, limit, out=below[:, :, 1])  # whatever the low halves are
+    torch.lt(words << 16, limit, out=below[:, :, 0])
+    return below.view(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..native import CudaError, load
-from . import reference, trust
+from . import foreach, reference, trust
 from .on_gpu import GpuMemory, check_capture, step_on_gpu
 from .squares import sum_of_squares
 from .step_group import StepGroup, check_group
@@ -138,7 +138,7 @@ def take_step(
                 step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
             begun = True
     if on_torch:
-        reference.step(on_torch)
+        foreach.step(on_torch)
     for group in on_cpu + of_gpus:
         increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
     return True

@@ -1,0 +1,193 @@
+"""The step in torch for many parameters at once, on any device, with the bits of reference.py, which specifies it.
+
+Where there are no kernels, an operation costs more than its arithmetic: it is dispatched, and on a GPU launched. So a
+step works on chunks: the values of as many parameters as fit are copied into one buffer, on which each line is one
+operation, and `torch._foreach_*` updates their averages in place. A chunk's size bounds the memory that a step takes.
+
+The order of operations is the reference's, and each rounds once. Nothing is divided by a Python number: on CUDA, torch
+multiplies by the reciprocal, in `torch._foreach_div_` too where the tensors' dtypes or strides differ.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .random_mask import BLOCK, KEEP_ALL, Blocks, kept_elements
+from .step_group import StepGroup, compute_dtype
+
+_CHUNK_BYTES = 1 << 24  # of one buffer; a chunk has two, or before them what the masks take, 7 / 4 of one
+
+
+def step(groups: list[StepGroup]) -> None:
+    """Takes one step for every parameter of every group, in place, as `reference.step` does."""
+    for group in groups:
+        if group.child_bits:
+            reference.step([group])
+            continue
+        of_one_kind: defaultdict[tuple[torch.device, torch.dtype, int], list[int]] = defaultdict(list)
+        uncuttable: list[int] = []
+        for i, count in enumerate(_counts(group.steps)):
+            if _is_whole_or_cuttable(group, i):
+                of_one_kind[group.exp_avgs[i].device, group.params[i].dtype, count].append(i)
+            else:
+                uncuttable.append(i)
+        for (_, _, count), entries in of_one_kind.items():
+            for chunk in _chunks(group, entries):
+                _step_chunk(group, chunk, count + 1)
+            torch._foreach_add_([group.steps[i] for i in entries], 1)
+        if uncuttable:
+            reference.step([_part_of(group, uncuttable)])
+
+
+def _counts(steps: list[Tensor]) -> list[int]:
+    """Returns the steps taken so far; waits for each device once."""
+    return [int(count) for count in reference.numbers([count.reshape(()) for count in steps])]
+
+
+def _part_of(group: StepGroup, entries: list[int]) -> StepGroup:
+    """Returns a group of some of a group's parameters."""
+    lists = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    lists = {name: [x[i] for i in entries] for name, x in lists.items() if isinstance(x, list) and x}
+    return dataclasses.replace(group, **lists)
+
+
+# ---- What is stepped together --------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """Elements of a parameter that are consecutive in its logical order, and the blocks of the mask that they lie in.
+
+    Attributes:
+        tensors: the piece of parameter, gradient, both averages and, with amsgrad, the maximum: tensors of one shape.
+        blocks: the blocks; the first may begin before the piece, and the last may end after it.
+        skipped: how many elements of the first block lie before the piece.
+    """
+
+    tensors: list[Tensor]
+    blocks: Blocks
+    skipped: int
+
+
+def _is_whole_or_cuttable(group: StepGroup, i: int) -> bool:
+    """Returns whether a parameter fits into a chunk as it is, or can be cut."""
+    fits = group.slices is None and group.exp_avgs[i].numel() <= _room(group.exp_avgs[i]) * BLOCK
+    return fits or _is_cuttable(_tensors(group, i))
+
+
+def _room(exp_avg: Tensor) -> int:
+    """Returns how many blocks fit into a chunk."""
+    return _CHUNK_BYTES // exp_avg.element_size() // BLOCK
+
+
+def _tensors(group: StepGroup, i: int) -> list[Tensor]:
+    lists = (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.max_exp_avg_sqs)
+    return [tensors[i] for tensors in (lists if group.amsgrad else lists[:-1])]
+
+
+def _is_cuttable(tensors: list[Tensor]) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _chunks(group: StepGroup, entries: list[int]) -> Iterator[list[_Piece]]:
+    """Cuts parameters of one dtype and device into pieces, and yields as many pieces at a time as fit into a chunk."""
+    chunk: list[_Piece] = []
+    room = left = _room(group.exp_avgs[entries[0]])
+    for i in entries:
+        tensors = _tensors(group, i)
+        cuttable = _is_cuttable(tensors)
+        for start, end, offset in _runs(group, i):
+            while start < end:
+                first, skipped = divmod(offset, BLOCK)
+                blocks = -(-(skipped + end - start) // BLOCK)
+                if left == 0 or (blocks > left and not cuttable):
+                    yield chunk
+                    chunk, left = [], room
+                blocks = min(blocks, left)
+                length = min(end - start, blocks * BLOCK - skipped)
+                pieces = tensors if length == tensors[0].numel() else _cut(tensors, start, length)
+                chunk.append(_Piece(pieces, Blocks(first, blocks, group.indices[i]), skipped))
+                left, start, offset = left - blocks, start + length, offset + length
+    if chunk:
+        yield chunk
+
+
+def _runs(group: StepGroup, i: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (start, end, offset): elements [start, end) of a tensor lie from `offset` on in the whole parameter."""
+    numel = group.exp_avgs[i].numel()
+    offset, run, stride = (0, numel, 0) if group.slices is None else group.slices[i]
+    for k in range(numel // max(run, 1)):
+        yield k * run, (k + 1) * run, offset + k * stride
+
+
+def _cut(tensors: list[Tensor], start: int, length: int) -> list[Tensor]:
+    return [tensor.view(-1)[start : start + length] for tensor in tensors]
+
+
+# ---- The update ----------------------------------------------------------------------------------------------------
+
+
+def _step_chunk(group: StepGroup, chunk: list[_Piece], step: int) -> None:
+    """Updates pieces that are at the same step; csrc/core/adamw.h names what it computes."""
+    params, grads, exp_avgs, exp_avg_sqs, *maxima = zip(*(piece.tensors for piece in chunk), strict=True)
+    c = reference.step_constants(group, step)
+    dtype, device = compute_dtype(params[0]), exp_avgs[0].device
+    kept = None
+    if group.keep_threshold < KEEP_ALL:
+        kept = kept_elements([piece.blocks for piece in chunk], group.keep_threshold, group.seed, step, device)
+    blocks = sum(piece.blocks.count for piece in chunk)
+    grad, temp = torch.empty((2, blocks * BLOCK), dtype=dtype, device=device)  # the last allocation before any write
+    grad_pieces, temp_pieces = _pieces(grad, chunk), _pieces(temp, chunk)
+
+    torch._foreach_copy_(grad_pieces, grads)
+    grad.mul_(c.grad_factor)
+    if kept is not None:
+        torch.where(kept, grad, grad.new_zeros(()), out=grad)
+
+    torch._foreach_mul_(exp_avgs, group.beta1)
+    torch.mul(grad, 1 - group.beta1, out=temp)
+    torch._foreach_add_(exp_avgs, temp_pieces)
+
+    torch._foreach_mul_(exp_avg_sqs, group.beta2)
+    torch.mul(grad, 1 - group.beta2, out=temp).mul_(grad)
+    torch._foreach_add_(exp_avg_sqs, temp_pieces)
+
+    torch._foreach_copy_(temp_pieces, exp_avg_sqs)
+    if maxima:
+        torch._foreach_copy_(grad_pieces, maxima[0])
+        torch.where(temp <= grad, grad, temp, out=temp)
+        torch._foreach_copy_(maxima[0], temp_pieces)
+    _sqrt_(temp)
+    temp.div_(torch.full((), c.bias_correction2_sqrt, dtype=dtype, device=device)).add_(group.eps)
+
+    torch._foreach_copy_(grad_pieces, exp_avgs)
+    grad.mul_(c.step_size).div_(temp)
+    torch._foreach_copy_(temp_pieces, params)
+    temp.mul_(c.decay_before).sub_(grad).mul_(c.decay_after)
+    torch._foreach_copy_(params, temp_pieces)
+
+
+def _pieces(buffer: Tensor, chunk: list[_Piece]) -> list[Tensor]:
+    """Returns the views of a chunk's buffer that belong to its pieces, of their shapes."""
+    sizes = []
+    for piece in chunk:
+        numel = piece.tensors[0].numel()
+        sizes += [piece.skipped, numel, piece.blocks.count * BLOCK - piece.skipped - numel]
+    views = buffer.split_with_sizes(sizes)[1::3]
+    shapes = [piece.tensors[0].shape for piece in chunk]
+    return [view if len(shape) == 1 else view.view(shape) for view, shape in zip(views, shapes, strict=True)]
+
+
+def _sqrt_(x: Tensor) -> None:
+    """Takes the correctly rounded square root in place; see `reference._sqrt`. Between pieces lies anything."""
+    if not x.is_cpu:
+        x.sqrt_()
+        return
+    values = x.numpy()
+    with np.errstate(invalid="ignore"):
+        np.sqrt(values, out=values)
