@@ -254,8 +254,13 @@ def test_eight_ranks_at_once_prove_once(driver, tmp_path):
     common = {"CHILDTUNE_CACHE": str(tmp_path / "cache"), "STAND_IN_LOG": str(tmp_path / "log"), "WORLD_SIZE": "8"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": SITE, "LD_LIBRARY_PATH": str(driver)}
     common |= {"CHILDTUNE_GPU": "prove", "OMP_NUM_THREADS": "1"}
-    for rank in [python(RANK, RANK=str(rank), **common) for rank in range(8)]:
-        result_of(rank, timeout=300)
+    ranks = [python(RANK, RANK=str(rank), **common) for rank in range(8)]
+    try:
+        for rank in ranks:
+            result_of(rank, timeout=300)
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert (tmp_path / "log").read_text() == "proof RANK=None\n"
 
 
@@ -290,7 +295,7 @@ def check_the_command(capture=None):
     for name, word in (("CHILDTUNE_GPU", "off"), ("CHILDTUNE_GPU", "trust"), ("CHILDTUNE_BACKEND", "torch")):
         os.environ[name] = word
         wanted = "native (kernels stand-in, not proved: CHILDTUNE_GPU=trust" if word == "trust" else f"torch ({name}="
-        assert f"serves cuda:0      {wanted}" in output_of(0)
+        assert f"serves cuda:0     {wanted}" in output_of(0)
 
 
 def test_the_command_proves_and_reports(driver, tmp_path):

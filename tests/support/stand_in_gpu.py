@@ -34,22 +34,24 @@ def properties(device):
     return SimpleNamespace(name="stand-in", major=9, minor=0, uuid="GPU-other" if other else f"GPU-{device}")
 
 
+def place(device):
+    if fate(device) == "busy" and os.environ.get(proof.GUARD):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+    return HERE
+
+
 def install():
     """Makes this process see the GPUs; in one that proves kernels, lets happen what STAND_IN says."""
     native = load.load_native()
     real = native.GpuKernels
 
-    def kernels(device, image):
-        if fate(device) == "busy" and os.environ.get(proof.GUARD):
-            raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
-        return real(-1, image)
-
-    native.GpuKernels = kernels
-    gpu.properties, gpu.place, gpu.stream_of = properties, lambda device: HERE, lambda device: STREAM
+    native.GpuKernels = lambda device, image: real(-1, image)
+    gpu.properties, gpu.place, gpu.stream_of = properties, place, lambda device: STREAM
     gpu.memory, gpu.synchronize = lambda device, size: bytes_of_memory(size), lambda device: None
     gpu.side_stream, gpu.capture = lambda device: contextlib.nullcontext(), lambda device, work: work
     device_code.images = lambda capability: [("stand-in", lambda: IMAGE)]
     torch.version.cuda = "13.0"
+    torch.cuda.device = lambda device: contextlib.nullcontext()
     gpu.is_capturing = lambda device: False
     step.check_group = lambda group: None  # it would find that state is on the CPU
     if os.environ.get(proof.GUARD):
