@@ -140,7 +140,7 @@ def _step_chunk(group: StepGroup, chunk: list[_Piece], step: int) -> None:
     kept = None
     if group.keep_threshold < KEEP_ALL:
         kept = kept_elements([piece.blocks for piece in chunk], group.keep_threshold, group.seed, step, device)
-    blocks = sum(piece.blocks.count for piece in chunk)
+    blocks = sum(piece.blocks.length for piece in chunk)
     grad, temp = torch.empty((2, blocks * BLOCK), dtype=dtype, device=device)  # the last allocation before any write
     grad_pieces, temp_pieces = _pieces(grad, chunk), _pieces(temp, chunk)
 
@@ -177,7 +177,7 @@ def _pieces(buffer: Tensor, chunk: list[_Piece]) -> list[Tensor]:
     sizes = []
     for piece in chunk:
         numel = piece.tensors[0].numel()
-        sizes += [piece.skipped, numel, piece.blocks.count * BLOCK - piece.skipped - numel]
+        sizes += [piece.skipped, numel, piece.blocks.length * BLOCK - piece.skipped - numel]
     views = buffer.split_with_sizes(sizes)[1::3]
     shapes = [piece.tensors[0].shape for piece in chunk]
     return [view if len(shape) == 1 else view.view(shape) for view, shape in zip(views, shapes, strict=True)]
