@@ -1,4 +1,4 @@
-"""The step in torch for many parameters at once, on any device, with the bits of reference.py, which specifies it.
+"""Step and norm in torch for many tensors at once, on any device, with the bits of reference.py, which specifies both.
 
 Where there are no kernels, an operation costs more than its arithmetic: it is dispatched, and on a GPU launched. So a
 step works on chunks: the values of as many parameters as fit are copied into one buffer, on which each line is one
@@ -10,16 +10,20 @@ multiplies by the reciprocal, in `torch._foreach_div_` too where the tensors' dt
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import reference
+from .packed_mask import packed_size, unpack
 from .random_mask import BLOCK, KEEP_ALL, Blocks, kept_elements
 from .step_group import StepGroup, compute_dtype
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _CHUNK_BYTES = 1 << 24  # of one buffer; a chunk has two, or before them what the masks take, 7 / 4 of one
 
@@ -140,7 +144,7 @@ def _step_chunk(group: StepGroup, chunk: list[_Piece], step: int) -> None:
     kept = None
     if group.keep_threshold < KEEP_ALL:
         kept = kept_elements([piece.blocks for piece in chunk], group.keep_threshold, group.seed, step, device)
-    blocks = sum(piece.blocks.count for piece in chunk)
+    blocks = sum(piece.blocks.length for piece in chunk)
     grad, temp = torch.empty((2, blocks * BLOCK), dtype=dtype, device=device)  # the last allocation before any write
     grad_pieces, temp_pieces = _pieces(grad, chunk), _pieces(temp, chunk)
 
@@ -169,7 +173,7 @@ def _step_chunk(group: StepGroup, chunk: list[_Piece], step: int) -> None:
     grad.mul_(c.step_size).div_(temp)
     torch._foreach_copy_(temp_pieces, params)
     temp.mul_(c.decay_before).sub_(grad).mul_(c.decay_after)
-    torch._foreach_copy_(params, temp_pieces)
+    torch._foreach_copy_(params, _pieces(reference.stored(temp, params[0].dtype), chunk))
 
 
 def _pieces(buffer: Tensor, chunk: list[_Piece]) -> list[Tensor]:
@@ -177,7 +181,7 @@ def _pieces(buffer: Tensor, chunk: list[_Piece]) -> list[Tensor]:
     sizes = []
     for piece in chunk:
         numel = piece.tensors[0].numel()
-        sizes += [piece.skipped, numel, piece.blocks.count * BLOCK - piece.skipped - numel]
+        sizes += [piece.skipped, numel, piece.blocks.length * BLOCK - piece.skipped - numel]
     views = buffer.split_with_sizes(sizes)[1::3]
     shapes = [piece.tensors[0].shape for piece in chunk]
     return [view if len(shape) == 1 else view.view(shape) for view, shape in zip(views, shapes, strict=True)]
@@ -191,3 +195,69 @@ def _sqrt_(x: Tensor) -> None:
     values = x.numpy()
     with np.errstate(invalid="ignore"):
         np.sqrt(values, out=values)
+
+
+# ---- The norm ------------------------------------------------------------------------------------------------------
+
+
+def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
+    """Returns the sum of the squares of all elements; see `reference.sum_of_squares`. Waits for each device once."""
+    totals = [0.0] * len(tensors)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        entries = [i for i, tensor in enumerate(tensors) if tensor.device == device and tensor.numel() > 0]
+        rows = [-(-tensors[i].numel() // reference.NORM_CHUNK) for i in entries]
+        sums = [_sums_of_rows(*part) for part in _norm_parts([(tensors[i], child_bits[i]) for i in entries])]
+        if sums:
+            for i, of_tensor in zip(entries, torch.cat(sums).cpu().split(rows), strict=True):
+                padded = np.zeros(1 << (len(of_tensor) - 1).bit_length())
+                padded[: len(of_tensor)] = of_tensor.numpy()
+                totals[i] = _sum_by_halving(padded)
+    return sum(totals, 0.0)
+
+
+def _norm_parts(
+    tensors: list[tuple[Tensor, Tensor | None]],
+) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+    """Yields flat pieces of whole rows of 1024 elements, as many at a time as fit into a chunk, and their masks."""
+    pieces: list[Tensor] = []
+    masks: list[Tensor | None] = []
+    size = reference.NORM_CHUNK
+    room = left = _CHUNK_BYTES // 8 // size
+    for tensor, bits in tensors:
+        flat, start = tensor.reshape(-1), 0
+        while start < len(flat):
+            if left == 0:
+                yield pieces, masks
+                pieces, masks, left = [], [], room
+            piece = flat[start : start + left * size] if len(flat) - start > left * size or start > 0 else flat
+            pieces.append(piece)
+            masks.append(None if bits is None else bits[start // 8 : start // 8 + packed_size(len(piece))])
+            left -= -(-len(piece) // size)
+            start += len(piece)
+    if pieces:
+        yield pieces, masks
+
+
+def _sums_of_rows(pieces: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    """Returns the sums of the squares in each row of 1024 elements of flat pieces, in double."""
+    size = reference.NORM_CHUNK
+    lengths = [-(-len(piece) // size) * size for piece in pieces]
+    squares = torch.zeros(sum(lengths), dtype=torch.float64, device=pieces[0].device)
+    places = [
+        place if len(place) == len(piece) else place[: len(piece)]
+        for place, piece in zip(squares.split(lengths), pieces, strict=True)
+    ]
+    torch._foreach_copy_(places, pieces)
+    squares.square_()
+    for place, bits in zip(places, masks, strict=True):
+        if bits is not None:
+            place.masked_fill_(unpack(bits, place.shape).logical_not_(), 0.0)
+    return reference.sum_by_halving(squares.view(-1, size))
+
+
+def _sum_by_halving(x: "npt.NDArray[np.float64]") -> float:
+    """Adds up as `reference.sum_by_halving` does, without an operation of torch for each line."""
+    with np.errstate(over="ignore"):
+        while len(x) > 1:
+            x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return float(x[0])

@@ -129,12 +129,12 @@ class Blocks(NamedTuple):
 
     Attributes:
         first: number of the first block in the whole parameter.
-        count: how many blocks there are.
+        length: how many blocks there are.
         param_index: index of the parameter in the optimizer.
     """
 
     first: int
-    count: int
+    length: int
     param_index: int
 
 
@@ -151,8 +151,8 @@ def kept_elements(pieces: Sequence[Blocks], threshold: int, seed: int, step: int
     Returns:
         bool tensor of shape [128 * number of all blocks]: whether the elements are kept, piece by piece.
     """
-    ends = list(itertools.accumulate(piece.count for piece in pieces))
-    rows = [(p.count, p.first - end + p.count, p.param_index) for p, end in zip(pieces, ends, strict=True)]
+    ends = list(itertools.accumulate(piece.length for piece in pieces))
+    rows = [(p.length, p.first - end + p.length, p.param_index) for p, end in zip(pieces, ends, strict=True)]
     # Not waiting for the copy is safe on CUDA, where the driver takes the few numbers before it returns.
     table = torch.tensor(rows).to(device, non_blocking=torch.device(device).type == "cuda").T
     first, index = table[1:].repeat_interleave(table[0], dim=1, output_size=ends[-1]).unsqueeze(2)

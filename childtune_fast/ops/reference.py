@@ -17,7 +17,7 @@ from .packed_mask import pack, unpack
 from .random_mask import KEEP_ALL, bernoulli_mask
 from .step_group import StepGroup, compute_dtype
 
-_NORM_CHUNK = 1024
+NORM_CHUNK = 1024
 _NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 
 
@@ -162,11 +162,11 @@ def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None
         if bits is not None:
             squares = torch.where(unpack(bits, tensor.shape), squares, 0.0)
         squares = squares.flatten()
-        chunks = -(-squares.numel() // _NORM_CHUNK)
-        padded = torch.nn.functional.pad(squares, (0, chunks * _NORM_CHUNK - squares.numel()))
-        sums = _sum_by_halving(padded.view(chunks, _NORM_CHUNK))
+        chunks = -(-squares.numel() // NORM_CHUNK)
+        padded = torch.nn.functional.pad(squares, (0, chunks * NORM_CHUNK - squares.numel()))
+        sums = sum_by_halving(padded.view(chunks, NORM_CHUNK))
         sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
-        totals.append(_sum_by_halving(sums))
+        totals.append(sum_by_halving(sums))
     return sum(numbers(totals), 0.0)
 
 
@@ -179,7 +179,8 @@ def numbers(scalars: list[Tensor]) -> list[float]:
     return [values[i] for i in range(len(scalars))]
 
 
-def _sum_by_halving(x: Tensor) -> Tensor:
+def sum_by_halving(x: Tensor) -> Tensor:
+    """Returns the sums over the last dimension, whose length is a power of two: its halves are added, and so on."""
     while x.shape[-1] > 1:
         low, high = x.chunk(2, dim=-1)
         x = low + high

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..native import load
 from . import reference, trust
 from .packed_mask import PackedMask, packed_size
-from .radix import OnGpu, select_in_parts
+from .radix import InTorch, OnGpu, Part, select_in_parts
 
 
 def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[str, PackedMask]:
@@ -34,25 +34,15 @@ def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[st
         raise ValueError(f"top_k: k must lie between 0 and the number of scores, {total} (got {k})")
     tensors = [_float32(name, tensor) for name, tensor in scores.items()]
     native = load.resolve("auto") if all(tensor.is_cpu for tensor in tensors) else None
-    if _have_kernels(tensors):
-        bits = _select_on_gpus(list(scores), tensors, k, largest)
-    elif native is None:
-        bits = reference.select(list(scores), tensors, k, largest)
+    if native is None:
+        bits = _select_by_device(list(scores), tensors, k, largest)
     else:
-        bits = [torch.empty(packed_size(tensor.numel()), dtype=torch.uint8, device="cpu") for tensor in tensors]
+        bits = [torch.empty(packed_size(tensor.numel()), dtype=torch.uint8) for tensor in tensors]
         nan = native.select_top(tensors, bits, k, largest, torch.get_num_threads())
         if nan >= 0:
             reference.refuse_nan(list(scores)[nan])
     masks = map(PackedMask, (tensor.shape for tensor in tensors), bits)
     return dict(zip(scores, masks, strict=True))
-
-
-def _have_kernels(tensors: list[Tensor]) -> bool:
-    """Returns whether all tensors are on GPUs whose kernels "auto" takes."""
-    if not tensors or not all(tensor.is_cuda for tensor in tensors):
-        return False
-    choice = load.chosen("auto")
-    return all(trust.kernels_of(index, choice) is not None for index in {tensor.device.index for tensor in tensors})
 
 
 def _float32(name: str, tensor: Tensor) -> Tensor:
@@ -63,11 +53,18 @@ def _float32(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).resolve_neg().contiguous()
 
 
-def _select_on_gpus(names: list[str], scores: list[Tensor], k: int, largest: bool) -> list[Tensor]:
-    by_device: dict[int, dict[int, Tensor]] = {}
+def _select_by_device(names: list[str], scores: list[Tensor], k: int, largest: bool) -> list[Tensor]:
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
     for i, tensor in enumerate(scores):
-        by_device.setdefault(tensor.get_device(), {})[i] = tensor
-    bits = select_in_parts([OnGpu(*part, largest) for part in by_device.items()], k)
+        by_device.setdefault(tensor.device, {})[i] = tensor
+    bits = select_in_parts([_part(*part, largest) for part in by_device.items()], k)
     if bits is None:
         reference.refuse_nan(next(name for name, tensor in zip(names, scores, strict=True) if tensor.isnan().any()))
     return [bits[i] for i in range(len(scores))]
+
+
+def _part(device: torch.device, scores: dict[int, Tensor], largest: bool) -> Part:
+    on_gpu = next(iter(scores.values())).is_cuda
+    if on_gpu and trust.kernels_of(device.index, load.chosen("auto")) is not None:
+        return OnGpu(device.index, scores, largest)
+    return InTorch(device, scores, largest)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..native import gpu, load
-from . import reference, trust
+from . import foreach, reference, trust
 
 
 def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
@@ -24,7 +24,7 @@ def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_b
         child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     if native is None:
-        return reference.sum_of_squares(tensors, child_bits)
+        return foreach.sum_of_squares(tensors, child_bits)
     return native.sum_of_squares(list(tensors), list(child_bits), torch.get_num_threads())
 
 

@@ -78,9 +78,14 @@ def check_selection():
         total = sum(tensor.numel() for tensor in scores.values())
         for k in (0, 1, round(0.3 * total), total):
             expected = select.top_k(scores, k, largest=largest)
-            for gpus in (1, 3):
+            for kinds in ([radix.OnGpu], [radix.OnGpu, radix.InTorch, radix.OnGpu]):
                 parts = [
-                    radix.OnGpu(-1, dict(list(enumerate(scores.values()))[gpu::gpus]), largest) for gpu in range(gpus)
+                    kind(
+                        -1 if kind is radix.OnGpu else torch.device("cpu"),
+                        dict(list(enumerate(scores.values()))[i :: len(kinds)]),
+                        largest,
+                    )
+                    for i, kind in enumerate(kinds)
                 ]
                 bits = radix.select_in_parts(parts, k)
                 assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
@@ -94,8 +99,8 @@ def check_selection_from_a_model():
     scores = {name: random_tensor(p.shape, torch.float32).square() for name, p in model.named_parameters()}
     expected = ChildNetwork.from_scores(model, scores, reserve_p=0.3, maskable="weight")
     calls = []
-    select_on_gpus = select._select_on_gpus
-    select._select_on_gpus = lambda *args: calls.append(args) or select_on_gpus(*args)
+    on_gpu = select.OnGpu
+    select.OnGpu = lambda *args: calls.append(args) or on_gpu(*args)
     torch.Tensor.is_cuda, torch.Tensor.is_cpu = True, False
     trust.kernels_of = lambda device, choice: kernels
     kept = sum(mask.count for mask in expected.packed.values())

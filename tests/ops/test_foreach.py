@@ -11,6 +11,7 @@ from helpers import every_dtype, raw
 from benchmarks.workloads import WORKLOADS
 from childtune_fast import ChildAdamW
 from childtune_fast.ops import foreach, reference
+from childtune_fast.ops.packed_mask import pack
 from childtune_fast.ops.random_mask import KEEP_ALL, keep_threshold
 from childtune_fast.ops.step_group import StepGroup, compute_dtype
 
@@ -138,3 +139,26 @@ def test_operations_and_memory_are_those_of_the_meta_device(reserve_p, monkeypat
 def test_tiny_parameters_are_stepped_together():
     shapes = WORKLOADS["1000x33"]
     assert dispatches_of_a_step(shapes, 0.3, "cpu").count <= 3 * len(shapes)
+    with Dispatches() as dispatches:
+        foreach.sum_of_squares([torch.ones(shape) for shape in shapes], [None] * len(shapes))
+    assert dispatches.count <= 5 * len(shapes)
+
+
+@pytest.mark.parametrize("chunk", [1 << 14, 1 << 24], ids=["many chunks", "one chunk"])
+@every_dtype
+def test_the_norm_is_the_references(dtype, chunk, monkeypatch):
+    """Over masked tensors and whole ones, cut and transposed; a NaN counts only where its mask keeps it."""
+    monkeypatch.setattr(foreach, "_CHUNK_BYTES", chunk)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(0,), (1,), (1023,), (1024,), (1025,), (), (70, 301), (40, 60), (9000,), (3,)]
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    tensors[7] = tensors[7].T
+    masks = [torch.rand(tensor.shape, generator=generator) < 0.3 for tensor in tensors]
+    bits = [pack(mask) if i % 3 else None for i, mask in enumerate(masks)]
+    tensors[8][~masks[8]] = math.nan
+    expected = reference.sum_of_squares(tensors, bits)
+    assert math.isfinite(expected)
+    assert foreach.sum_of_squares(tensors, bits) == expected
+    tensors[8][masks[8]] = math.inf
+    assert foreach.sum_of_squares(tensors, bits) == math.inf
+    assert foreach.sum_of_squares([], []) == foreach.sum_of_squares(tensors[:1], bits[:1]) == 0.0

@@ -17,7 +17,7 @@ from stand_in import IMAGE
 from childtune_fast import ChildAdamW
 from childtune_fast import __main__ as report
 from childtune_fast.native import build, device_code, gpu, load
-from childtune_fast.ops import proof, prover, select, trust
+from childtune_fast.ops import proof, prover, radix, select, trust
 from childtune_fast.ops import step as op
 from childtune_fast.ops.squares import SquareKernels
 
@@ -89,7 +89,7 @@ def check_training():
     assert noted == [None] * len(there) + [0] * 2 * len(there)
     assert all(same_bits(p, q) for p, q in zip(plain, there, strict=True))
     assert SquareKernels.find([torch.device("cuda", 0)]).gpus == {0: trust._settled[0]}
-    assert select._have_kernels(there)
+    assert type(select._part(there[0].device, {0: there[0]}, True)) is radix.OnGpu
 
 
 def test_training_goes_over_to_the_kernels_without_a_word(driver, tmp_path):

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from dispatches import Dispatches
 from helpers import both_backends
 from scores import DENORMAL, KINDS, SLICE, tensors, values
 
 from childtune_fast.native import load
+from childtune_fast.ops import radix, reference
 from childtune_fast.ops.packed_mask import PackedMask
 from childtune_fast.ops.select import top_k
 
@@ -130,6 +132,44 @@ def test_no_scores(backend, on):
     on(backend)
     assert top_k({}, 0) == {}
     assert isinstance(top_k({"a": torch.zeros(0, 3)}, 0)["a"], PackedMask)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_equals_the_reference_over_chunks_and_devices(kind, devices, monkeypatch):
+    monkeypatch.setattr(radix, "_CHUNK_BLOCKS", 3)
+    scores = tensors(kind, sizes=(100, 1, 0, 1023, 1024, 1025, 33, 9000, 3072))
+    total = sum(tensor.numel() for tensor in scores.values())
+    for largest, k in itertools.product((True, False), (0, 1, total // 3, total)):
+        expected = reference.select(list(scores), list(scores.values()), k, largest)
+        numbered = list(enumerate(scores.values()))
+        parts = [radix.InTorch(torch.device("cpu"), dict(numbered[i::devices]), largest) for i in range(devices)]
+        found = radix.select_in_parts(parts, k)
+        assert all(torch.equal(found[i], bits) for i, bits in enumerate(expected))
+
+
+def test_what_torch_takes_does_not_grow_with_the_scores(on, monkeypatch):
+    """Beside the masks, and copies of what is not float32 already. At full size it is 19 MB."""
+    monkeypatch.setattr(radix, "_CHUNK_BLOCKS", 64)
+    on("torch")
+    peaks = []
+    for size in (1 << 18, 3 << 17):
+        scores = {"a": torch.linspace(-1, 1, size), "b": torch.ones(5000)}
+        with Dispatches(known=scores.values()) as dispatches:
+            masks = top_k(scores, size // 3)
+        peaks.append(dispatches.peak - sum(mask.bits.numel() for mask in masks.values()))
+    assert 4 < peaks[0] / (64 * 1024) < 19  # bytes for each score of a chunk
+    assert peaks[1] - peaks[0] < 1 << 16  # counts of ties, four bytes for each block of 1024
+
+
+def test_torch_waits_for_a_device_once_in_a_pass(on):
+    on("torch")
+    counts = []
+    for many in (2, 300):
+        with Dispatches() as dispatches:
+            top_k({str(i): torch.ones(33) for i in range(many)}, 10)
+        counts.append(dispatches.names["aten._local_scalar_dense.default"])
+    assert counts[0] == counts[1]
 
 
 FLOATS, BITS = torch.zeros(1025), torch.zeros(256, dtype=torch.uint8)
