@@ -50,7 +50,8 @@ struct ChildStep {
     return left >= 32 ? word : left <= 0 ? 0 : word & ((1u << left) - 1);
   }
 
-  // Bits and offsets may have been changed since they were counted: nothing is done where they leave the state's arrays.
+  // Bits and offsets may have been changed since they were counted: nothing is done where they leave the state's
+  // arrays.
   CHILDTUNE_MEMBER bool fits(int slots) const { return offset >= 0 && slots <= item.child.count - offset; }
 
   // Lists the places of the bits of `word`, the lane's; `before` are set in the words before it.

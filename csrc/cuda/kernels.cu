@@ -25,8 +25,7 @@ __device__ __forceinline__ void step_child_block(const Table& table) {
 
 // At least so many blocks of threads share a multiprocessor's registers: the most for which no compiler spills. Without
 // this bound, some compilers spill to have room for more blocks.
-#define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) \
-  (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kAmsgrad) ? 3 : 4)
+#define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kAmsgrad) ? 3 : 4)
 
 #define CHILDTUNE_KERNEL(name, P, Item, kMasked, kAmsgrad, kBytes)                                                \
   extern "C" __global__ void __launch_bounds__(childtune::kThreads, CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad)) name( \

@@ -120,7 +120,8 @@ struct TileStep {
     if (used == 0 && constants.eps > T(0)) {
       move(quad, [&](T param, T exp_avg, T) { return updated_at_zero(constants, param, exp_avg); });
     } else if (constants.bias_correction2_sqrt == T(1)) {
-      move(quad, [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, second); });
+      move(quad,
+           [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, second); });
     } else {
       move(quad, [&](T param, T exp_avg, T second) { return updated_weight<true>(constants, param, exp_avg, second); });
     }

@@ -54,6 +54,16 @@ struct GpuWarp {
     return __ballot_sync(~0u, of_lane(lane));
   }
 
+  // Returns what `of_lane` returns for each lane; `vote` with it is like the other, of a function of that value.
+  template <class OfLane>
+  __device__ __forceinline__ auto each(const OfLane& of_lane) const {
+    return of_lane(lane);
+  }
+  template <class Value, class OfValue>
+  __device__ __forceinline__ uint32_t vote(const Value& own, const OfValue& of_value) const {
+    return __ballot_sync(~0u, of_value(own));
+  }
+
   template <class V>
   __device__ __forceinline__ void write(V* to, V value) const {
     if (lane == 0) *to = value;

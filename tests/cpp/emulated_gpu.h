@@ -1,6 +1,7 @@
 // A GPU in loops: calls the functions of csrc/cuda for every block, warp and lane of a plan's launches.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "cuda/child_kernel.h"
@@ -53,6 +54,18 @@ struct EmulatedWarp {
     uint32_t votes = 0;
     for (int lane = 0; lane < kWarp; ++lane) votes |= static_cast<uint32_t>(of_lane(lane)) << lane;
     return votes;
+  }
+
+  template <class OfLane>
+  auto each(const OfLane& of_lane) const {
+    std::array<decltype(of_lane(0)), kWarp> values{};
+    for (int lane = 0; lane < kWarp; ++lane) values[lane] = of_lane(lane);
+    return values;
+  }
+
+  template <class Values, class OfValue>
+  uint32_t vote(const Values& values, const OfValue& of_value) const {
+    return vote([&](int lane) { return of_value(values[lane]); });
   }
 
   template <class V>

@@ -1,11 +1,15 @@
 """The CUDA kernels through NVRTC, as far as a machine without a GPU goes: to the cubin."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from childtune_fast.native import BackendError, device_code
 
+MACHINE_CODE = Path(__file__).parents[1] / "support" / "check_machine_code.py"
 LIBRARIES = device_code.nvrtc_libraries()
 KERNELS = [
     "step_" + "_".join(filter(None, parts))
@@ -24,14 +28,18 @@ def nvrtc(request):
     return device_code.Nvrtc(request.param)
 
 
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_compiles_every_kernel(nvrtc, architecture):
+@pytest.mark.parametrize("architecture", [75, 120])
+def test_compiles_every_kernel(nvrtc, architecture, tmp_path):
     source, headers = device_code.kernel_source()
     cubin = nvrtc.compile(source, headers, architecture)
     assert cubin.startswith(b"\x7fELF")
     expected = KERNELS if nvrtc.version() >= (12, 1) else [name for name in KERNELS if not name.endswith("large")]
     for name in expected:
         assert b"\0.text." + name.encode() + b"\0" in cubin, name
+    (tmp_path / "kernels.cubin").write_bytes(cubin)
+    check = [sys.executable, MACHINE_CODE, "--loose", tmp_path / "kernels.cubin"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_says_what_does_not_compile(nvrtc):
