@@ -1,8 +1,8 @@
 """Checks the machine code of the CUDA kernels, as nvdisasm prints it: python check_machine_code.py [--loose] CUBIN...
 
-Fails if in a kernel of the step in float32, bfloat16 or float16
+Fails if a kernel uses local memory, or if in a kernel of the step in float32, bfloat16 or float16
 
-- registers or local memory are more than lets the intended number of blocks of threads share a multiprocessor;
+- registers are more than lets the intended number of blocks of threads share a multiprocessor;
 - a loaded register is used before the last load of the same round has been issued;
 - the main path has more instructions than it should.
 
@@ -230,12 +230,11 @@ def blocks_wanted(name):
     return 3 if "amsgrad" in name else 4
 
 
-def faults_of_kernel(name, kernel, usage, column):
+def faults_of_kernel(name, kernel, registers, column):
     """Yields what is wrong with a kernel, and prints its main path's instructions."""
-    registers, stack = usage
     blocks = REGISTERS // (THREADS * -(-registers // 8) * 8)
-    if blocks < blocks_wanted(name) or stack:
-        yield f"{name}: {blocks} blocks of {blocks_wanted(name)}, {registers} registers, {stack} bytes of stack"
+    if blocks < blocks_wanted(name):
+        yield f"{name}: {blocks} blocks of {blocks_wanted(name)}, {registers} registers"
     if not re.search("(masked|child).*_large", name):  # smaller tables have the same code
         return
     kind = name.removesuffix("_large")
@@ -269,12 +268,13 @@ def faults(cubin, column):
     usage = re.findall(
         r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", output_of("cuobjdump", "--dump-resource-usage", cubin)
     )
-    usages = {name: (int(registers), int(stack)) for name, registers, stack in usage}
+    registers = {name: int(number) for name, number, _ in usage}
+    yield from (f"{name}: {stack} bytes of stack" for name, _, stack in usage if stack != "0")
     checked = {name: kernel for name, kernel in kernels_of(text).items() if re.match("step_b?float(16|32)", name)}
-    if not checked or not checked.keys() <= usages.keys():
+    if not checked or not checked.keys() <= registers.keys():
         yield f"{cubin}: no kernels, or not their registers"
     for name, kernel in checked.items():
-        yield from faults_of_kernel(name, kernel, usages.get(name, (0, 0)), column)
+        yield from faults_of_kernel(name, kernel, registers.get(name, 0), column)
 
 
 def main() -> int:
