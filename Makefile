@@ -73,19 +73,21 @@ $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 
 # The device code without a GPU, with the flags and for the architectures that are shipped: the core headers, which must
-# stay free of whatever a GPU lacks, cuda/warp.h alone, and the kernels, whose machine code tests/support/check_device_code.py
-# judges.
+# stay free of whatever a GPU lacks, cuda/warp.h alone, and the kernels, whose PTX tests/support/check_device_code.py
+# judges, and whose machine code check_machine_code.py: more strictly for sm_90, for which it was written down.
 NVCC ?= nvcc
 shipped = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('childtune_fast/native/build.py')['$(1)'])")
 NVCC_FLAGS = $(call shipped,DEVICE_FLAGS) -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Icsrc
 ARCHITECTURES ?= $(call shipped,DEVICE_CODES)
 CUBINS := $(ARCHITECTURES:%=$(OUT)/kernels_%.cubin)
+CODE_CHECKS := tests/support/check_device_code.py tests/support/check_machine_code.py
 cuda: $(CUBINS) $(OUT)/core_compiles.o
-$(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) tests/support/check_device_code.py
+$(CUBINS): $(OUT)/kernels_%.cubin: csrc/cuda/kernels.cu $(NATIVE) $(CODE_CHECKS) $(VENV)/.cuda
 	mkdir -p $(OUT)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -ptx $< -o $(@:cubin=ptx)
 	$(NVCC) $(NVCC_FLAGS) -arch=sm_$* -Xptxas -v -cubin $(@:cubin=ptx) -o $@.new 2>$@.log || { cat $@.log; exit 1; }
 	@echo sm_$*; $(PYTHON) tests/support/check_device_code.py $(@:cubin=ptx) <$@.log
+	$(BIN)/python tests/support/check_machine_code.py $(if $(filter 90,$*),,--loose) $@.new
 	mv $@.new $@
 $(OUT)/core_compiles.o: tests/cpp/core_compiles.cu $(NATIVE)
 	mkdir -p $(OUT)
@@ -125,6 +127,10 @@ $(VENV)/.test: $(VENV)/.native
 $(VENV)/.nvrtc: $(VENV)/.created
 	$(PIP) --no-deps --target $(VENV)/nvrtc-13.0 \
 	  "nvidia-cuda-nvrtc==13.0.88; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.created $(CONSTRAINTS)
+	$(PIP) --constraint $(CONSTRAINTS) nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)

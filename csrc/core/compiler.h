@@ -35,4 +35,8 @@ CHILDTUNE_INLINE To bit_cast(From from) {
   return to;
 }
 
+// A floating-point number's bits.
+CHILDTUNE_INLINE uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+CHILDTUNE_INLINE uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
+
 }  // namespace childtune

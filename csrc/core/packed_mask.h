@@ -31,6 +31,17 @@ CHILDTUNE_INLINE int count_ones(uint64_t word) {
 #endif
 }
 
+// Returns the number of the highest bit that is set; `word` is not 0.
+CHILDTUNE_INLINE int highest_one(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(static_cast<int>(word));
+#else
+  int bit = 0;
+  for (; word > 1; word >>= 1) ++bit;
+  return bit;
+#endif
+}
+
 CHILDTUNE_INLINE int64_t packed_blocks(int64_t numel) { return (numel + kPackedBlock - 1) / kPackedBlock; }
 
 CHILDTUNE_INLINE int64_t mask_bytes(int64_t numel) { return packed_blocks(numel) * (kPackedBlock / 8); }

@@ -17,16 +17,15 @@ __device__ __forceinline__ GpuWarp this_warp() { return {static_cast<int>(thread
 
 template <class P, bool kAmsgrad, class Table>
 __device__ __forceinline__ void step_child_block(const Table& table) {
-  __shared__ Slots<P> slots[kThreads / kWarp];
-  step_child_warp<P, kAmsgrad>(table, blockIdx.x, warp_number(), slots[warp_number()], this_warp());
+  __shared__ SlotPlaces places[kThreads / kWarp];
+  step_child_warp<P, kAmsgrad>(table, blockIdx.x, warp_number(), places[warp_number()], this_warp());
 }
 
 }  // namespace childtune
 
 // At least so many blocks of threads share a multiprocessor's registers: the most for which no compiler spills. Without
 // this bound, some compilers spill to have room for more blocks.
-#define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) \
-  (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kMasked) && (kAmsgrad) ? 2 : 3)
+#define CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad) (sizeof(childtune::ComputeType<P>::type) == 8 ? 1 : (kAmsgrad) ? 3 : 4)
 
 #define CHILDTUNE_KERNEL(name, P, Item, kMasked, kAmsgrad, kBytes)                                                \
   extern "C" __global__ void __launch_bounds__(childtune::kThreads, CHILDTUNE_BLOCKS(P, kMasked, kAmsgrad)) name( \

@@ -34,19 +34,20 @@ int64_t blocks_of(const StepItem& item) {
   return divide_up(runs * tiles, kChunkTiles);
 }
 
-// Returns whether every quad that a lane takes lies at a multiple of its size, or of 16 bytes, in every array and run.
-bool has_vectors(const StepItem& item) {
-  if (run_of(item) < item.numel && (item.slice.run % 4 != 0 || item.slice.stride % 4 != 0)) return false;
+// Returns in bit s whether every quad that a lane takes of stream s lies at a multiple of its size, or of 16 bytes, in
+// every run. A stream that is not there is aligned.
+uint8_t vectors_of(const StepItem& item) {
+  if (run_of(item) < item.numel && (item.slice.run % 4 != 0 || item.slice.stride % 4 != 0)) return 0;
   const uintptr_t state_size = item.dtype == DType::kFloat64 ? 8 : 4;
   const uintptr_t param_size = item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : state_size;
-  const int streams = item.child.bits != nullptr ? kGrad + 1 : kStreams;  // compact state is read without vectors
-  for (int s = 0; s < streams; ++s) {
+  uint8_t vectors = kAllVectors;
+  for (int s = 0; s < kStreams; ++s) {
     if (item.data[s] == nullptr) continue;
     const uintptr_t size = s <= kGrad ? param_size : state_size;
     const uintptr_t first_quad = reinterpret_cast<uintptr_t>(item.data[s]) - item.slice.offset % 4 * size;
-    if (first_quad % std::min<uintptr_t>(4 * size, 16) != 0) return false;
+    if (first_quad % std::min<uintptr_t>(4 * size, 16) != 0) vectors &= static_cast<uint8_t>(~(1u << s));
   }
-  return true;
+  return vectors;
 }
 
 template <class T>
@@ -98,7 +99,7 @@ class Filler {
     entry.first_block = static_cast<uint32_t>(blocks_);
     entry.param_index = item.key.param_index;
     entry.step_class = static_cast<uint32_t>(number);
-    entry.vectors = has_vectors(item);
+    entry.vectors = vectors_of(item);
     blocks_ += blocks;
     return true;
   }

@@ -40,24 +40,55 @@ struct NormTotal {
 
 CHILDTUNE_INLINE int64_t norm_chunks_of(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
 
-// A lane has 32 of a chunk's squares, of elements 32 apart: those that halving adds up before it comes to sums of
-// neighbours. Returns what is in the lane's place number `k` once halving has left it `kPlaces`.
-template <int kPlaces, class P>
-CHILDTUNE_INLINE double halved_squares(const NormItem& item, int64_t first, int k) {
-  if constexpr (kPlaces < kNormChunk / kWarp) {
-    return halved_squares<2 * kPlaces, P>(item, first, k) + halved_squares<2 * kPlaces, P>(item, first, k + kPlaces);
+constexpr int kNormAhead = 16;  // values that a lane loads before it adds the first
+constexpr int kNormTurns = kNormChunk / kWarp / kNormAhead;
+
+// Loads a lane's values of turn `turn`: elements kWarp * kNormTurns apart, from `first` on. What does not count is 0.
+template <class P>
+CHILDTUNE_INLINE void load_turn(const NormItem& item, int64_t first, P (&values)[kNormAhead]) {
+  const P* grad = static_cast<const P*>(item.grad);
+  constexpr int kApart = kWarp * kNormTurns;
+  if (item.bits == nullptr && first / kNormChunk < item.numel / kNormChunk) {
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < kNormAhead; ++i) values[i] = grad[first + kApart * i];
   } else {
-    const int64_t at = first + kWarp * k;
-    const bool counts = at < item.numel && (item.bits == nullptr || in_child(item.bits, at));
-    const double value = counts ? static_cast<double>(load(static_cast<const P*>(item.grad)[at])) : 0.0;
-    return value * value;
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < kNormAhead; ++i) {
+      const int64_t at = first + kApart * i;
+      values[i] = at < item.numel && (item.bits == nullptr || in_child(item.bits, at)) ? grad[at] : P{};
+    }
   }
 }
 
-// Returns what lane `lane` adds up of a chunk. The lanes' sums, added up by halving too, are the chunk's sum.
+// Adds up by halving; the sum comes first.
+template <int kHalf>
+CHILDTUNE_INLINE void add_halves(double (&values)[kNormAhead]) {
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < kHalf; ++i) values[i] += values[i + kHalf];
+  if constexpr (kHalf > 1) add_halves<kHalf / 2>(values);
+}
+
+// Returns what lane `lane` adds up of a chunk: the squares of 32 elements, 32 apart, by halving. The first half and the
+// second meet last, so they are added up one after the other. The lanes' sums, added up by halving too, are the chunk's
+// sum.
 template <class P>
 CHILDTUNE_INLINE double lane_squares_of(const NormItem& item, int64_t chunk, int lane) {
-  return halved_squares<1, P>(item, chunk * kNormChunk + lane, 0);
+  double sums[kNormTurns];
+  CHILDTUNE_UNROLLED
+  for (int turn = 0; turn < kNormTurns; ++turn) {
+    P values[kNormAhead];
+    load_turn<P>(item, chunk * kNormChunk + kWarp * turn + lane, values);
+    double squares[kNormAhead];
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < kNormAhead; ++i) {
+      const double value = load(values[i]);
+      squares[i] = value * value;
+    }
+    add_halves<kNormAhead / 2>(squares);
+    sums[turn] = squares[0];
+  }
+  static_assert(kNormTurns == 2, "two sums meet");
+  return sums[0] + sums[1];
 }
 
 CHILDTUNE_INLINE double lane_squares(const NormItem& item, int64_t chunk, int lane) {

@@ -26,18 +26,35 @@ CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
   return {at, 0, high, aligned && high == 4};
 }
 
+// Hides from the compiler what four 2-byte elements are made of: else it takes a vector apart in the branch that loads
+// it, so that each load is waited for before the next.
+template <class V>
+CHILDTUNE_INLINE void keep_packed(Four<V>& four) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == 2) {
+    uint32_t words[2];
+    memcpy(words, &four, sizeof(words));
+    asm("" : "+r"(words[0]), "+r"(words[1]));
+    memcpy(&four, words, sizeof(words));
+  }
+#else
+  static_cast<void>(four);
+#endif
+}
+
 // load_four and store_four move the elements that exist and leave the others as they are. They take a reference to the
 // pointer where it stands in the kernel's argument, so that it is read where it is used and takes no register before.
 template <class V, class Stored>
 CHILDTUNE_INLINE void load_four(Stored* const& from, const QuadSpan& span, Four<V>& to) {
   if (span.vector) {
     to = *reinterpret_cast<const Four<V>*>(static_cast<const V*>(from) + span.at);
-    return;
+  } else {
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < 4; ++i) {
+      if (i >= span.low && i < span.high) to.of[i] = static_cast<const V*>(from)[span.at + i];
+    }
   }
-  CHILDTUNE_UNROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (i >= span.low && i < span.high) to.of[i] = static_cast<const V*>(from)[span.at + i];
-  }
+  keep_packed(to);
 }
 
 template <class V, class Stored>

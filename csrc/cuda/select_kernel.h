@@ -18,6 +18,7 @@ namespace childtune {
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 constexpr int kChunkPackedBlocks = 32;  // packed blocks that a block of threads takes
 constexpr int64_t kChunkScores = kChunkPackedBlocks * kPackedBlock;
+constexpr int kScoresAhead = 8;  // scores that a lane or thread loads before it writes: stores might be to the scores
 
 struct ScoreItem {
   const float* scores;  // contiguous
@@ -50,15 +51,25 @@ CHILDTUNE_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunkScores
 template <class Block>
 CHILDTUNE_INLINE void count_digits(const ScoreTable& table, uint32_t number, uint32_t* counts, const Block& block) {
   const ScoreItem& item = table.items[item_of_chunk(table, number)];
-  const int64_t begin = (number - item.first_chunk) * kChunkScores, left = item.numel - begin;
+  const int64_t begin = (number - item.first_chunk) * kChunkScores;
+  constexpr int64_t kApart = kChunkScores / kScoresAhead;
   const uint32_t mask = (1u << (table.wanted_shift - table.shift)) - 1;
   block.each(kDigits, [&](int64_t digit) { counts[digit] = 0; });
-  block.each(left < kChunkScores ? left : kChunkScores, [&](int64_t i) {
-    const float score = item.scores[begin + i];
-    if (nan_bit(score) >> 31 != 0) *table.nan = 1;
-    const uint32_t key = score_key(score, table.flip);
-    const bool counts_here = table.wanted_shift == 32 || key >> table.wanted_shift == table.wanted;
-    if (counts_here) block.add(&counts[key >> table.shift & mask], 1);
+  block.each(kApart, [&](int64_t i) {
+    float scores[kScoresAhead] = {};
+    CHILDTUNE_UNROLLED
+    for (int k = 0; k < kScoresAhead; ++k) {
+      const int64_t at = begin + kApart * k + i;
+      if (at < item.numel) scores[k] = item.scores[at];
+    }
+    CHILDTUNE_UNROLLED
+    for (int k = 0; k < kScoresAhead; ++k) {
+      if (begin + kApart * k + i >= item.numel) continue;
+      if (nan_bit(scores[k]) >> 31 != 0) *table.nan = 1;
+      const uint32_t key = score_key(scores[k], table.flip);
+      const bool counts_here = table.wanted_shift == 32 || key >> table.wanted_shift == table.wanted;
+      if (counts_here) block.add(&counts[key >> table.shift & mask], 1);
+    }
   });
   block.each(kDigits, [&](int64_t digit) {
     if (counts[digit] != 0) block.add(&table.counts[digit], counts[digit]);
@@ -86,21 +97,38 @@ CHILDTUNE_INLINE void visit_packed_blocks(const ScoreTable& table, uint32_t numb
   }
 }
 
-// What a warp does in `write_above`. `Warp` votes on a function of the lane, and lets one lane write.
+// A lane's scores of words that follow each other.
+struct LaneScores {
+  float of[kScoresAhead];
+  int left;  // how many scores there are from the first of these on
+
+  CHILDTUNE_MEMBER bool has(int i) const { return 32 * i < left; }
+};
+
+// What a warp does in `write_above`. `Warp` has a value of every lane, votes on a function of it, and lets one lane
+// write.
 template <class Warp>
 CHILDTUNE_INLINE void write_above(const ScoreTable& table, uint32_t number, int warp_number, const Warp& warp) {
   visit_packed_blocks(table, number, warp_number, [&](const ScoredPackedBlock& block) {
+    const int there = block.numel < kPackedBlock ? static_cast<int>(block.numel) : static_cast<int>(kPackedBlock);
     int ties = 0;
-    CHILDTUNE_UNROLLED
-    for (int word = 0; word < kPackedBlock / 32; ++word) {
-      const auto key_is = [&](int lane, bool above) {
-        const int at = 32 * word + lane;
-        if (at >= block.numel) return false;
-        const uint32_t key = score_key(block.scores[at], table.flip);
-        return above ? key > table.wanted : key == table.wanted;
-      };
-      warp.write(block.bits + word, warp.vote([&](int lane) { return key_is(lane, true); }));
-      ties += count_ones(warp.vote([&](int lane) { return key_is(lane, false); }));
+    for (int word = 0; word < kPackedBlock / 32; word += kScoresAhead) {
+      const auto scores = warp.each([&](int lane) {
+        LaneScores own{{}, there - 32 * word - lane};
+        CHILDTUNE_UNROLLED
+        for (int i = 0; i < kScoresAhead; ++i) {
+          if (own.has(i)) own.of[i] = block.scores[32 * (word + i) + lane];
+        }
+        return own;
+      });
+      CHILDTUNE_UNROLLED
+      for (int i = 0; i < kScoresAhead; ++i) {
+        const auto key = [&](const LaneScores& own) { return score_key(own.of[i], table.flip); };
+        const auto above = [&](const LaneScores& own) { return own.has(i) && key(own) > table.wanted; };
+        const auto ties_with = [&](const LaneScores& own) { return own.has(i) && key(own) == table.wanted; };
+        warp.write(block.bits + word + i, warp.vote(scores, above));
+        ties += count_ones(warp.vote(scores, ties_with));
+      }
     }
     warp.write(block.ties, ties);
   });

@@ -3,12 +3,13 @@
 // A lane takes elements 4 * lane .. 4 * lane + 3 of both mask blocks of a tile, so that a warp reads and writes whole
 // lines, 16 bytes a lane where an element has 4. Each lane draws one Philox counter: lane l draws counter l % 16 of
 // mask block l / 16. A counter's eight numbers belong to eight elements, 16 apart, most of which other lanes take, so
-// the lanes vote eight times: vote k collects bit k of every lane. Since core/mask.h gives neighbouring elements to
-// neighbouring counters, vote k holds the masks of elements 16 * k .. 16 * k + 15 of both blocks, in order, one block
-// in each half. A lane needs only vote lane / 4.
+// the lanes exchange them. Since core/mask.h gives neighbouring elements to neighbouring counters, a lane's elements of
+// one mask block have number lane / 4 of four neighbouring counters: those of lanes 4 * (lane % 4) and the next three
+// for the first mask block, and 16 lanes further for the second.
 //
-// So a tile has the phases load, draw and update, with the votes before the update. A `Warp` runs them: GpuWarp
-// (cuda/warp.h) does on a GPU.
+// So a tile has the phases load, draw and update, with the exchange before the update. A `Warp` runs them: GpuWarp
+// (cuda/warp.h) does on a GPU. Most tiles are whole and aligned, and these have code of their own, without a question
+// about the bounds of quads.
 #pragma once
 
 #include "core/adamw.h"
@@ -26,25 +27,15 @@ struct Quad {
   Four<T> exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-template <bool kAmsgrad, class P>
-CHILDTUNE_INLINE void load_quad(void* const* data, const QuadSpan& span, Quad<P>& quad) {
-  load_four(data[kParam], span, quad.param);
-  load_four(data[kGrad], span, quad.grad);
-  load_four(data[kExpAvg], span, quad.exp_avg);
-  load_four(data[kExpAvgSq], span, quad.exp_avg_sq);
-  if (kAmsgrad) load_four(data[kMaxExpAvgSq], span, quad.max_exp_avg_sq);
-}
+// What a lane is told about the masks of its elements: bit 8 * i of of[half] is that of element i of the quad in mask
+// block `half` of the tile.
+struct Kept {
+  uint32_t of[2];
+};
 
-template <bool kAmsgrad, class P>
-CHILDTUNE_INLINE void store_quad(void* const* data, const QuadSpan& span, const Quad<P>& quad) {
-  store_four(data[kParam], span, quad.param);
-  store_four(data[kExpAvg], span, quad.exp_avg);
-  store_four(data[kExpAvgSq], span, quad.exp_avg_sq);
-  if (kAmsgrad) store_four(data[kMaxExpAvgSq], span, quad.max_exp_avg_sq);
-}
-
-// The phases of one tile, each as one lane goes through it.
-template <class P, bool kMasked, bool kAmsgrad>
+// The phases of one tile, each as one lane goes through it. kWhole: all of the tile's elements exist, and the quads of
+// every stream are aligned.
+template <class P, bool kMasked, bool kAmsgrad, bool kWhole>
 struct TileStep {
   using T = typename ComputeType<P>::type;
   struct Loaded {
@@ -60,18 +51,31 @@ struct TileStep {
 
   CHILDTUNE_MEMBER QuadSpan quad_span(int lane, int half) const {
     const int64_t at = span.begin + kMaskBlock * half + 4 * lane;
+    if (kWhole) return {at, 0, 4, true};
     const int64_t before = span.low - at, there = span.high - at;
     const int low = before > 0 ? (before < 4 ? static_cast<int>(before) : 4) : 0;
     const int high = there < 4 ? (there > 0 ? static_cast<int>(there) : 0) : 4;
-    return {at, low, high, item.vectors && low == 0 && high == 4};
+    return {at, low, high, low == 0 && high == 4};
+  }
+
+  // Returns the span as it is for one stream.
+  CHILDTUNE_MEMBER QuadSpan of_stream(QuadSpan quad, Stream stream) const {
+    if (!kWhole) quad.vector = quad.vector && (item.vectors >> stream & 1) != 0;
+    return quad;
   }
 
   CHILDTUNE_MEMBER Loaded load(int lane) const {
     Loaded loaded;
     CHILDTUNE_UNROLLED
     for (int half = 0; half < 2; ++half) {
-      loaded.quad[half] = {};
-      load_quad<kAmsgrad>(item.data, quad_span(lane, half), loaded.quad[half]);
+      Quad<P>& quad = loaded.quad[half];
+      quad = {};
+      const QuadSpan at = quad_span(lane, half);
+      load_four(item.data[kParam], of_stream(at, kParam), quad.param);
+      load_four(item.data[kGrad], of_stream(at, kGrad), quad.grad);
+      load_four(item.data[kExpAvg], of_stream(at, kExpAvg), quad.exp_avg);
+      load_four(item.data[kExpAvgSq], of_stream(at, kExpAvgSq), quad.exp_avg_sq);
+      if (kAmsgrad) load_four(item.data[kMaxExpAvgSq], of_stream(at, kMaxExpAvgSq), quad.max_exp_avg_sq);
     }
     return loaded;
   }
@@ -88,20 +92,47 @@ struct TileStep {
     return bits;
   }
 
-  // `vote` is number lane / 4 of the eight.
-  CHILDTUNE_MEMBER void update(int lane, uint32_t vote, Loaded& loaded) const {
+  CHILDTUNE_MEMBER void update(int lane, const Kept& kept, Loaded& loaded) const {
     CHILDTUNE_UNROLLED
     for (int half = 0; half < 2; ++half) {
-      const uint32_t keep = kMasked ? vote >> (16 * half + 4 * (lane % 4)) : ~0u;
       Quad<P>& quad = loaded.quad[half];
-      CHILDTUNE_UNROLLED
-      for (int i = 0; i < 4; ++i) {
-        T param = childtune::load(quad.param.of[i]);
-        adamw_update<kAmsgrad>(constants, (keep >> i & 1) != 0, T(childtune::load(quad.grad.of[i])), param,
-                               quad.exp_avg.of[i], quad.exp_avg_sq.of[i], quad.max_exp_avg_sq.of[i]);
-        store(quad.param.of[i], param);
-      }
-      store_quad<kAmsgrad>(item.data, quad_span(lane, half), quad);
+      update_quad(kept.of[half], quad);
+      const QuadSpan at = quad_span(lane, half);
+      store_four(item.data[kParam], of_stream(at, kParam), quad.param);
+      store_four(item.data[kExpAvg], of_stream(at, kExpAvg), quad.exp_avg);
+      store_four(item.data[kExpAvgSq], of_stream(at, kExpAvgSq), quad.exp_avg_sq);
+      if (kAmsgrad) store_four(item.data[kMaxExpAvgSq], of_stream(at, kMaxExpAvgSq), quad.max_exp_avg_sq);
+    }
+  }
+
+  // Roots and quotients cost most on a GPU, and those of zeros ten times as much. So four weights that never had a
+  // gradient, as in rows of tokens that do not occur, go without; and so do quotients by 1.
+  CHILDTUNE_MEMBER void update_quad(uint32_t kept, Quad<P>& quad) const {
+    auto used = bits_of(T(0));
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < 4; ++i) {
+      const bool keep = !kMasked || (kept >> (8 * i) & 1) != 0;
+      const T second_moment =
+          update_moments<kAmsgrad>(constants, keep, T(childtune::load(quad.grad.of[i])), quad.exp_avg.of[i],
+                                   quad.exp_avg_sq.of[i], quad.max_exp_avg_sq.of[i]);
+      used |= bits_of(quad.exp_avg.of[i]) | bits_of(second_moment);
+    }
+    if (used == 0 && constants.eps > T(0)) {
+      move(quad, [&](T param, T exp_avg, T) { return updated_at_zero(constants, param, exp_avg); });
+    } else if (constants.bias_correction2_sqrt == T(1)) {
+      move(quad,
+           [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, second); });
+    } else {
+      move(quad, [&](T param, T exp_avg, T second) { return updated_weight<true>(constants, param, exp_avg, second); });
+    }
+  }
+
+  template <class Updated>
+  CHILDTUNE_MEMBER void move(Quad<P>& quad, const Updated& updated) const {
+    CHILDTUNE_UNROLLED
+    for (int i = 0; i < 4; ++i) {
+      const T second_moment = kAmsgrad ? quad.max_exp_avg_sq.of[i] : quad.exp_avg_sq.of[i];
+      store(quad.param.of[i], updated(T(childtune::load(quad.param.of[i])), quad.exp_avg.of[i], second_moment));
     }
   }
 };
@@ -117,7 +148,12 @@ CHILDTUNE_INLINE void step_warp(const Table& table, uint32_t block, int warp_num
   for (int i = warp_number; i < kChunkTiles; i += kThreads / kWarp) {
     const TileSpan span = tile_span(item, first_tile + i);
     if (span.low >= span.high) return;
-    warp.run(TileStep<P, kMasked, kAmsgrad>{item, of_class.constants, key, of_class.keep_threshold, span});
+    const bool whole = span.begin >= span.low && span.begin + kTile <= span.high && item.vectors == kAllVectors;
+    if (whole) {
+      warp.run(TileStep<P, kMasked, kAmsgrad, true>{item, of_class.constants, key, of_class.keep_threshold, span});
+    } else {
+      warp.run(TileStep<P, kMasked, kAmsgrad, false>{item, of_class.constants, key, of_class.keep_threshold, span});
+    }
   }
 }
 

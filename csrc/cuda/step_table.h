@@ -15,6 +15,7 @@ namespace childtune {
 
 constexpr int kTile = 2 * kMaskBlock;
 constexpr int kChunkTiles = 32;
+constexpr uint8_t kAllVectors = (1 << kStreams) - 1;
 
 // What parameters of one group with the same step count share.
 template <class T>
@@ -33,7 +34,7 @@ struct TableItem {
   uint32_t first_block;  // of threads, counted through the table
   uint32_t param_index;  // as in MaskKey
   uint32_t step_class;   // its number in StepTable::classes
-  bool vectors;          // every quad that a lane takes is aligned
+  uint8_t vectors;       // bit s: every quad that a lane takes of stream s is aligned
 };
 
 // A parameter of which a child network is trained. It is whole, and its state is the child network's alone.
@@ -44,7 +45,7 @@ struct ChildItem {
   uint32_t first_block;  // this and the next three as in TableItem
   uint32_t param_index;
   uint32_t step_class;
-  bool vectors;
+  uint8_t vectors;
   bool decay_outside;
 };
 
@@ -93,12 +94,17 @@ struct TileSpan {
 
 // Returns where a tile lies; for one beyond the last, low >= high.
 CHILDTUNE_INLINE TileSpan tile_span(const TableItem& item, int64_t tile) {
-  const int64_t run = tile < item.tiles_per_run ? 0 : tile / item.tiles_per_run;  // most tiles need no division
-  const int64_t in_run = tile - run * item.tiles_per_run;
-  const uint64_t element = item.offset + static_cast<uint64_t>(run) * item.stride;
-  const int64_t low = run * item.run, end = low + item.run;
-  return {low + in_run * kTile - static_cast<int64_t>(element % kMaskBlock), low, end < item.numel ? end : item.numel,
-          element / kMaskBlock + 2 * static_cast<uint64_t>(in_run)};
+  int64_t run = 0, low = 0;
+  uint64_t element = item.offset;
+  if (tile >= item.tiles_per_run) {  // most parameters are whole, and need no division
+    run = tile / item.tiles_per_run;
+    low = run * item.run;
+    element += static_cast<uint64_t>(run) * item.stride;
+    tile -= run * item.tiles_per_run;
+  }
+  const int64_t end = low + item.run;
+  return {low + tile * kTile - static_cast<int64_t>(element % kMaskBlock), low, end < item.numel ? end : item.numel,
+          element / kMaskBlock + 2 * static_cast<uint64_t>(tile)};
 }
 
 }  // namespace childtune

@@ -1,10 +1,11 @@
 // What the kernels' functions need of a GPU, in device code. GpuWarp runs the phases of cuda/step_kernel.h and
-// cuda/child_kernel.h: every lane goes through them, and votes or waits in between; and it adds up what its lanes have.
+// cuda/child_kernel.h: every lane goes through them, and exchanges or waits in between; and it adds up what its lanes have.
 // GpuBlock is a block of threads that share work and wait for each other.
 #pragma once
 
 #include "core/compiler.h"
-#include "cuda/launch.h"
+#include "cuda/child_kernel.h"
+#include "cuda/step_kernel.h"
 
 namespace childtune {
 
@@ -15,36 +16,52 @@ struct GpuWarp {
   template <class Tile>
   __device__ __forceinline__ void run(const Tile& tile) const {
     typename Tile::Loaded loaded = tile.load(lane);
-    tile.update(lane, Tile::kDraws ? exchange(tile.draw(lane)) : 0, loaded);
+    tile.update(lane, Tile::kDraws ? exchange(tile.draw(lane)) : Kept{}, loaded);
   }
 
-  // Runs the phases of a piece. All lanes of a warp must call it together; `slots` is memory that they share.
-  template <class Piece, class Slots>
-  __device__ __forceinline__ void run(const Piece& piece, Slots& slots) const {
-    typename Piece::Loaded loaded = piece.load(lane);
-    __syncwarp();  // no lane reads the slots of the last piece any more
-    piece.compress(loaded, slots);
-    __syncwarp();
-    piece.update(lane, loaded, slots);
-    __syncwarp();
-    piece.expand(lane, loaded, slots);
-  }
-
-  // Votes eight times, on each of the lane's eight bits; returns the vote that this lane needs.
-  __device__ __forceinline__ uint32_t exchange(uint32_t bits) const {
-    uint32_t own = 0;
+  // Runs the phases of a packed block. All lanes of a warp must call it together; `places` is memory that they share.
+  template <class Step>
+  __device__ __forceinline__ void run(const Step& step, SlotPlaces& places) const {
+    const uint32_t word = step.word(lane);
+    const int own = count_ones(word);
+    int until = own;  // slots of this lane and of those before
     CHILDTUNE_UNROLLED
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t vote = __ballot_sync(~0u, (bits >> k & 1) != 0);
-      own = lane / 4 == k ? vote : own;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int before = __shfl_up_sync(~0u, until, distance);
+      if (lane >= distance) until += before;
     }
-    return own;
+    const int slots = __shfl_sync(~0u, until, kWarp - 1);
+    if (!step.fits(slots)) return;
+    step.list(lane, word, until - own, places);
+    if (step.item.decay_outside) step.decay(lane);
+    __syncwarp();
+    step.update(lane, slots, places);
+  }
+
+  // Gives each lane the masks of its own elements, of what all lanes have drawn. First the lanes 4 * j .. 4 * j + 3 put
+  // theirs together, one byte of a word for each.
+  __device__ __forceinline__ Kept exchange(uint32_t bits) const {
+    uint32_t bytes = bits << (8 * (lane % 4));
+    bytes |= __shfl_xor_sync(~0u, bytes, 1);
+    bytes |= __shfl_xor_sync(~0u, bytes, 2);
+    const int from = 4 * (lane % 4);
+    return {{__shfl_sync(~0u, bytes, from) >> (lane / 4), __shfl_sync(~0u, bytes, from + kWarp / 2) >> (lane / 4)}};
   }
 
   // Returns in bit l what `of_lane` returns for lane l.
   template <class OfLane>
   __device__ __forceinline__ uint32_t vote(const OfLane& of_lane) const {
     return __ballot_sync(~0u, of_lane(lane));
+  }
+
+  // Returns what `of_lane` returns for each lane; `vote` with it is like the other, of a function of that value.
+  template <class OfLane>
+  __device__ __forceinline__ auto each(const OfLane& of_lane) const {
+    return of_lane(lane);
+  }
+  template <class Value, class OfValue>
+  __device__ __forceinline__ uint32_t vote(const Value& own, const OfValue& of_value) const {
+    return __ballot_sync(~0u, of_value(own));
   }
 
   template <class V>

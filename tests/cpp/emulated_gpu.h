@@ -1,6 +1,7 @@
 // A GPU in loops: calls the functions of csrc/cuda for every block, warp and lane of a plan's launches.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "cuda/child_kernel.h"
@@ -13,28 +14,39 @@
 
 namespace childtune {
 
-// Does what GpuWarp (cuda/warp.h) does, in loops over the lanes. A vote needs every lane's bits, so each phase ends
-// before the next begins.
+// Does what GpuWarp (cuda/warp.h) does, in loops over the lanes. Lanes need what others have, so each phase ends before
+// the next begins.
 struct EmulatedWarp {
   template <class Tile>
   void run(const Tile& tile) const {
     typename Tile::Loaded loaded[kWarp];
-    uint32_t votes[8] = {};
+    uint32_t drawn[kWarp] = {};
     for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = tile.load(lane);
-    for (int lane = 0; Tile::kDraws && lane < kWarp; ++lane) {
-      const uint32_t bits = tile.draw(lane);
-      for (int k = 0; k < 8; ++k) votes[k] |= (bits >> k & 1) << lane;
-    }
-    for (int lane = 0; lane < kWarp; ++lane) tile.update(lane, votes[lane / 4], loaded[lane]);
+    for (int lane = 0; Tile::kDraws && lane < kWarp; ++lane) drawn[lane] = tile.draw(lane);
+    for (int lane = 0; lane < kWarp; ++lane) tile.update(lane, kept(drawn, lane), loaded[lane]);
   }
 
-  template <class Piece, class Slots>
-  void run(const Piece& piece, Slots& slots) const {
-    typename Piece::Loaded loaded[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = piece.load(lane);
-    for (int lane = kWarp - 1; lane >= 0; --lane) piece.compress(loaded[lane], slots);
-    for (int lane = 0; lane < kWarp; ++lane) piece.update(lane, loaded[lane], slots);
-    for (int lane = kWarp - 1; lane >= 0; --lane) piece.expand(lane, loaded[lane], slots);
+  static Kept kept(const uint32_t* drawn, int lane) {
+    Kept kept{};
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) {
+        kept.of[half] |= (drawn[kWarp / 2 * half + 4 * (lane % 4) + i] >> (lane / 4) & 1) << (8 * i);
+      }
+    }
+    return kept;
+  }
+
+  template <class Step>
+  void run(const Step& step, SlotPlaces& places) const {
+    int slots = 0;
+    for (int lane = 0; lane < kWarp; ++lane) slots += count_ones(step.word(lane));
+    if (!step.fits(slots)) return;
+    for (int lane = 0, before = 0; lane < kWarp; ++lane) {
+      step.list(lane, step.word(lane), before, places);
+      before += count_ones(step.word(lane));
+    }
+    for (int lane = kWarp - 1; step.item.decay_outside && lane >= 0; --lane) step.decay(lane);
+    for (int lane = 0; lane < kWarp; ++lane) step.update(lane, slots, places);
   }
 
   template <class OfLane>
@@ -42,6 +54,18 @@ struct EmulatedWarp {
     uint32_t votes = 0;
     for (int lane = 0; lane < kWarp; ++lane) votes |= static_cast<uint32_t>(of_lane(lane)) << lane;
     return votes;
+  }
+
+  template <class OfLane>
+  auto each(const OfLane& of_lane) const {
+    std::array<decltype(of_lane(0)), kWarp> values{};
+    for (int lane = 0; lane < kWarp; ++lane) values[lane] = of_lane(lane);
+    return values;
+  }
+
+  template <class Values, class OfValue>
+  uint32_t vote(const Values& values, const OfValue& of_value) const {
+    return vote([&](int lane) { return of_value(values[lane]); });
   }
 
   template <class V>
@@ -128,9 +152,10 @@ void emulate_kernel(const StepTable<T, TableItem, kBytes>& table, uint32_t block
 
 template <class P, bool kMasked, bool kAmsgrad, class T, int kBytes>
 void emulate_kernel(const StepTable<T, ChildItem, kBytes>& table, uint32_t blocks) {
-  Slots<P> slots;
-  for_warps(blocks,
-            [&](uint32_t block, int warp) { step_child_warp<P, kAmsgrad>(table, block, warp, slots, EmulatedWarp{}); });
+  SlotPlaces places;
+  for_warps(blocks, [&](uint32_t block, int warp) {
+    step_child_warp<P, kAmsgrad>(table, block, warp, places, EmulatedWarp{});
+  });
 }
 
 // Calls visit(table, P{}) with the table's type and the type of parameters.

@@ -119,21 +119,27 @@ static void test_launches() {
   test_blocks(plan);
 }
 
-// Vectors need aligned weights and gradients, and an aligned state unless it is compact.
+// One misaligned stream goes without vectors; the others keep them. Runs that begin anywhere go without any.
 static void test_vectors() {
-  alignas(16) static const uint8_t bits[128] = {};
-  for (bool child : {false, true}) {
-    for (int stream : {kParam, kGrad, kExpAvg}) {
-      StepItem item = imagined(8);
-      item.child.bits = child ? bits : nullptr;
-      item.data[stream] = reinterpret_cast<void*>(uintptr_t{4096 + 4});
-      LaunchPlan plan(false);
-      plan.build({item}, nullptr, nullptr);
-      visit_table(plan.launches()[0].kind, plan.argument(0), [&](const auto& table, auto) {
-        expect(table.items[0].vectors == (child && stream == kExpAvg), "vectors where they are aligned", stream);
-      });
-    }
+  const auto vectors = [](const StepItem& item) {
+    LaunchPlan plan(false);
+    plan.build({item}, nullptr, nullptr);
+    int found = -1;
+    visit_table(plan.launches()[0].kind, plan.argument(0),
+                [&](const auto& table, auto) { found = table.items[0].vectors; });
+    return found;
+  };
+  expect(vectors(imagined(8)) == kAllVectors, "vectors of all streams");
+  for (int stream : {kParam, kGrad, kExpAvg, kExpAvgSq}) {
+    StepItem item = imagined(8);
+    item.data[stream] = reinterpret_cast<void*>(uintptr_t{4096 + 4});
+    expect(vectors(item) == (kAllVectors & ~(1 << stream)), "vectors where they are aligned", stream);
   }
+  expect(vectors(imagined(16, {0, 6, 128})) == 0, "vectors of runs that begin anywhere");
+  StepItem half = imagined(8);
+  half.dtype = DType::kBFloat16;
+  half.data[kParam] = half.data[kExpAvg] = reinterpret_cast<void*>(uintptr_t{4096 + 8});
+  expect(vectors(half) == (kAllVectors & ~(1 << kExpAvg)), "vectors of four 16-bit weights have 8 bytes");
 }
 
 static void test_refusals() {

@@ -2,6 +2,7 @@
 
 import ctypes.util
 import itertools
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ OLD = sorted(Path(sys.prefix, "nvrtc-13.0").glob("nvidia/cu13/lib/libnvrtc.so.13
 # One of each optimizer that NVRTC has: it changes at 10.0.
 TARGETS = [*((path, "sm_75") for path in INSTALLED), *((path, "sm_120") for path in OLD or INSTALLED[:1])]
 SMALL = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
+MACHINE_CODE = Path(__file__).parents[1] / "support" / "check_machine_code.py"
 KERNELS = [
     "step_" + "_".join(filter(None, parts))
     for parts in itertools.product(
@@ -29,13 +31,17 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs NVRTC: pip install 
 
 
 @pytest.mark.parametrize(("path", "target"), TARGETS, ids=str)
-def test_compiles_every_kernel(path, target):
+def test_compiles_every_kernel(path, target, tmp_path):
     compiler = nvrtc.Nvrtc(path)
     cubin = compiler.compile(*nvrtc.kernel_source(), target)
     assert cubin.startswith(b"\x7fELF")
     expected = KERNELS if compiler.version >= (12, 1) else [name for name in KERNELS if not name.endswith("large")]
     for name in expected:
         assert b"\0.text." + name.encode() + b"\0" in cubin, name
+    (tmp_path / "kernels.cubin").write_bytes(cubin)
+    check = [sys.executable, MACHINE_CODE, "--loose", tmp_path / "kernels.cubin"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", [*INSTALLED, *OLD], ids=str)

@@ -48,7 +48,7 @@ def faults_of_text(name, text):
             yield f"{name} has {count} of {least} {access}.global.{vector}".replace("\\", "")
 
 
-FLOATS, DOUBLES, HALVES = r"v4\.[bf]32", r"v2\.[bf]64", r"v4\.[bu]16"
+FLOATS, DOUBLES, HALVES = r"v4\.[bf]32", r"v2\.[bf]64", r"v(?:4\.[bu]16|2\.[bu]32)"
 
 
 def vectors_of(name):
@@ -59,11 +59,12 @@ def vectors_of(name):
         return {}
     state = DOUBLES if "float64" in name else FLOATS
     param = HALVES if "float16" in name else state
-    # A lane has two quads, and the state's; where a child network is trained one, and its state is compact.
+    # A lane has two quads of each array; where a child network is trained, only weights that decay outside go by quads.
+    arrays = {"ld": 1, "st": 1} if "child" in name else {"ld": 2, "st": 1}
     quads, states = (1, 0) if "child" in name else (2, 3 if "amsgrad" in name else 2)
     per_array = quads * (2 if "float64" in name else 1)
     wanted = {}
-    for access, params in (("ld", 2), ("st", 1)):
+    for access, params in arrays.items():
         wanted[access, param] = params * per_array
         wanted[access, state] = wanted.get((access, state), 0) + states * per_array
     return wanted
