@@ -71,7 +71,8 @@ class ChildAdamW(CheckpointedAdamW):
         foreach, fused: accepted for code written for AdamW; the backend decides instead (default: None).
         capturable: allow a CUDA graph to capture the step, after one step outside of it. Step counts are then on the
             GPU, and a replay reads an `lr` that is a tensor there; a float stays as it was, and state that
-            `load_state_dict` makes is not the graph's. Needs backend="native" and GPUs (default: False).
+            `load_state_dict` makes is not the graph's. Needs GPUs and their kernels; the first step
+            waits until these are proved (default: False).
         differentiable: must be False (default: False).
         decay: "all" decays every weight, "child" spares those that `child` leaves out of the parameters that it masks;
             "auto" is "child" with `child`, else "all" (default: "auto").
@@ -82,9 +83,9 @@ class ChildAdamW(CheckpointedAdamW):
             masking; None does not clip. Not for gradients that are sharded (default: None).
         norm_of: "child" leaves the gradient of the weights that `child` leaves out of the parameters that it masks out
             of that norm; "all" counts every gradient (default: "all").
-        backend: "native" uses the compiled kernels, on a GPU too, though no GPU has run them yet; "torch" uses pure
-            torch; "auto" uses the kernels on the CPU if there are any, else pure torch with one warning, and pure torch
-            on a GPU. The environment variable CHILDTUNE_BACKEND replaces "auto" (default: "auto").
+        backend: "native" uses the compiled kernels, on a GPU without a proof; "torch" uses pure torch; "auto" uses the
+            kernels on the CPU, and on a GPU once they have proved themselves there, as the environment variable
+            CHILDTUNE_GPU says; else pure torch, with one warning. CHILDTUNE_BACKEND replaces "auto" (default: "auto").
 
     Raises:
         ValueError, TypeError, RuntimeError: torch.optim.AdamW raises for these arguments, `reserve_p` lies outside
