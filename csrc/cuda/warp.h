@@ -1,6 +1,6 @@
 // What the kernels' functions need of a GPU, in device code. GpuWarp runs the phases of cuda/step_kernel.h and
-// cuda/child_kernel.h: every lane goes through them, and exchanges or waits in between; and it adds up what its lanes have.
-// GpuBlock is a block of threads that share work and wait for each other.
+// cuda/child_kernel.h: every lane goes through them, and exchanges or waits in between; and it adds up what its lanes
+// have. GpuBlock is a block of threads that share work and wait for each other.
 #pragma once
 
 #include "core/compiler.h"
