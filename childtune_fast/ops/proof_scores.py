@@ -41,7 +41,7 @@ class SquaresCase:
             score = torch.randn(size + 1, generator=random, device="cpu").square()
             grad[size // 2] += damage
             start = number % 2  # every other case begins at an address at which no vector does
-            there = score.to(place)[start:], grad.to(place)[start:]
+            there = score.to(place, copy=True)[start:], grad.to(place, copy=True)[start:]
             here = score[start:], grad[start:]
             finite = torch.ones((), dtype=torch.uint8, device=place)
             kernels.accumulate_squares(
@@ -52,9 +52,9 @@ class SquaresCase:
                 right *= reference.clip_factor(grad_clip, reference.sum_of_squares([here[1]], [None]), factor)
             wanted = reference.accumulate_squares(*here, 0.6, right)
             if bool(finite.cpu()) != bool(wanted):
-                return f"of {size} gradients, the flag of finite ones is {bool(finite.cpu())}, not {bool(wanted)}"
+                return f"of {here[1].numel()} gradients, the flag of finite ones is {bool(finite.cpu())}, not {bool(wanted)}"
             if differs := difference(there[0].cpu(), here[0]):
-                return f"scores of {size} weights: {differs}"
+                return f"scores of {here[0].numel()} weights: {differs}"
         return ""
 
 

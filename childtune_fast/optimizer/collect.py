@@ -214,7 +214,7 @@ def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, firs
     """Raises ValueError if a group has capturable=True, but no GPU steps its parameters, of which `first` is one."""
     if group.capturable and not isinstance(where, int):
         raise ValueError(
-            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, and with "
+            "ChildAdamW: capturable=True needs parameters that the compiled kernels step on a GPU: contiguous, with "
             f"backend='auto' where the kernels have proved themselves (got one of shape {tuple(first.shape)} on "
             f"{first.device}, backend={kernels.backend!r}); use capturable=False"
         )
