@@ -52,7 +52,7 @@ class SquaresCase:
                 right *= reference.clip_factor(grad_clip, reference.sum_of_squares([here[1]], [None]), factor)
             wanted = reference.accumulate_squares(*here, 0.6, right)
             if bool(finite.cpu()) != bool(wanted):
-                return f"of {here[1].numel()} gradients, the flag of finite ones is {bool(finite.cpu())}, not {bool(wanted)}"
+                return f"of {here[1].numel()} gradients, the flag of finite ones is not {bool(wanted)}"
             if differs := difference(there[0].cpu(), here[0]):
                 return f"scores of {here[0].numel()} weights: {differs}"
         return ""
