@@ -151,11 +151,11 @@ def _devices(native: load.Native) -> Iterator[tuple[str, str]]:
 
 
 def _asking(device: int, ask: Callable[[], Iterator[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """Returns lines about a GPU, or one that says why torch cannot use it: another process may have it for itself."""
+    """Returns lines about a GPU, or one that says why it cannot be used now: another process may have it for itself."""
     try:
         return list(ask())
     except RuntimeError as error:
-        return [(f"serves cuda:{device}", f"none: torch cannot use it ({str(error).splitlines()[0]})")]
+        return [(f"serves cuda:{device}", f"unknown: {str(error).splitlines()[0]}")]
 
 
 def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:

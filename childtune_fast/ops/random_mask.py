@@ -154,7 +154,7 @@ def kept_elements(pieces: Sequence[Blocks], threshold: int, seed: int, step: int
     ends = list(itertools.accumulate(piece.length for piece in pieces))
     rows = [(p.length, p.first - end + p.length, p.param_index) for p, end in zip(pieces, ends, strict=True)]
     # Not waiting for the copy is safe on CUDA, where the driver takes the few numbers before it returns.
-    table = torch.tensor(rows).to(device, non_blocking=torch.device(device).type == "cuda").T
+    table = torch.tensor(rows, device="cpu").to(device, non_blocking=torch.device(device).type == "cuda").T
     first, index = table[1:].repeat_interleave(table[0], dim=1, output_size=ends[-1]).unsqueeze(2)
     counter = torch.empty((4, ends[-1], _COUNTERS), dtype=torch.int64, device=device)
     number = torch.arange(ends[-1] * _COUNTERS, device=device).view(-1, _COUNTERS).add_(first, alpha=_COUNTERS)

@@ -37,7 +37,7 @@ def top_k(scores: dict[str, Tensor], k: int, *, largest: bool = True) -> dict[st
     if native is None:
         bits = _select_by_device(list(scores), tensors, k, largest)
     else:
-        bits = [torch.empty(packed_size(tensor.numel()), dtype=torch.uint8) for tensor in tensors]
+        bits = [torch.empty(packed_size(tensor.numel()), dtype=torch.uint8, device="cpu") for tensor in tensors]
         nan = native.select_top(tensors, bits, k, largest, torch.get_num_threads())
         if nan >= 0:
             reference.refuse_nan(list(scores)[nan])

@@ -252,7 +252,7 @@ def ways(monkeypatch):
         return gpu.find(1)
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "properties", lambda device: SimpleNamespace(major=9, minor=0))
     module = SimpleNamespace(GpuKernels=kernels)
     monkeypatch.setattr(load, "find_native", lambda: load.Native(module, "prebuilt", []))
     yield of
@@ -337,13 +337,14 @@ def test_the_report_says_how_kernels_are_had_and_who_serves(ways, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ways(BackendError("none is prebuilt"), b"new")
     native = load.Native(SimpleNamespace(), "prebuilt", [])
-    monkeypatch.delenv("CHILDTUNE_BACKEND", raising=False)
-    lines = list(report._devices(native))
-    how = "torch (kernels way 1; CHILDTUNE_BACKEND=native would ask for them)"
     why = ("  because", "way 0: none is prebuilt")
-    assert lines == [("serves cpu", "native (prebuilt)"), ("serves cuda:0", how), why, ("serves cuda:1", how), why]
+    for name, word in (("CHILDTUNE_BACKEND", "native"), ("CHILDTUNE_GPU", "trust")):
+        monkeypatch.setenv("CHILDTUNE_BACKEND", "")
+        monkeypatch.setenv(name, word)
+        how = f"native (kernels way 1, not proved: {name}={word} asks for them)"
+        lines = [("serves cpu", "native (prebuilt)"), ("serves cuda:0", how), why, ("serves cuda:1", how), why]
+        assert list(report._devices(native)) == lines
     monkeypatch.setenv("CHILDTUNE_BACKEND", "native")
-    assert ("serves cuda:1", "native (kernels way 1)") in list(report._devices(native))
     ways(b"old")
     assert ("serves cuda:1", "none: it has no kernels") in list(report._devices(native))
     gpu._found.clear()

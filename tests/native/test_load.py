@@ -152,7 +152,7 @@ def test_report_with_a_wrong_environment(monkeypatch, capsys):
 
 @pytest.mark.parametrize("differ", [True, False])
 def test_self_check_sees_a_single_bit(monkeypatch, differ):
-    def steps(name):
+    def steps(name, device):
         weights = [torch.zeros(size) for size in report.SIZES]
         if differ and name == "native":
             weights[-1][-1] = -0.0
@@ -165,7 +165,7 @@ def test_self_check_sees_a_single_bit(monkeypatch, differ):
 
 
 def test_self_check_survives_an_error(monkeypatch):
-    def steps(name):
+    def steps(name, device):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(report, "_steps", steps)

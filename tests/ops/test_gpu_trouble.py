@@ -13,6 +13,7 @@ from childtune_fast import ChildAdamW
 from childtune_fast.native import CudaError
 from childtune_fast.native import gpu as gpu_kernels
 from childtune_fast.ops import step as op
+from childtune_fast.ops.on_gpu import _memory_of
 
 gpu = test_who_steps.gpu  # the fixture
 
@@ -21,15 +22,15 @@ def test_memory_is_a_streams_or_a_graphs(gpu, monkeypatch):
     """A graph keeps the address: nobody else may have that memory, whoever needs more or steps on another stream."""
     memory, capturing = {}, [False]
     monkeypatch.setattr(gpu_kernels, "is_capturing", lambda device: capturing[0])
-    first = op._memory_of(memory, 1, 1001, 100)
-    assert op._memory_of(memory, 1, 1001, 50) is first
-    others = [op._memory_of(memory, 1, 1002, 50), op._memory_of(memory, 2, 1001, 50)]
+    first = _memory_of(memory, 1, 1001, 100)
+    assert _memory_of(memory, 1, 1001, 50) is first
+    others = [_memory_of(memory, 1, 1002, 50), _memory_of(memory, 2, 1001, 50)]
     capturing[0] = True
-    others += [op._memory_of(memory, 1, 1001, 50) for _ in range(2)]
+    others += [_memory_of(memory, 1, 1001, 50) for _ in range(2)]
     capturing[0] = False
     assert len({tensor.data_ptr() for tensor in (first, *others)}) == 5
-    assert op._memory_of(memory, 1, 1001, 100) is first
-    assert op._memory_of(memory, 1, 1001, 101).numel() == 101
+    assert _memory_of(memory, 1, 1001, 100) is first
+    assert _memory_of(memory, 1, 1001, 101).numel() == 101
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def test_versions_of_all_that_is_written_and_of_nothing_else(backend):
     optimizer = child_adamw(params, amsgrad=True, backend=backend)
     train(optimizer, [0])
     written = params + [v for p in params for k, v in optimizer.state[p].items() if k != "step"]
+    written = [tensor for tensor in written if tensor.numel() > 0]
     before, grads_before = [t._version for t in written], [p.grad._version for p in params]
     optimizer.step()
     assert all(t._version > v for t, v in zip(written, before, strict=True))
