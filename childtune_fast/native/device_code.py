@@ -158,12 +158,17 @@ def _cached(compiler: list[object], target: str, make: Callable[[], bytes]) -> b
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     suffix = ".cubin" if target.startswith("sm_") else ".ptx"
     cache = cache_folder()
-    for path in sorted(cache.glob(f"{key}-*{suffix}")):
-        image = kept.read(path)
-        if image is not None and path.stem == f"{key}-{_digest(image)}":
-            return image
-    image = make()
-    kept.write(cache / f"{key}-{_digest(image)}{suffix}", image)
+
+    def found() -> bytes | None:
+        images = {path.stem: kept.read(path) for path in sorted(cache.glob(f"{key}-*{suffix}"))}
+        whole = (image for stem, image in images.items() if image and stem == f"{key}-{_digest(image)}")
+        return next(whole, None)
+
+    image = found()
+    if image is None:
+        with kept.one_at_a_time(cache / f"{key}.lock", NVCC_TIMEOUT):  # processes that start together compile once
+            image = found() or make()
+            kept.write(cache / f"{key}-{_digest(image)}{suffix}", image)
     return image
 
 

@@ -9,14 +9,17 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def read(path: Path) -> bytes | None:
-    """Returns a file's content, or None if there is none or others than this process's user could have written it.
+    """Returns a file's content, or None if there is none or others than this user and root could have written it.
 
-    On POSIX systems the file must be a regular one and the user's own, and neither group nor world may have the right
-    to write. A symbolic link is not followed.
+    On POSIX systems the file must be a regular one of the process's user or of root, as in an image of a container, and
+    neither group nor world may have the right to write. A symbolic link is not followed.
     """
     try:
         with open(path, "rb", opener=_open) as file:
@@ -34,7 +37,7 @@ def _trusted(found: os.stat_result) -> bool:
     if os.name != "posix":
         return True
     others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not others_write
+    return stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and not others_write
 
 
 def write(path: Path, data: bytes) -> bool:
@@ -60,3 +63,21 @@ def write(path: Path, data: bytes) -> bool:
         with contextlib.suppress(OSError):
             os.unlink(name)  # is there only if the file was not put in place
     return True
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock_file: Path, timeout: float) -> Iterator[None]:
+    """Waits while another process of this machine holds a lock.
+
+    Args:
+        lock_file: the lock's file. Where it cannot be made, nobody waits.
+        timeout: seconds after which this process goes on without the lock.
+    """
+    lock = FileLock(lock_file)
+    try:
+        with contextlib.suppress(Timeout, OSError, NotImplementedError):
+            lock_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock.acquire(timeout=timeout)
+        yield
+    finally:
+        lock.release()

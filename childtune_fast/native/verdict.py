@@ -10,12 +10,10 @@ import contextlib
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from filelock import FileLock, Timeout
 
 from . import build, kept, load
 from .jit import cache_folder
@@ -106,18 +104,9 @@ def keep(facts: dict[str, Any], verdict: Verdict) -> bool:
     return kept.write(_path(facts, "json"), content.encode())
 
 
-@contextlib.contextmanager
-def one_at_a_time(facts: dict[str, Any]) -> Iterator[None]:
-    """Waits while another process of this machine proves the same; without a folder to lock in, nobody waits."""
-    path = _path(facts, "lock")
-    lock = FileLock(path)
-    try:
-        with contextlib.suppress(Timeout, OSError, NotImplementedError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock.acquire(timeout=LOCK_TIMEOUT)
-        yield
-    finally:
-        lock.release()
+def one_at_a_time(facts: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which no other process of this machine proves the same."""
+    return kept.one_at_a_time(_path(facts, "lock"), LOCK_TIMEOUT)
 
 
 def _path(facts: dict[str, Any], ending: str) -> Path:

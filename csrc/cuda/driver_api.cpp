@@ -51,7 +51,6 @@ struct Driver {
   Result (*version)(int* version) = nullptr;
   Result (*error_string)(Result result, const char** text) = nullptr;
   Result (*device_get)(int* device, int ordinal) = nullptr;
-  Result (*device_uuid)(unsigned char* uuid, int device) = nullptr;  // nullptr if the driver has none
   Result (*primary_context_retain)(void** context, int device) = nullptr;
   Result (*context_push)(void* context) = nullptr;
   Result (*context_pop)(void** context) = nullptr;
@@ -83,9 +82,6 @@ struct Driver {
     find(found, "cuModuleLoadData", &module_load);
     find(found, "cuModuleGetFunction", &module_function);
     find(found, "cuLaunchKernel", &launch_kernel);
-    // Only this one tells apart the instances of a GPU that is partitioned (MIG).
-    device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid_v2"));
-    if (device_uuid == nullptr) device_uuid = reinterpret_cast<decltype(device_uuid)>(symbol(found, "cuDeviceGetUuid"));
     if (!problem.empty()) return;
     problem_code = init(0);
     if (problem_code != 0) problem = sentence(problem_code, "cuInit");
@@ -111,15 +107,6 @@ struct Driver {
 const Driver& driver() {
   static const Driver* const found = new Driver;  // never destroyed: kernels may outlive static objects
   return *found;
-}
-
-std::string hexadecimal(const unsigned char* bytes, int count) {
-  std::string text;
-  for (int i = 0; i < count; ++i) {
-    text += "0123456789abcdef"[bytes[i] >> 4];
-    text += "0123456789abcdef"[bytes[i] & 15];
-  }
-  return text;
 }
 
 // Returns whether the current context is one of a device, by the driver's handle.
@@ -153,11 +140,6 @@ CudaKernels::CudaKernels(int device, const std::string& image, const std::vector
   const Driver& cuda = driver();
   if (!cuda.problem.empty()) throw CudaError(cuda.problem, cuda.problem_code);
   cuda.check(cuda.device_get(&handle_, device), "cuDeviceGet");
-  unsigned char uuid[16];
-  if (cuda.device_uuid != nullptr) {
-    cuda.check(cuda.device_uuid(uuid, handle_), "cuDeviceGetUuid");
-    uuid_ = hexadecimal(uuid, sizeof uuid);
-  }
   cuda.check(cuda.primary_context_retain(&context_, handle_), "cuDevicePrimaryCtxRetain");
   const CurrentContext primary(context_, true);
   void* module = nullptr;  // it and the context are kept for the life of the process, as torch keeps its own

@@ -28,10 +28,6 @@ class CudaKernels {
 
   bool has(size_t function) const { return functions_.at(function) != nullptr; }
 
-  // The identifier of the GPU, or of the instance of a partitioned one, as 32 hexadecimal digits; "" if the driver
-  // tells none.
-  const std::string& uuid() const { return uuid_; }
-
   // Launches the function of this number in `names` with one argument, by value. `stream` is the driver's handle; 0 is
   // the current context's default stream if that context is one of this device, else the primary context's. Leaves the
   // current context as it was. Throws CudaError.
@@ -41,7 +37,6 @@ class CudaKernels {
   int handle_ = 0;  // the driver's, of the device
   void* context_ = nullptr;
   std::vector<void*> functions_;
-  std::string uuid_;
 };
 
 // Returns the highest CUDA version that the driver knows, as 1000 * major + 10 * minor; 0 without a driver.

@@ -131,7 +131,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("step", &step, py::arg("groups"), py::arg("threads"));
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
-      .def_property_readonly("uuid", &GpuKernels::uuid)
       .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"))
       .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
            py::arg("grad_scale"), py::arg("found_inf"))

@@ -81,16 +81,14 @@ class GpuKernels {
     prelude.place(place_of(memory, bytes));
     LaunchPlan& plan = plan_step(w, prelude.constants(), scaler.found_inf);
     const py::gil_scoped_release no_gil;
-    for (const NormTable& table : prelude.norm_tables()) {
-      launch(kNormChunks, &table, norm_blocks(table), stream);
+    for (const NormTable& table : prelude.norm_tables()) launch(kNormChunks, &table, norm_blocks(table), stream);
+    for (const NormTable& table : prelude.norm_tables())
       launch(kNormTensors, &table, static_cast<unsigned>(table.count), stream);
-    }
     if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
     launch_writes(prelude.constants_tables(), plan, stream);
   }
 
   int device() const { return device_; }
-  const std::string& uuid() const { return kernels_.uuid(); }
 
   // Returns the address of `memory`, after checking that it is uint8, on the GPU, aligned, and of at least `bytes`
   // bytes.

@@ -116,10 +116,6 @@ int cuDeviceGet(int* device, int ordinal) {
   *device = kDeviceHandle;
   return ordinal == kDevice ? failure("cuDeviceGet") : 101;
 }
-int cuDeviceGetUuid_v2(unsigned char* uuid, int device) {
-  for (int i = 0; i < 16; ++i) uuid[i] = static_cast<unsigned char>(16 * i + 15 - i);
-  return device == kDeviceHandle ? failure("cuDeviceGetUuid_v2") : kInvalid;
-}
 int cuDevicePrimaryCtxRetain(void** context, int device) {
   *context = &contexts[kPrimary];
   return device == kDeviceHandle ? failure("cuDevicePrimaryCtxRetain") : kInvalid;
