@@ -44,11 +44,15 @@ def test_what_others_may_write_is_ignored(path, mode):
 
 
 @posix
-def test_what_belongs_to_another_user_is_ignored(path, monkeypatch):
+def test_what_belongs_to_another_user_is_ignored_but_for_root(path, monkeypatch):
     kept.write(path, b"data")
-    another = os.geteuid() + 1
-    monkeypatch.setattr(os, "geteuid", lambda: another)
-    assert kept.read(path) is None
+    me = os.geteuid()
+    for owner, expected in ((me, b"data"), (0, b"data"), (me + 1, None)):
+        fields = list(path.stat())
+        fields[4] = owner
+        monkeypatch.setattr(os, "fstat", lambda descriptor, fields=fields: os.stat_result(fields))
+        assert kept.read(path) == expected
+        monkeypatch.undo()
 
 
 @posix
