@@ -49,12 +49,13 @@ def faults_of_text(name, text):
 
 
 FLOATS, DOUBLES, HALVES = r"v4\.[bf]32", r"v2\.[bf]64", r"v(?:4\.[bu]16|2\.[bu]32)"
+EIGHT_BYTES = rf"(?:{HALVES}|[bu]64)"  # the newer optimizer moves four halves as one number
 
 
 def vectors_of(name):
     """Returns {(ld or st, vector): how many of them a kernel must have at least}."""
     if name == "add_squares":  # a thread has two quads of scores and of gradients; four doubles are two vectors
-        return {("ld", FLOATS): 4 * 2 + 2, ("ld", DOUBLES): 4, ("ld", HALVES): 2 * 2, ("st", FLOATS): 4 * 2}
+        return {("ld", FLOATS): 4 * 2 + 2, ("ld", DOUBLES): 4, ("ld", EIGHT_BYTES): 2 * 2, ("st", FLOATS): 4 * 2}
     if not name.startswith("step_"):
         return {}
     state = DOUBLES if "float64" in name else FLOATS
