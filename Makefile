@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 # Another torch than the pinned one brings its own NVRTC.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),constraints.txt,$(VENV)/constraints.txt)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/* benchmarks/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/*.cpp benchmarks/*.cpp)
 OUT := build/tests
 
 .PHONY: demo test test-core cuda lint headers types format bench clean

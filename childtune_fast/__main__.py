@@ -172,8 +172,12 @@ def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
         yield label, kernels if found.kernels else f"{other}: it has no kernels"
     else:
         origin, known, notes = prover.look(device, gpu.properties(device))
-        if known is not None:
+        if torch.version.cuda is None:
+            yield label, "torch, which was built without CUDA"
+        elif known is not None:
             yield label, f"{'native' if known.word == 'good' else 'torch'} (kernels {origin}, {known})"
+        elif origin and (why := prover.why_not()) and not why.here:
+            yield label, f"torch (its kernels, {origin}, are not proved: {why.verdict.cause})"
         elif origin:
             yield label, f"torch, until its kernels, {origin}, are proved: by the first training, or by {COMMAND}"
         else:
@@ -184,26 +188,35 @@ def _gpu_lines(device: int, asked: str | None) -> Iterator[tuple[str, str]]:
 
 def prove() -> int:
     """Proves the kernels of every GPU anew, and prints a table by kernel and dtype; returns 1 if one is not proved."""
-    passed = True
-    for device in range(torch.cuda.device_count()):
+    if torch.version.cuda is None or torch.cuda.device_count() == 0:
+        print("there is no GPU that torch's CUDA can use, so there is nothing to prove")
+        return 1
+    if trust.setting() in ("off", "trust"):
+        print(f"CHILDTUNE_GPU={trust.setting()} does not ask for a proof, so that the verdict will not be used")
+    proved = list(map(_prove, range(torch.cuda.device_count())))
+    return 0 if all(proved) else 1
+
+
+def _prove(device: int) -> bool:
+    """Proves the kernels of one GPU and prints what comes of it; returns whether they are proved."""
+    try:
         properties = gpu.properties(device)
         print(f"GPU {device}: {properties.name}", flush=True)
-        found = prover.find(device, properties, anew=True)
+        found = prover.find(device, properties, by_hand=True)
         told, ended = found.outcome.told, found.outcome.verdict
         if found.outcome.here and found.image:
             print(f"no second process can use it ({ended.cause}), so the cases run in this one", flush=True)
             told, ended = prover.prove_here(device, found)
-        for line in _table(told):
-            print(line)
-        print(ended)
-        facts = {**found.facts, "device code": str(found.facts.get("device code"))[:12], "made": found.origin}
-        print("for a bug report: " + "; ".join(f"{name}: {value}" for name, value in facts.items()))
-        print(f"                  {ended.word}, {ended}; tried before: {'; '.join(found.notes) or 'nothing'}")
-        passed = passed and ended.word == "good"
-    if torch.cuda.device_count() == 0 or torch.version.cuda is None:
-        print("there is no GPU that torch's CUDA can use, so there is nothing to prove")
-        return 1
-    return 0 if passed else 1
+    except (RuntimeError, AssertionError) as error:
+        print(f"GPU {device}: {str(error).splitlines()[0]}")
+        return False
+    for line in _table(told):
+        print(line)
+    print(ended)
+    facts = {**found.facts, "device code": str(found.facts.get("device code"))[:12], "made": found.origin}
+    print("for a bug report: " + "; ".join(f"{name}: {value}" for name, value in facts.items()))
+    print(f"                  {ended.word}, {ended}; tried before: {'; '.join(found.notes) or 'nothing'}")
+    return ended.word == "good"
 
 
 def _table(told: Iterable[proof.Told]) -> Iterator[str]:

@@ -7,10 +7,14 @@ missing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,7 +113,28 @@ def _by_nvrtc(architecture: int) -> bytes:
 
 def _compile_with_nvrtc(nvrtc: Nvrtc, architecture: int) -> bytes:
     target = target_for(architecture, str(nvrtc.path), nvrtc.architectures())
-    return _cached([*_identity(nvrtc.path), nvrtc.version], target, lambda: nvrtc.compile(*kernel_source(), target))
+    here = threading.current_thread() is threading.main_thread() or "python" not in Path(sys.executable or "").name
+    make = nvrtc.compile if here else functools.partial(_compile_apart, nvrtc.path)
+    return _cached([*_identity(nvrtc.path), nvrtc.version], target, lambda: make(*kernel_source(), target))
+
+
+def _compile_apart(path: Path, source: str, headers: dict[str, str], target: str) -> bytes:
+    """Compiles as `Nvrtc.compile` does, in another process.
+
+    A process that ends while a thread of it compiles would be aborted by what NVRTC does at a process's end.
+    """
+    with tempfile.TemporaryDirectory(prefix="childtune_fast-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        sys_path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        job = {"sys_path": sys_path, "path": str(path), "arguments": [source, headers, target]}
+        (folder / "job").write_text(json.dumps(job))
+        (folder / "compile.py").write_text(
+            "import json, sys\njob = json.load(open('job'))\nsys.path[:] = job['sys_path']\nfrom pathlib import Path\n"
+            "from childtune_fast.native.nvrtc import Nvrtc\n"
+            "Path('made').write_bytes(Nvrtc(Path(job['path'])).compile(*job['arguments']))\n"
+        )
+        _output([sys.executable, "compile.py"], NVCC_TIMEOUT, folder)
+        return (folder / "made").read_bytes()
 
 
 def _by_nvcc(architecture: int) -> bytes:
@@ -129,9 +154,9 @@ def _compile_with_nvcc(nvcc: str, target: str) -> bytes:
         return file.read_bytes() + (b"" if target.startswith("sm_") else b"\0")  # the driver reads PTX as a C string
 
 
-def _output(command: list[str], timeout: float) -> str:
+def _output(command: list[str], timeout: float, folder: Path | None = None) -> str:
     try:
-        status, output = run(command, timeout=timeout)
+        status, output = run(command, timeout=timeout, cwd=folder)
     except subprocess.TimeoutExpired:
         raise BackendError(f"{command[0]} was stopped after {timeout:.0f} s") from None
     except OSError as error:

@@ -18,7 +18,8 @@ import torch
 from . import build, kept, load
 from .jit import cache_folder
 
-Word = Literal["good", "bad", "unknown"]
+Word = Literal["good", "bad", "refused", "unknown"]
+CLOCKS_DIFFER = datetime.timedelta(days=1)
 BAD_FOR = datetime.timedelta(days=7)  # a fault may have been the machine's: after that, the kernels are proved again
 LOCK_TIMEOUT = 180.0  # seconds to wait for another process's proof; after that, both prove, which is safe
 
@@ -27,8 +28,9 @@ class Verdict(NamedTuple):
     """What a proof has found.
 
     Attributes:
-        word: "good" if every bit was right; "bad" if one was not, or a kernel failed; "unknown" if the proof could not
-            be held, or not to its end. Only the first two are kept.
+        word: "good" if every bit was right; "bad" if one was not, or a kernel failed; "refused" if the driver does not
+            load the device code, so that another way to make it is tried; "unknown" if the proof could not be held, or
+            not to its end, which is not kept.
         cause: the case that differed and how, or why nothing is known; "" for "good".
         date: when the proof ended, in UTC, as in ISO 8601.
         seconds: how long it took.
@@ -64,7 +66,16 @@ def facts_of(properties: Any) -> dict[str, Any]:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
         "childtune_fast": build.version(),
         "host code": build.fingerprint(),
+        "cases": _digest_of_cases(),
     }
+
+
+def _digest_of_cases() -> str:
+    """Returns the digest of the Python code that runs kernels and proves them."""
+    digest = hashlib.sha256()
+    for path in sorted((build.PACKAGE / "ops").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _driver() -> str:
@@ -88,20 +99,22 @@ def stored(facts: dict[str, Any]) -> Verdict | None:
         found = json.loads(content or b"")
         verdict = Verdict(**found["verdict"])
         age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(verdict.date)
-        float(verdict.seconds)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        str(verdict)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
     if found["facts"] != facts or verdict.word not in get_args(Word) or verdict.word == "unknown":
         return None
-    return None if verdict.word == "bad" and age > BAD_FOR else verdict
+    too_old = verdict.word != "good" and not -CLOCKS_DIFFER < age < BAD_FOR
+    return None if too_old or not isinstance(verdict.cause, str) else verdict
 
 
 def keep(facts: dict[str, Any], verdict: Verdict) -> bool:
-    """Keeps a verdict under these facts, unless it is "unknown"; returns whether that was possible."""
+    """Keeps a verdict under these facts, unless it is "unknown"; returns whether it will be found there."""
     if verdict.word == "unknown":
         return True
     content = json.dumps({"facts": facts, "verdict": verdict._asdict()}, indent=1)
-    return kept.write(_path(facts, "json"), content.encode())
+    written = kept.write(_path(facts, "json"), content.encode())
+    return written and stored(facts) is not None  # what all users may write, as on some file systems, is not trusted
 
 
 def one_at_a_time(facts: dict[str, Any]) -> contextlib.AbstractContextManager[None]:

@@ -37,8 +37,8 @@ class SquaresCase:
         factor, grad_clip = (0.37, 0.9) if self.clipped else (1.0, None)
         for number, (size, damage) in enumerate(itertools.product(SIZES, (0.0, float("inf"), float("nan")))):
             random = torch.Generator("cpu").manual_seed(number)
-            grad = torch.randn(size + 1, generator=random, device="cpu").to(self.dtype)
-            score = torch.randn(size + 1, generator=random, device="cpu").square()
+            grad = torch.randn(size + 1, generator=random, dtype=torch.float32, device="cpu").to(self.dtype)
+            score = torch.randn(size + 1, generator=random, dtype=torch.float32, device="cpu").square()
             grad[size // 2] += damage
             start = number % 2  # every other case begins at an address at which no vector does
             there = score.to(place, copy=True)[start:], grad.to(place, copy=True)[start:]
@@ -95,11 +95,14 @@ class SelectionCase:
 def _scores() -> dict[str, list[Tensor]]:
     """Returns scores of every size, of several kinds."""
     random = torch.Generator("cpu").manual_seed(0)
-    normal = [torch.randn(size, generator=random, device="cpu") for size in (*SIZES, *range(1, 60))]
+    normal = [
+        torch.randn(size, generator=random, dtype=torch.float32, device="cpu") for size in (*SIZES, *range(1, 60))
+    ]
     return {
         "different scores": [score.square() for score in normal],
-        "zeros of both signs": [torch.where(score > 0, 0.0, -0.0) for score in normal],
+        "zeros of both signs": [score * 0.0 for score in normal],
         "scores with ties": [(score * 2).round() for score in normal],
+        "infinite scores": [(score.sign() / (score.abs() < 1)).round() for score in normal],
     }
 
 

@@ -66,6 +66,7 @@ class StepCase:
             "masked": self.trained == "a child network",
             "amsgrad": self.amsgrad,
             "steps": self.steps,
+            "special": not self.counted,
         }
         params = [Parameter(self.dtype, i, *shape, **options) for i, shape in enumerate(shapes_of(self.tensors))]
         on_gpu, on_cpu = _Run(self, params, device), _Run(self, params, None)
@@ -95,9 +96,11 @@ def step_cases() -> Iterator[StepCase]:
     for trained in TRAINED:
         yield StepCase(torch.float32, trained, way="on a side stream")
         yield StepCase(torch.float32, trained, counted=True, way="captured")
+        yield StepCase(torch.float32, trained, amsgrad=True, counted=True, tensors="many")
+        if trained != "a child network":
+            yield StepCase(torch.float32, trained, amsgrad=True, counted=True, tensors="shards")
     for dtype, trained, amsgrad in itertools.product(DTYPES, TRAINED, (False, True)):
         yield StepCase(dtype, trained, amsgrad=amsgrad, tensors="many")
-    yield StepCase(torch.float32, "a child network", tensors="many", counted=True)
 
 
 class _Run:
@@ -113,11 +116,13 @@ class _Run:
         self.memory: GpuMemory = {}
         place = torch.device("cpu") if device is None else gpu.place(device)
         odd = [case.tensors == "few" and i >= 2 * len(SIZES) for i in range(len(params))]
-        self.params = params if device is None else [p.moved(place, o) for p, o in zip(params, odd, strict=True)]
+        if device is not None:
+            params = [p.moved(place, o, o and i % 2 == 0) for i, (p, o) in enumerate(zip(params, odd, strict=True))]
+        self.params = params
         self.scale, self.found_inf, *self.lrs = (
             torch.zeros((), dtype=dtype, device=place) for dtype in (*[torch.float32] * 3, torch.float64)
         )
-        self.grads = [torch.empty_like(param.grads[0]).copy_(param.grads[0]) for param in self.params]
+        self.grads = [param.grads[0] for param in self.params]
         self.replay: Callable[[], None] | None = None
 
     def _set(self, number: int) -> None:

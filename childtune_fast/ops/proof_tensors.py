@@ -1,6 +1,7 @@
 """Small tensors for the proof of a GPU's kernels, made on the CPU, and their comparison bit by bit."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -30,8 +31,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def difference(found: Tensor, wanted: Tensor) -> str:
-    """Returns how many bits of two tensors differ, and where first, or "" if none does; every NaN equals every NaN."""
-    same = (found == wanted) & (found.signbit() == wanted.signbit()) | found.isnan() & wanted.isnan()
+    """Returns how many bits of two tensors differ, and where first, or "" if none does.
+
+    In 16 bits a NaN has one pattern (docs/numerics.md); in more, every NaN equals every NaN.
+    """
+    if found.element_size() == 2:
+        same = found.view(torch.int16) == wanted.view(torch.int16)
+    else:
+        same = (found == wanted) & (found.signbit() == wanted.signbit()) | found.isnan() & wanted.isnan()
     if bool(same.all()):
         return ""
     where = int((~same).flatten().nonzero()[0])
@@ -70,42 +77,51 @@ class Parameter:
         masked: bool,
         amsgrad: bool,
         steps: int,
+        special: bool,
     ) -> None:
         random = torch.Generator("cpu").manual_seed(number)
 
         def normal(size: int) -> Tensor:
-            return torch.randn(size, generator=random, device="cpu")
+            return torch.randn(size, generator=random, dtype=torch.float32, device="cpu")
 
         self.slice, self.mask, size = place, None, numel
         if masked:
             density = (0.3, 0.6, 0.3, 0.02, 1.0, 0.0)[number % 6]
-            self.mask = PackedMask.pack(torch.rand(numel, generator=random, device="cpu") < density)
+            self.mask = PackedMask.pack(
+                torch.rand(numel, generator=random, dtype=torch.float32, device="cpu") < density
+            )
             size = self.mask.count
         self.param = normal(numel).to(dtype)
         self.grads = [normal(numel).to(dtype) for _ in range(steps)]
         for grad in self.grads[: numel // 128]:
-            grad[:4] = torch.tensor(
-                [0.0, -0.0, 1e-40, 1e4], device="cpu"
-            )  # a zero that divides, a denormal, a large value
+            grad[:4] = torch.tensor([0.0, -0.0, 1e-40, 1e4], dtype=torch.float32, device="cpu")
+            if special:  # which no norm survives
+                grad[4:6] = torch.tensor([math.inf, math.nan], dtype=torch.float32, device="cpu")
         compute = compute_dtype(self.param)
         self.state = {
-            "step": torch.tensor(7.0 * (number % 3 == 0), device="cpu"),
-            "exp_avg": normal(size).to(compute),
+            "step": torch.tensor(7.0 * (number % 3 == 0), dtype=torch.float32, device="cpu"),
+            "exp_avg": normal(size).to(compute) * (number % 4 < 2),  # zero, as before the first step, for some
             "exp_avg_sq": normal(size).to(compute).square() * (number % 2),
         }
         if amsgrad:
             self.state["max_exp_avg_sq"] = normal(size).to(compute).square()
 
-    def moved(self, device: torch.device, odd: bool) -> "Parameter":
-        """Returns a copy, all but the step count on a device, if `odd` at addresses that no vector begins at."""
+    def moved(self, device: torch.device, odd_grad: bool, odd: bool) -> "Parameter":
+        """Returns a copy, all but the step count on a device, if odd at addresses that no vector begins at.
 
-        def copied(tensor: Tensor) -> Tensor:
+        Args:
+            device: where the copy lies.
+            odd_grad: whether the gradients are odd.
+            odd: whether all else is.
+        """
+
+        def copied(tensor: Tensor, odd: bool) -> Tensor:
             memory = torch.empty(tensor.numel() + odd, dtype=tensor.dtype, device=device)
             return memory[int(odd) :].copy_(tensor)
 
         there = copy.copy(self)
-        there.param, there.grads = copied(self.param), [copied(grad) for grad in self.grads]
-        there.state = {key: value.clone() if key == "step" else copied(value) for key, value in self.state.items()}
+        there.param, there.grads = copied(self.param, odd), [copied(grad, odd_grad) for grad in self.grads]
+        there.state = {key: value.clone() if key == "step" else copied(value, odd) for key, value in self.state.items()}
         there.mask = None if self.mask is None else self.mask.to(device)
         return there
 

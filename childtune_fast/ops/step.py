@@ -138,7 +138,8 @@ def take_step(
                 step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
             begun = True
     if on_torch:
-        foreach.step(on_torch)
+        with _noticing_torch(on_torch, bool(on_cpu or on_gpus)):
+            foreach.step(on_torch)
     for group in on_cpu + of_gpus:
         increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
     return True
@@ -165,10 +166,27 @@ def _noticing(begun: bool) -> Iterator[None]:
     except CudaError as error:
         if not (begun or error.begun):
             raise
-        raise StepInterrupted(
-            f"ChildAdamW: a step was taken in part ({error}), so that parameters and state do not belong together any "
-            "more; load the model's and the optimizer's checkpoint before the next step"
-        ) from error
+        raise _interrupted(error) from error
+
+
+def _interrupted(error: Exception) -> StepInterrupted:
+    return StepInterrupted(
+        f"ChildAdamW: a step was taken in part ({error}), so that parameters and state do not belong together any "
+        "more; load the model's and the optimizer's checkpoint before the next step"
+    )
+
+
+@contextlib.contextmanager
+def _noticing_torch(groups: list[StepGroup], begun: bool) -> Iterator[None]:
+    """Raises StepInterrupted where an error, such as of memory, ends a step in torch that has written something."""
+    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs]
+    versions = [exp_avg._version for exp_avg in averages]
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if begun or versions != [exp_avg._version for exp_avg in averages]:
+            raise _interrupted(error) from error
+        raise
 
 
 # ---- What the host does with the gradients' factor -----------------------------------------------------------------

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
-from ..native import CudaError, gpu, load
+from ..native import gpu, load
 
 if TYPE_CHECKING:
     from .prover import Proof
@@ -74,11 +75,11 @@ def prepare(devices: Iterable[int], choice: load.Backend) -> None:
             kernels_of(device, choice)
 
 
-ATTEMPTS = 3  # at loading kernels that there is no memory for
+_PAUSE, _ATTEMPTS = 5.0, 3  # seconds between attempts at loading kernels that there is no memory for, and how many
 
 _settled: dict[int, Any] = {}  # the kernels of each GPU about which all is known, or None
 _proofs: dict[int, Proof] = {}
-_attempts: dict[int, int] = {}
+_failures: dict[int, list[float]] = {}  # when there was no memory for the kernels of a GPU
 _lock = threading.RLock()
 
 
@@ -89,47 +90,54 @@ def _proof_of(device: int) -> Proof:
     with _lock:
         running = _proofs.get(device)
         if running is None or running.pid != os.getpid():  # a thread does not survive a fork
-            running = _proofs[device] = Proof(device)
+            running = Proof(device)
             running.start()
+            _proofs[device] = running
         return running
 
 
 def _settle(device: int, wait: bool) -> None:
-    """Puts a GPU's kernels, or None, into `_settled`, if all is known."""
-    if setting() == "off" or torch.version.cuda is None or load.resolve("auto") is None:  # nothing could launch them
-        _settled[device] = None
+    """Puts a GPU's kernels, or None, into `_settled`, if all is known; then warns, if there is a reason."""
+    failures = _failures.setdefault(device, [])
+    if failures and time.monotonic() < failures[-1] + _PAUSE:
         return
-    try:
-        _load(device, wait)
-    except CudaError as error:
-        _attempts[device] = _attempts.get(device, 0) + 1
-        if error.code != gpu.OUT_OF_MEMORY:
-            raise
-        if _attempts[device] == ATTEMPTS:  # until then, the next step may find more memory
-            _give_up(device, str(error))
+    kernels, warning = None, ""
+    if setting() != "off" and torch.version.cuda is not None and load.resolve("auto") is not None:
+        from . import proof, prover
+
+        try:
+            found = _trusted(device) if setting() == "trust" else _proved(device, wait)
+        except Exception as error:
+            if proof.lacks_memory(error):
+                failures.append(time.monotonic())  # a later step may find more
+                if len(failures) < _ATTEMPTS:
+                    return
+            found = None, prover.not_used(device, str(error))
+        if found is None:
+            return
+        kernels, warning = found
+    _settled[device] = kernels
+    if warning:
+        load.warn_once(warning)
 
 
-def _load(device: int, wait: bool) -> None:
-    """Does what `_settle` does, if CHILDTUNE_GPU is not "off"; raises CudaError if kernels cannot be loaded now."""
-    if setting() == "trust":
-        found = gpu.find(device)
-        if found.kernels is None:
-            _give_up(device, "there are none: " + "; ".join(found.notes))
-        _settled[device] = found.kernels
-        return
+def _trusted(device: int) -> tuple[Any, str]:
+    """Returns a GPU's kernels, or None and what to warn of."""
+    from .prover import not_used
+
+    found = gpu.find(device)
+    why = "" if found.kernels is not None else not_used(device, "there are none: " + "; ".join(found.notes))
+    return found.kernels, why
+
+
+def _proved(device: int, wait: bool) -> tuple[Any, str] | None:
+    """Returns the kernels that are proved, or None and what to warn of; None as long as nothing is known."""
+    from .prover import judged
+
     running = _proof_of(device)
     if wait or setting() == "prove":
         running.join()
-    if running.found is not None and not gpu.is_capturing(device):  # a graph that is captured lets nothing be loaded
-        from .prover import judged
-
-        with _lock:
-            if device not in _settled:
-                _settled[device] = judged(device, running.found)
-
-
-def _give_up(device: int, cause: str) -> None:
-    from .prover import warn
-
-    warn(device, cause)
-    _settled[device] = None
+    if running.found is None or gpu.is_capturing(device):  # a graph that is captured lets nothing be loaded
+        return None
+    with _lock:
+        return (_settled[device], "") if device in _settled else judged(device, running.found)

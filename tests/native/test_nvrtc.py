@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processes import python, result_of
 
-from childtune_fast.native import BackendError, nvrtc, nvrtc_files
+from childtune_fast.native import BackendError, device_code, nvrtc, nvrtc_files
 
 INSTALLED = [path for path in nvrtc_files.nvrtc_files() if path.is_absolute()]
 # `make test` installs the release that torch's CUDA 13.0 wheels bring beside the newest. It has no run path.
@@ -66,6 +66,14 @@ print(compiler.path, compiler.compile({SMALL!r}, {{}}, "sm_75")[1:4].decode())
 """
     output, errors = result_of(python(code, LD_LIBRARY_PATH=""))
     assert output == f"{path} ELF\n", errors
+
+
+def test_compiles_in_another_process_too():
+    path = INSTALLED[0]
+    made = device_code._compile_apart(path, SMALL, {}, "sm_75")
+    assert made == nvrtc.Nvrtc(path).compile(SMALL, {}, "sm_75")
+    with pytest.raises(BackendError, match=r'(?s)identifier "nonsense" is undefined'):
+        device_code._compile_apart(path, "int x = nonsense;", {}, "sm_75")
 
 
 def test_says_what_does_not_compile():

@@ -12,6 +12,7 @@ from test_who_steps import on_gpu
 from childtune_fast import ChildAdamW
 from childtune_fast.native import CudaError
 from childtune_fast.native import gpu as gpu_kernels
+from childtune_fast.ops import foreach
 from childtune_fast.ops import step as op
 from childtune_fast.ops.on_gpu import _memory_of
 
@@ -109,3 +110,22 @@ def test_ranks_agree_by_the_gpu_of_the_parameters(where, gpu, monkeypatch):
     run = ChildAdamW([{"params": [param], "lr": 0.1} for param in params], seed=7, backend="native")
     assert during == [(name, 1 if where is on_gpu else 0) for name in ("broadcast", "gather")]
     assert [run.seed, run.defaults["seed"], *(group["seed"] for group in run.param_groups)] == [8] * 4
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_memory_that_ends_within_a_step_in_torch_interrupts_it(monkeypatch, after):
+    """Before the first chunk is written nothing has happened; after it, a step was taken in part."""
+    monkeypatch.setattr("childtune_fast.ops.foreach._CHUNK_BYTES", 1 << 10)
+    params = make_params(((1000,), (1000,)))
+    optimizer = ChildAdamW(params, backend="torch")
+    set_grads(params, 0)
+    calls, step_chunk = [], foreach._step_chunk
+
+    def fails(*arguments):
+        if len(calls) == after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        calls.append(step_chunk(*arguments))
+
+    monkeypatch.setattr(foreach, "_step_chunk", fails)
+    with pytest.raises(op.StepInterrupted if after else torch.OutOfMemoryError, match="CUDA out of memory"):
+        optimizer.step()

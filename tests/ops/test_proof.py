@@ -48,7 +48,7 @@ def warned(function):
 
 
 def check_every_case():
-    found = prover.find(0, gpu.properties(0), anew=True)
+    found = prover.find(0, gpu.properties(0), by_hand=True)
     told = found.outcome.told
     assert found.outcome.verdict.word == "good", found.outcome.verdict
     assert len(told) == len(list(proof.cases()))
@@ -141,7 +141,8 @@ FATES = {  # what happens to the process that proves: the warning, and whether t
     "fault": (r"fault: RuntimeError: CUDA error: an illegal memory access was encountered", True),
     "segmentation fault": (r"segmentation fault: its process ended with signal 11", True),
     "killed": (r"killed: its process ended with signal 9", False),
-    "other GPU": (r"its process found another GPU \(GPU-other, not GPU-4\)", False),
+    "terminated": (r"terminated: its process ended with signal 15", False),
+    "other GPU": (r"its process found another GPU \(GPU-other, not GPU-5\)", False),
     "no memory": (r"no memory: OutOfMemoryError: CUDA out of memory\. Tried to allocate 2 MiB", False),
     "hangs": (r"(hangs: )?it was not done after 10 s", False),
 }
@@ -212,17 +213,17 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_proved_each_time(driver
 
 
 def test_no_proof_in_the_process_that_proves_nor_under_mps_nor_in_a_frozen_program(monkeypatch):
-    assert prover._why_not() is None
+    assert prover.why_not() is None
     monkeypatch.setenv(proof.GUARD, "1")
-    assert "proves kernels itself" in prover._why_not().verdict.cause
-    assert not prover._why_not().here
+    assert "proves kernels itself" in prover.why_not().verdict.cause
+    assert not prover.why_not().here
     monkeypatch.delenv(proof.GUARD)
     monkeypatch.setattr(proof.sys, "frozen", True, raising=False)
-    assert prover._why_not().here
+    assert prover.why_not().here
     monkeypatch.delattr(proof.sys, "frozen")
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somewhere")
-    assert "MPS" in prover._why_not().verdict.cause
-    assert not prover._why_not().here
+    assert "MPS" in prover.why_not().verdict.cause
+    assert not prover.why_not().here
 
 
 # ---- Several processes ---------------------------------------------------------------------------------------------
@@ -309,6 +310,7 @@ def test_without_a_gpu_there_is_nothing_to_prove(capsys):
     assert capsys.readouterr().out == "there is no GPU that torch's CUDA can use, so there is nothing to prove\n"
 
 
-def test_what_is_cut_off_is_not_read():
-    told = proof._MARK + json.dumps({"told": proof.Told("a case", 1.0)})
-    assert proof._lines(f"noise\n{told}\n{told[:-5]}")[0] == [proof.Told("a case", 1.0)]
+def test_what_is_cut_off_is_not_read(tmp_path):
+    told = json.dumps(proof.Told("a case", 1.0))
+    (tmp_path / "told").write_text(f"{told}\n{told[:-5]}")
+    assert proof._written(tmp_path) == ((proof.Told("a case", 1.0),), [])

@@ -76,6 +76,19 @@ FAULTS = {
         "int low = 0, high = (ON) && n > 256 ? 256 : n;",
         STEP,
     ),
+    "weights that never had a gradient do not decay": (
+        "core/adamw.h",
+        "(param * c.decay_before - c.step_size * exp_avg) * c.decay_after;",
+        "param;",
+        STEP,
+    ),
+    "large tables ignore the steps that the GPU counts": (
+        "cuda/step_table.h",
+        "header.constants == nullptr",
+        "header.constants == nullptr || header.items > 64",
+        STEP,
+    ),
+    "a NaN is stored as an infinity": ("core/dtypes.h", "magnitude > 0x7F800000u ? 0x7E00u : number", "number", STEP),
     "the maximum is not kept": (
         "core/adamw.h",
         "exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;",

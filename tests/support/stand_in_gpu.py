@@ -64,7 +64,7 @@ def install():
 
 def forget():
     """Makes this process one that has met no GPU yet."""
-    for known in (trust._settled, trust._proofs, trust._attempts, gpu._found):
+    for known in (trust._settled, trust._proofs, trust._failures, gpu._found):
         known.clear()
     load.warn_once.cache_clear()
 
@@ -83,6 +83,8 @@ class Doomed:
     def check(self, device):
         if self.name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.name == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.name == "segmentation fault":
             os.kill(os.getpid(), signal.SIGSEGV)
         if self.name == "hangs":
@@ -96,7 +98,8 @@ class Doomed:
 
 def cases(every):
     """The cases of the GPU whose proof this process holds."""
-    of_gpu = fate(json.loads(sys.argv[1])["device"])
+    with open(sys.argv[1]) as job:
+        of_gpu = fate(json.load(job)["device"])
     yield from every() if of_gpu == "all" else proof.trial_cases()
     if of_gpu not in ("all", "tiny"):
         yield Doomed(of_gpu)
