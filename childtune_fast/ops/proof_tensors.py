@@ -95,6 +95,7 @@ class Parameter:
         self.grads = [normal(numel).to(dtype) for _ in range(steps)]
         for grad in self.grads[: numel // 128]:
             grad[:4] = torch.tensor([0.0, -0.0, 1e-40, 1e4], dtype=torch.float32, device="cpu")
+            grad[16:48] = 0  # as of an embedding's row that no token had
             if special:  # which no norm survives
                 grad[4:6] = torch.tensor([math.inf, math.nan], dtype=torch.float32, device="cpu")
         compute = compute_dtype(self.param)
