@@ -21,21 +21,20 @@ STEPS = 3
 COMMAND = "`python -m childtune_fast prove`"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(*arguments: str) -> int:
     """Prints the report, or with the argument "prove" proves the kernels of all GPUs.
 
     Args:
-        arguments: those of the command line; None takes this process's (default: None).
+        arguments: those of the command line.
 
     Returns:
         0; 1 if a self-check or a proof fails; 2 if an argument or an environment variable is invalid.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    if words not in ([], ["prove"]):
-        print(f"usage: python -m childtune_fast [prove] (got {' '.join(words)})")
+    if arguments not in ((), ("prove",)):
+        print(f"usage: python -m childtune_fast [prove] (got {' '.join(arguments)})")
         return 2
     try:
-        if words:
+        if arguments:
             return prove()
         native = load.find_native()
         served = list(_devices(native))
@@ -243,4 +242,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -6,6 +6,7 @@ then the kernels do (`prover.py`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -70,7 +71,8 @@ def prepare(devices: Iterable[int], choice: load.Backend) -> None:
     for device in devices:
         if choice == "auto" and setting() in ("auto", "prove") and torch.version.cuda is not None:
             if device not in _settled:
-                _proof_of(device)
+                with contextlib.suppress(RuntimeError):  # torch cannot use the GPU: the first step says so
+                    _proof_of(device)
         else:
             kernels_of(device, choice)
 

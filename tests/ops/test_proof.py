@@ -278,7 +278,7 @@ def check_the_command(capture=None):
 
     def output_of(status, *words):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert report.main(list(words)) == status
+            assert report.main(*words) == status
         return out.getvalue()
 
     before = output_of(0)
@@ -306,7 +306,7 @@ def test_the_command_proves_and_reports(driver, tmp_path):
 def test_without_a_gpu_there_is_nothing_to_prove(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert report.main(["prove"]) == 1
+    assert report.main("prove") == 1
     assert capsys.readouterr().out == "there is no GPU that torch's CUDA can use, so there is nothing to prove\n"
 
 

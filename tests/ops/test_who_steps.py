@@ -10,7 +10,7 @@ from helpers import assert_same_run, make_params, set_grads, train
 from childtune_fast import ChildAdamW
 from childtune_fast.native import BackendError
 from childtune_fast.native import gpu as gpu_kernels
-from childtune_fast.ops import reference
+from childtune_fast.ops import reference, trust
 from childtune_fast.ops import step as op
 from childtune_fast.ops.packed_mask import PackedMask
 
@@ -51,6 +51,8 @@ def gpu(monkeypatch):
             reference.step(groups)
 
     kernels = SimpleNamespace(step=step, counted_step=counted_step)
+    monkeypatch.setenv("CHILDTUNE_GPU", "off")  # nothing is proved here; test_proof.py has that
+    monkeypatch.setattr(trust, "_settled", {})
     monkeypatch.setattr(gpu_kernels, "find", lambda device: gpu_kernels.Gpu(kernels, "", []))
     monkeypatch.setattr(
         gpu_kernels,
