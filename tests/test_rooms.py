@@ -87,7 +87,7 @@ def test_setup_can_read_the_build_description_without_the_package():
 
 # What one must name to find out whether kernels exist, or to decide between the CPU, a GPU and torch.
 DECIDING = {"resolve", "chosen", "kernels_of", "find_native", "load_native", "load_kernels", "find"}
-DECIDING |= {"native", "gpus", "use_gpus", "is_cuda", "import_module", "__import__"}
+DECIDING |= {"native", "gpus", "on_gpus", "is_cuda", "import_module", "__import__"}
 
 
 def deciding_names(name):

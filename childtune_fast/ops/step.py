@@ -33,17 +33,19 @@ class StepKernels(NamedTuple):
         choice: the word that it stands for, CHILDTUNE_BACKEND considered.
         native: the compiled module; None if torch steps everything.
         wait: whether a step waits until it is known if the kernels on GPUs are right.
+        on_gpus: {number of a GPU: its kernels, or None}, asked once in a step, so that all of it is taken alike.
     """
 
     backend: load.Backend
     choice: load.Backend
     native: ModuleType | None
     wait: bool
+    on_gpus: dict[int, Any]
 
     @classmethod
     def find(cls, backend: load.Backend, wait: bool = False) -> "StepKernels":
         """Returns the kernels that a backend asks for; raises as `load.resolve` does."""
-        return cls(backend, load.chosen(backend), load.resolve(backend), wait)
+        return cls(backend, load.chosen(backend), load.resolve(backend), wait, {})
 
     @property
     def on_cpu(self) -> Where:
@@ -64,7 +66,9 @@ class StepKernels(NamedTuple):
         if self.native is None or not param.is_cuda:
             return None
         device = param.device.index
-        if trust.kernels_of(device, self.choice, self.wait) is None:
+        if device not in self.on_gpus:
+            self.on_gpus[device] = trust.kernels_of(device, self.choice, self.wait)
+        if self.on_gpus[device] is None:
             return None
         return device if all(tensor.is_contiguous() for tensor in tensors) else None
 

@@ -147,9 +147,11 @@ def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any
     So do those of channels_last. An update without mask is the same for every element, whatever its place; and the
     kernels on a GPU take only contiguous tensors.
     """
+    param = row[0]
+    if is_sharded(param) or param.is_contiguous():  # the usual case
+        return row
     tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
-    param = tensors[0]
-    if is_sharded(param) or param.is_contiguous() or any(tensor.layout != strided for tensor in tensors):
+    if any(tensor.layout != strided for tensor in tensors):
         return row
     order = sorted(range(param.dim()), key=lambda dim: -param.stride(dim))
     if any(tensor.shape != param.shape or not tensor.permute(order).is_contiguous() for tensor in tensors):

@@ -91,6 +91,19 @@ def test_unless_asked_for_they_take_nothing(gpu, backend, monkeypatch):
     assert len(gpu) == (backend == "auto")
 
 
+def test_a_step_asks_once_whether_a_gpu_has_kernels(gpu, monkeypatch):
+    """Else a verdict that comes in the middle would split a step, and a proof that runs would slow it."""
+    asked, kernels_of = [], trust.kernels_of
+    monkeypatch.setattr(trust, "kernels_of", lambda *arguments: asked.append(arguments) or kernels_of(*arguments))
+    params = [on_gpu(p) for p in make_params()]
+    run = ChildAdamW(params, backend="native")
+    asked.clear()
+    for step in range(2):
+        set_grads(params, step)
+        run.step()
+    assert asked == [(1, "native", False)] * 2
+
+
 def test_what_they_cannot_do_is_left_to_the_fallback(gpu):
     strided, plain = on_gpu(torch.ones(4, 6).T), on_gpu(torch.ones(4, 6))
     run = ChildAdamW([strided, plain], backend="native")
