@@ -22,7 +22,7 @@ from . import BackendError, build, kept
 from .jit import cache_folder
 from .nvrtc import Nvrtc, kernel_source
 from .nvrtc_files import nvrtc_files, wanted_majors
-from .toolchain import PROBE_TIMEOUT, quoted, run
+from .toolchain import PROBE_TIMEOUT, can_start_python, quoted, run
 
 NVCC_TIMEOUT = 300.0  # seconds
 INTEGRATED = (72, 87, 88, 101, 110)  # Tegra's compute capabilities: their machine code and that of others do not mix
@@ -113,7 +113,7 @@ def _by_nvrtc(architecture: int) -> bytes:
 
 def _compile_with_nvrtc(nvrtc: Nvrtc, architecture: int) -> bytes:
     target = target_for(architecture, str(nvrtc.path), nvrtc.architectures())
-    here = threading.current_thread() is threading.main_thread() or "python" not in Path(sys.executable or "").name
+    here = threading.current_thread() is threading.main_thread() or not can_start_python()
     make = nvrtc.compile if here else functools.partial(_compile_apart, nvrtc.path)
     return _cached([*_identity(nvrtc.path), nvrtc.version], target, lambda: make(*kernel_source(), target))
 

@@ -107,6 +107,12 @@ def compile_native(folder: Path, compiler: Compiler) -> None:
         raise BackendError(f"building with {compiler.command!r} failed (status {status}); {REMEDY}{quoted(output)}")
 
 
+def can_start_python() -> bool:
+    """Returns whether `sys.executable` is a Python: in a frozen or embedding program it may be that program."""
+    name = Path(sys.executable or "").name.lower()
+    return not getattr(sys, "frozen", False) and ("python" in name or "pypy" in name)
+
+
 def run(
     command: list[str], *, timeout: float, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> tuple[int, str]:

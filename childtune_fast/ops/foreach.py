@@ -145,7 +145,7 @@ def _step_chunk(group: StepGroup, chunk: list[_Piece], step: int) -> None:
     if group.keep_threshold < KEEP_ALL:
         kept = kept_elements([piece.blocks for piece in chunk], group.keep_threshold, group.seed, step, device)
     blocks = sum(piece.blocks.length for piece in chunk)
-    grad, temp = torch.empty((2, blocks * BLOCK), dtype=dtype, device=device)  # the last allocation before any write
+    grad, temp = torch.empty((2, blocks * BLOCK), dtype=dtype, device=device)
     grad_pieces, temp_pieces = _pieces(grad, chunk), _pieces(temp, chunk)
 
     torch._foreach_copy_(grad_pieces, grads)

@@ -143,8 +143,7 @@ def why_no_process() -> str:
     """Returns why this process cannot start one that proves, or ""."""
     if os.environ.get(GUARD):
         return f"this process proves kernels itself ({GUARD} is set)"
-    name = Path(sys.executable or "").name.lower()
-    if getattr(sys, "frozen", False) or not ("python" in name or "pypy" in name):
+    if not toolchain.can_start_python():
         return f"this program is no Python that could be started again (sys.executable is {sys.executable!r})"
     return ""
 

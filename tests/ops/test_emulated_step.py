@@ -14,7 +14,7 @@ from processes import in_a_process_with
 from stand_in import GREEN, IMAGE, OF_ANOTHER_DEVICE, PRIMARY, STREAM, bytes_of_memory, current, failing, launched_in
 
 from childtune_fast import ChildAdamW
-from childtune_fast.native import CudaError
+from childtune_fast.native import CudaError, load
 from childtune_fast.ops.step import StepKernels
 from childtune_fast.optimizer.collect import collect
 
@@ -34,8 +34,6 @@ def groups_of(optimizer):
 
 
 def check_steps():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     options = [{}, {"reserve_p": 1.0}, {"amsgrad": True, "variant": "torch"}, {"variant": "hf", "weight_decay": 0.5}]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -66,8 +64,6 @@ COUNTED = {  # options, a GradScaler's scale and what it found, the learning rat
 
 
 def check_counted_steps():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options, grad_scale, found_inf, lr in COUNTED.values():
@@ -90,8 +86,6 @@ def check_counted_steps():
 
 
 def check_child_steps():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for options in CHILD_OPTIONS.values():
@@ -111,8 +105,6 @@ def check_child_steps():
 
 
 def check_refusals_of_child_steps():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     run = child_adamw(Model(shapes=((3000,), (3,))), backend="native")
     before = [p.clone() for p in params_of(run)]
@@ -137,8 +129,6 @@ def check_refusals_of_child_steps():
 
 
 def check_a_step_that_is_not_taken():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     runs = [ChildAdamW(make_params(), seed=7, backend="native") for _ in range(2)]
     for run in runs:
@@ -151,8 +141,6 @@ def check_a_step_that_is_not_taken():
 
 
 def check_refusals_of_counted_steps():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     run = ChildAdamW([torch.nn.Parameter(torch.ones(4, 6))], backend="native")
     param = run.param_groups[0]["params"][0]
@@ -181,8 +169,6 @@ def check_refusals_of_counted_steps():
 
 
 def check_refusals():
-    from childtune_fast.native import load
-
     native = load.load_native()
     with pytest.raises(RuntimeError, match=r"^cuModuleLoadData failed: device kernel image is invalid \(.* 200\)"):
         native.GpuKernels(-1, b"of another architecture")
@@ -218,8 +204,6 @@ def check_launches():
 
 
 def check_contexts():
-    from childtune_fast.native import load
-
     with current(GREEN):
         kernels = load.load_native().GpuKernels(-1, IMAGE)  # loads into the primary context all the same
     expected = torch.full((4, 6), 0.5)
@@ -230,8 +214,6 @@ def check_contexts():
 
 
 def check_codes():
-    from childtune_fast.native import load
-
     native = load.load_native()
     with (
         failing("cuInit", 1, 1, 999),
@@ -242,8 +224,6 @@ def check_codes():
 
 
 def check_a_launch_that_fails():
-    from childtune_fast.native import load
-
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     for first, counted in ((1, False), (2, False), (1, True), (2, True)):
         params = make_params([(9,)], torch.float32) + make_params([(9,)], torch.float64)
@@ -257,8 +237,6 @@ def check_a_launch_that_fails():
 
 
 def check_a_driver_of_cuda_12_0():
-    from childtune_fast.native import load
-
     os.environ["STANDIN_VERSION"] = "12000"
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     runs = [ChildAdamW(make_params([(3,)] * 300), seed=7, backend="native") for _ in range(2)]
