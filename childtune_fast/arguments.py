@@ -3,10 +3,13 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FilePath = str | os.PathLike[str]
 PLAIN_TENSORS = (Parameter, Tensor)  # a tensor of any other class may be a DTensor
@@ -61,6 +64,6 @@ def predicate(selector: Selector, what: str) -> Callable[[str], object]:
     return selector
 
 
-def is_sharded(param: Tensor) -> bool:
+def is_sharded(param: Tensor) -> "TypeGuard[DTensor]":
     """Returns whether a parameter is a DTensor, without importing torch.distributed."""
-    return type(param) not in PLAIN_TENSORS and hasattr(param, "placements")
+    return type(param) not in PLAIN_TENSORS and hasattr(type(param), "placements")

@@ -200,8 +200,8 @@ def _sqrt_(x: Tensor) -> None:
 # ---- The norm ------------------------------------------------------------------------------------------------------
 
 
-def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
-    """Returns the sum of the squares of all elements; see `reference.sum_of_squares`. Waits for each device once."""
+def sums_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> list[float]:
+    """Returns each tensor's sum of squares; see `reference.sum_of_squares`. Waits for each device once."""
     totals = [0.0] * len(tensors)
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         entries = [i for i, tensor in enumerate(tensors) if tensor.device == device and tensor.numel() > 0]
@@ -212,7 +212,7 @@ def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None
                 padded = np.zeros(1 << (len(of_tensor) - 1).bit_length())
                 padded[: len(of_tensor)] = of_tensor.numpy()
                 totals[i] = _sum_by_halving(padded)
-    return sum(totals, 0.0)
+    return totals
 
 
 def _norm_parts(

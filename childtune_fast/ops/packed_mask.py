@@ -100,6 +100,21 @@ class PackedMask:
         """The number of the parameter's weights."""
         return math.prod(self.shape)
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the whole parameter, where this may be the mask of a rank's part (`shards.LocalMask`)."""
+        return self.shape
+
+    @property
+    def whole_numel(self) -> int:
+        """The number of the whole parameter's weights."""
+        return math.prod(self.whole_shape)
+
+    @property
+    def whole_count(self) -> int:
+        """The number of weights in the child network, of the whole parameter."""
+        return self.count
+
     @classmethod
     def pack(cls, mask: Tensor) -> "PackedMask":
         """Returns the mask that a bool tensor of the parameter's shape holds, on that tensor's device."""

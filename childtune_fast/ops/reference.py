@@ -4,9 +4,11 @@ The results have the same bits as the kernels'. Each line rounds as csrc/core do
 reciprocal, constants computed in double and rounded once.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -167,7 +169,12 @@ def sum_of_squares(tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None
         sums = sum_by_halving(padded.view(chunks, NORM_CHUNK))
         sums = torch.nn.functional.pad(sums, (0, (1 << (chunks - 1).bit_length()) - chunks))
         totals.append(sum_by_halving(sums))
-    return sum(numbers(totals), 0.0)
+    return in_turn(numbers(totals))
+
+
+def in_turn(numbers: Iterable[float]) -> float:
+    """Returns the sum of numbers, added one after the other; from Python 3.12 on, `sum` rounds otherwise."""
+    return functools.reduce(operator.add, numbers, 0.0)
 
 
 def numbers(scalars: list[Tensor]) -> list[float]:

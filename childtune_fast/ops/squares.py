@@ -15,8 +15,10 @@ from ..native import gpu, load
 from . import foreach, reference, trust
 
 
-def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]) -> float:
-    """Returns the sum of the squares of all elements of gradients; see `reference.sum_of_squares`.
+def sums_of_squares(
+    native: ModuleType | None, tensors: Sequence[Tensor], child_bits: Sequence[Tensor | None]
+) -> list[float]:
+    """Returns the sum of the squares of each gradient's elements; see `reference.sum_of_squares`.
 
     Args:
         native: the compiled module, if every tensor is on the CPU; None computes it in torch, on any device.
@@ -24,8 +26,8 @@ def sum_of_squares(native: ModuleType | None, tensors: Sequence[Tensor], child_b
         child_bits: one entry for each tensor: the packed mask of its elements that count, uint8, or None if all count.
     """
     if native is None:
-        return foreach.sum_of_squares(tensors, child_bits)
-    return native.sum_of_squares(list(tensors), list(child_bits), torch.get_num_threads())
+        return foreach.sums_of_squares(tensors, child_bits)
+    return native.sums_of_squares(list(tensors), list(child_bits), torch.get_num_threads())
 
 
 class SquareKernels(NamedTuple):
@@ -52,6 +54,11 @@ class SquareKernels(NamedTuple):
         kernels = {index: trust.kernels_of(index, load.chosen("auto")) for index in on_gpus}
         return cls(native, {index: found for index, found in kernels.items() if found is not None})
 
+    def sums(self, grads: Sequence[Tensor]) -> list[float]:
+        """Returns the sum of the squares of each gradient, in double; waits for each GPU once."""
+        native = self.native if all(grad.is_cpu for grad in grads) else None
+        return sums_of_squares(native, grads, [None] * len(grads))
+
     def add(
         self, score: Tensor, grad: Tensor, weight: float, grad_factor: float, grad_clip: float | None
     ) -> bool | Tensor:
@@ -72,7 +79,7 @@ class SquareKernels(NamedTuple):
             return _add_on_gpu(kernels, score, grad, weight, grad_factor, grad_clip)
         native = self.native if grad.is_cpu else None
         if grad_clip is not None:
-            squares = sum_of_squares(native, [grad], [None])
+            (squares,) = sums_of_squares(native, [grad], [None])
             grad_factor *= reference.clip_factor(grad_clip, squares, grad_factor)
         if native is not None:
             return native.accumulate_squares(score, grad, weight, grad_factor, torch.get_num_threads())

@@ -2,9 +2,10 @@
 
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from torch.autograd.graph import increment_version
 from ..native import CudaError, load
 from . import foreach, reference, trust
 from .on_gpu import GpuMemory, check_capture, step_on_gpu
-from .squares import sum_of_squares
+from .squares import sums_of_squares
 from .step_group import StepGroup, check_group
+
+if TYPE_CHECKING:
+    from .ranks import NormOverRanks
 
 # Who steps a parameter: "cpu" stands for the compiled kernels on the CPU, a number for the kernels on that GPU, and
 # None for torch.
@@ -96,6 +100,7 @@ def take_step(
     gpu_memory: GpuMemory,
     grad_scale: Tensor | float | None = None,
     found_inf: Tensor | float | None = None,
+    over_ranks: "NormOverRanks | None" = None,
 ) -> bool:
     """Takes one step; returns whether it was taken, as far as the host knows.
 
@@ -107,33 +112,35 @@ def take_step(
             (default: None).
         found_inf: number, or tensor of one; unless it is 0, the step is not taken. A GradScaler that has seen no
             gradient gives a number. None for 0 (default: None).
+        over_ranks: adds up the squares for `max_grad_norm` where parameters are cut over ranks; None if none is, or
+            there is no limit (default: None).
 
     Raises:
         StepInterrupted: a GPU's driver has refused to go on after a part of the step.
-        RuntimeError, TypeError, ValueError: `check_group` refuses a group, `max_grad_norm` is given for sharded
-            gradients, whose norm no rank knows, or a CUDA graph captures a step that it could not replay. Nothing has
-            been written then.
+        RuntimeError, TypeError, ValueError: `check_group` refuses a group, a CUDA graph captures a step that it could
+            not replay, or `over_ranks` says that another rank has raised. Nothing has been written then.
         CudaError: a GPU's driver has refused the step. Nothing has been written then.
     """
     on_cpu, on_torch = groups.get("cpu", []), groups.get(None, [])
     on_gpus = {where: on_gpu for where, on_gpu in groups.items() if isinstance(where, int)}
     of_gpus = list(itertools.chain.from_iterable(on_gpus.values()))
     everything = on_cpu + of_gpus + on_torch
-    _check_norm(everything)
     if on_gpus or on_torch:
         check_capture(everything)
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
-    by_host = not (on_gpus and alone)  # a GPU that steps everything scales, skips and clips without the host
+    # A GPU that steps everything scales, skips and clips without the host, unless other ranks have parts of the norm.
+    by_host = over_ranks is not None or not (on_gpus and alone)
+    skip = bool(by_host and found_inf is not None and float(found_inf))
     if by_host:
-        if found_inf is not None and float(found_inf):
+        if skip and over_ranks is None:
             return False
         _unscale(everything, grad_scale)
         grad_scale = found_inf = None
     for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
     with _explaining(on_cpu + of_gpus):
-        if by_host:
-            _clip(kernels.native, on_cpu, of_gpus + on_torch)
+        if by_host and _clip(kernels.native, on_cpu, of_gpus + on_torch, over_ranks, skip):
+            return False
         if kernels.native is not None and on_cpu:
             kernels.native.step(on_cpu, torch.get_num_threads())
         begun = bool(on_cpu)
@@ -144,9 +151,17 @@ def take_step(
     if on_torch:
         with _noticing_torch(on_torch, bool(on_cpu or on_gpus)):
             foreach.step(on_torch)
-    for group in on_cpu + of_gpus:
-        increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
+    _tell_autograd(on_cpu + of_gpus, everything)
     return True
+
+
+def _tell_autograd(by_kernels: list[StepGroup], everything: list[StepGroup]) -> None:
+    """Counts a write to all that kernels wrote, and to the DTensors of which a step writes only the local part."""
+    for group in by_kernels:
+        increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
+    for group in everything:
+        if group.sharded:
+            increment_version(group.sharded)
 
 
 @contextlib.contextmanager
@@ -196,14 +211,6 @@ def _noticing_torch(groups: list[StepGroup], begun: bool) -> Iterator[None]:
 # ---- What the host does with the gradients' factor -----------------------------------------------------------------
 
 
-def _check_norm(groups: list[StepGroup]) -> None:
-    if any(group.slices is not None for group in groups) and any(group.max_grad_norm is not None for group in groups):
-        raise ValueError(
-            "ChildAdamW: max_grad_norm does not know the norm of gradients sharded over ranks; leave it None and "
-            "call torch.nn.utils.clip_grad_norm_ before the step"
-        )
-
-
 def _unscale(groups: list[StepGroup], grad_scale: Tensor | float | None) -> None:
     if grad_scale is not None:
         scale = float(grad_scale)
@@ -211,25 +218,44 @@ def _unscale(groups: list[StepGroup], grad_scale: Tensor | float | None) -> None
             group.grad_factor /= scale
 
 
-def _clip(native: ModuleType | None, on_cpu: list[StepGroup], elsewhere: list[StepGroup]) -> None:
-    """Multiplies the groups' clip factors into their `grad_factor`; reads the gradients once, writes none."""
+def _clip(
+    native: ModuleType | None,
+    on_cpu: list[StepGroup],
+    elsewhere: list[StepGroup],
+    over_ranks: "NormOverRanks | None" = None,
+    skip: bool = False,
+) -> bool:
+    """Multiplies the groups' clip factors into their `grad_factor`; reads the gradients once, writes none.
+
+    Returns:
+        Whether the step is to be skipped, on this rank or on one that holds other parts of the same parameters.
+    """
     groups = on_cpu + elsewhere
-    if all(group.max_grad_norm is None for group in groups):
-        return
-    squares = sum_of_squares(native, *_normed(on_cpu)) if on_cpu else 0.0
-    squares += sum_of_squares(None, *_normed(elsewhere))
-    before = groups[0].grad_factor  # all groups have the same, except for the sign, which maximize changes
+    if over_ranks is None and all(group.max_grad_norm is None for group in groups):
+        return skip
+    own: defaultdict[int, float] = defaultdict(float)
+    for module, of_module in ((native, on_cpu), (None, elsewhere)):
+        indices, grads, bits = _normed(of_module)
+        for index, squares in zip(indices, sums_of_squares(module, grads, bits), strict=True):
+            own[index] += squares
+    if over_ranks is not None:
+        skip = over_ranks.add(own, skip)
+    squares = reference.in_turn(own[index] for index in sorted(own))
     for group in groups:
         if group.max_grad_norm is not None:
-            group.grad_factor *= reference.clip_factor(group.max_grad_norm, squares, before)
+            # All groups' factors are the same, except for the sign, which maximize changes.
+            group.grad_factor *= reference.clip_factor(group.max_grad_norm, squares, group.grad_factor)
             group.max_grad_norm = None  # so that no kernel clips again
+    return skip
 
 
-def _normed(groups: list[StepGroup]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Returns the gradients that the norm is of, and for each the mask of the elements that count, or None."""
-    rows: list[tuple[int, Tensor, Tensor | None]] = []
+def _normed(groups: list[StepGroup]) -> tuple[list[int], list[Tensor], list[Tensor | None]]:
+    """Returns of the gradients that the norm is of their parameters' numbers, them, and the masks of what counts."""
+    indices: list[int] = []
+    grads: list[Tensor] = []
+    masks: list[Tensor | None] = []
     for group in groups:
-        bits = group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
-        rows += zip(group.indices, group.grads, bits, strict=True)
-    rows.sort(key=lambda row: row[0])  # the sum's order must not depend on how parameters were grouped
-    return [row[1] for row in rows], [row[2] for row in rows]
+        indices += group.indices
+        grads += group.grads
+        masks += group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
+    return indices, grads, masks

@@ -18,6 +18,8 @@ _STEP_LIMITS = {
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")  # those of a StepGroup that say where it is masked
+
 
 @dataclass(slots=True)
 class StepGroup:
@@ -42,7 +44,7 @@ class StepGroup:
     capturable: bool = False  # a CUDA graph may replay the step
     decay_outside: bool = False  # decay weights outside the child network too
     child_norm: bool = False  # norm_of="child": leave the gradient outside the child network out of the norm
-    slices: list[tuple[int, int, int]] | None = None  # of shards: see sharding.mask_slice; None if all are whole
+    slices: list[tuple[int, int, int]] | None = None  # of shards: see LocalPart.pieces; None if places do not matter
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
     # The parameter's shape or, where it is masked, [its weights in the child network]; float32, or float64 for float64.
@@ -55,6 +57,7 @@ class StepGroup:
     child_bits: list[Tensor] = field(default_factory=list)  # uint8
     child_offsets: list[Tensor] = field(default_factory=list)  # int64
     child_counts: list[int] = field(default_factory=list)
+    sharded: list[Tensor] = field(default_factory=list)  # the DTensors of which `params` are local parts; else empty
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -64,10 +67,10 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 def check_mask(mask: PackedMask, param: Tensor) -> None:
     """Raises ValueError if a parameter has another shape than when its mask was made."""
-    if mask.shape != param.shape:
+    if mask.whole_shape != param.shape:
         raise ValueError(
-            f"ChildAdamW: a masked parameter must keep its shape {mask.shape} (got {tuple(param.shape)}); make child "
-            "network and optimizer after the model has its final shapes"
+            f"ChildAdamW: a masked parameter must keep its shape {mask.whole_shape} (got {tuple(param.shape)}); make "
+            "child network and optimizer after the model has its final shapes"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import PLAIN_TENSORS, check_seed, check_type
+from ..arguments import check_seed, check_type
 from ..child import ChildNetwork
 from ..native import load
 from ..ops.on_gpu import GpuMemory
@@ -19,13 +19,12 @@ from .checks import (
     agree_on_seed,
     check_child,
     check_masks,
-    check_no_lazy_negation,
-    check_overlap,
+    check_params,
     check_ranks_agree,
     refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import OWN_OPTIONS, Decay, NormOf, Variant, check_options, collect, settle_options
+from .collect import OWN_OPTIONS, Decay, NormOf, Variant, check_options, collect, norm_over_ranks, settle_options
 from .masks import MaskBook
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
@@ -80,7 +79,7 @@ class ChildAdamW(CheckpointedAdamW):
             the bias correction and decays after the update (default: "torch").
         max_grad_norm: limit of the gradients' 2-norm: this group's are multiplied by
             `min(1, max_grad_norm / (norm + 1e-6))`, where `norm` is that of all gradients of all groups, before
-            masking; None does not clip. Not for gradients that are sharded (default: None).
+            masking, over all ranks that hold parts of a DTensor; None does not clip (default: None).
         norm_of: "child" leaves the gradient of the weights that `child` leaves out of the parameters that it masks out
             of that norm; "all" counts every gradient (default: "all").
         backend: "native" uses the compiled kernels, on a GPU without a proof; "torch" uses pure torch; "auto" uses the
@@ -189,9 +188,7 @@ class ChildAdamW(CheckpointedAdamW):
         group = self.param_groups[-1]
         try:
             check_options(group, self.defaults["seed"])
-            plain = [p for group in self.param_groups for p in group["params"] if type(p) in PLAIN_TENSORS]
-            check_no_lazy_negation(plain)
-            check_overlap(plain)
+            check_params(self.param_groups, self._book.active)
             if self._book.active and group.get("reserve_p", 1.0) != 1.0:
                 refuse_reserve_p(group["reserve_p"], " in a group")
             settle_options(group, self._book.active)
@@ -274,15 +271,17 @@ class ChildAdamW(CheckpointedAdamW):
         """Takes the step; returns whether it was taken, as far as the host knows."""
         kernels = StepKernels.find(self.backend, wait=any(group.get("capturable") for group in self.param_groups))
         masks = self._masks() if self._book.active else None
-        groups = collect(self.param_groups, self.state, masks, kernels, states_before)
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler
-        return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf)
+        with norm_over_ranks(self.param_groups) as over_ranks:
+            groups = collect(self.param_groups, self.state, masks, kernels, states_before)
+            return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf, over_ranks)
 
     def __repr__(self) -> str:
         text = super().__repr__()
         if not self._book.active:
             return text
-        count, numel = (sum(getattr(mask, key) for mask in self._book.masks.values()) for key in ("count", "numel"))
+        masks = self._book.masks.values()
+        count, numel = (sum(getattr(mask, f"whole_{key}") for mask in masks) for key in ("count", "numel"))
         return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
 
     def __getstate__(self) -> dict[str, Any]:

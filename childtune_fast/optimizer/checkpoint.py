@@ -12,8 +12,8 @@ from ..arguments import check_seed, check_type
 from ..ops.packed_mask import Masks, PackedMask, fingerprint
 from ..ops.random_mask import MASK_VERSION
 from .collect import check_options, settle_options
-from .masks import MaskBook
-from .state import check_saved_state, dense_state, restored_state, saved_state
+from .masks import MaskBook, of_rank
+from .state import check_saved_state, dense_state, restored_state, saved_mask, saved_state
 
 FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of the masks, None without child network
 
@@ -41,8 +41,10 @@ class CheckpointedAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Returns a checkpoint in torch's format; with a child network, it holds copies of the masks.
 
-        A parameter that is masked has its mask in it, also before its first step. State of parameters that are in no
-        group is left out. All other tensors are shared with the optimizer, as in torch.
+        A parameter that is masked has its mask in it, also before its first step. The state of a masked DTensor is
+        dense: DTensors of its shape and placements, zeros outside the child network, and a bool one for its mask; they
+        are copies, and take what AdamW's state would. State of parameters that are in no group is left out. All other
+        tensors are shared with the optimizer, as in torch.
 
         Raises:
             ValueError: a parameter has been replaced, and it cannot be told whether it is masked.
@@ -51,8 +53,8 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
         def after(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             states = state_dict["state"]
-            for i, mask in self._by_number(state_dict["param_groups"], masks).items():
-                states[i] = saved_state(states.get(i, {}), mask)
+            for i, param in self._by_number(state_dict["param_groups"], {param: param for param in masks}).items():
+                states[i] = saved_state(states.get(i, {}), param, masks[param])
 
         handle = self.register_state_dict_post_hook(after, prepend=True)
         present = {param for group in self.param_groups for param in group["params"]}
@@ -92,7 +94,8 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
         If the checkpoint has a child network, this optimizer takes it; one that was built with `child=` must have the
         same. If only this optimizer has one, it takes the values inside the child network from the checkpoint's dense
-        state.
+        state. Parameters may be whole or sharded, whatever they were when the checkpoint was saved; then all ranks must
+        load it.
 
         Args:
             state_dict: what `state_dict` or `dense_state_dict` of a ChildAdamW, or `state_dict` of a torch.optim.AdamW,
@@ -116,7 +119,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
             params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
             bound = self._book.child is not None
             masks, dense = agreed_masks(self._masks(), bound, params, loaded)
-            for i in params.keys() & loaded["state"].keys():
+            for i in (i for i in params if i in loaded["state"]):  # in one order on all ranks, which may gather
                 param = params[i]
                 self.state[param] = restored_state(param, loaded["state"][i], (masks or {}).get(param), dense)
                 if not self.state[param]:
@@ -203,8 +206,8 @@ def agreed_masks(
         ):
             raise ValueError(
                 "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
-                f"{own} and {expected}); build the optimizer without child=, which takes the checkpoint's, or with the "
-                "child network that was saved"
+                f"{own} and {expected}); build the optimizer with the child network that was saved or, unless "
+                "torch.distributed.checkpoint reads it, without child=, which takes the checkpoint's"
             )
         return (present if expected in (None, own) else saved), expected is None
     # Who stores single values of a state may have left out masks; the optimizer's own are as good.
@@ -224,11 +227,9 @@ def _equal(mask: PackedMask, other: PackedMask | None) -> bool:
 def _saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
     """Returns {parameter: mask} of the masks in a checkpoint; raises ValueError if one does not fit its parameter."""
     masks = {}
-    for i, state in state_dict["state"].items():
+    for i, param in params.items():
+        state = state_dict["state"].get(i)
         bits = state.get("child_mask") if isinstance(state, dict) else None
-        if bits is not None and i in params:
-            if not isinstance(bits, Tensor) or bits.is_meta:
-                got = "one on the meta device" if isinstance(bits, Tensor) else type(bits).__name__
-                raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor with values (got {got})")
-            masks[params[i]] = PackedMask(params[i].shape, bits.detach().to(params[i].device, copy=True))
+        if bits is not None:
+            masks[param] = of_rank(saved_mask(param, bits), param)
     return masks

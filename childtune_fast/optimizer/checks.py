@@ -1,11 +1,13 @@
 """Checks of a ChildAdamW's child network, ranks and parameters when it is made."""
 
 import contextlib
+import sys
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..arguments import PLAIN_TENSORS, is_sharded
 from ..child import ChildNetwork
 from ..ops.packed_mask import Masks
 
@@ -68,17 +70,26 @@ def check_masks(child: ChildNetwork, masks: Masks | None, param_groups: list[dic
 
 
 def check_ranks_agree(child: ChildNetwork | None, param_groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError on all ranks of an initialised process group if their child networks differ."""
+    """Raises ValueError on the ranks of an initialised process group whose child networks differ but must not.
+
+    Those that have whole parameters must agree with all ranks, others with the ranks of their parameters' meshes. So
+    the stages of a pipeline may have models of their own where these are sharded.
+    """
     if not _has_ranks():
         return
+    sharded = [param for group in param_groups for param in group["params"] if is_sharded(param)]
+    meshes = dict.fromkeys(param.device_mesh for param in sharded)
+    peers = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
     found: list[Any] = [None] * torch.distributed.get_world_size()
     with _on_gpu_of(param_groups):
         torch.distributed.all_gather_object(found, None if child is None else child.fingerprint)
-    if len(set(found)) > 1:
+    different = {identity for rank, identity in enumerate(found) if not peers or rank in peers}
+    if len(different) > 1:
         raise ValueError(
             "ChildAdamW: all ranks must have one child network, or their replicas drift apart (got "
-            f"{len(set(found))} different ones, each perhaps chosen by the rank's own data); merge the ranks' "
-            "FisherAccumulators before choosing, or load one file on all ranks"
+            f"{len(different)} different ones, each perhaps chosen by the rank's own data); merge the ranks' "
+            "FisherAccumulators by all_reduce() before choosing, or load one file on all ranks; ranks with different "
+            "models, as the stages of a pipeline, need sharded parameters (fully_shard)"
         )
 
 
@@ -90,7 +101,50 @@ def refuse_interrupted() -> NoReturn:
     )
 
 
-def check_no_lazy_negation(params: list[Tensor]) -> None:
+def check_params(param_groups: list[dict[str, Any]], masked: bool) -> None:
+    """Raises ValueError for lazily negated parameters, those that share memory, and DTensors of partial sums.
+
+    It does so also for a group that ZeroRedundancyOptimizer adds, the last one, if more than plain AdamW is asked for.
+    """
+    _check_not_dealt_out(param_groups[-1], masked)
+    params = [param for group in param_groups for param in group["params"]]
+    plain = [param for param in params if type(param) in PLAIN_TENSORS]
+    _check_no_lazy_negation(plain)
+    check_overlap(plain)
+    for param in params:
+        if is_sharded(param):
+            from ..ops.shards import local_part
+
+            local_part(param)
+
+
+def _check_not_dealt_out(group: dict[str, Any], masked: bool) -> None:
+    """Raises ValueError if ZeroRedundancyOptimizer gives a group to more than plain AdamW.
+
+    Each rank has an optimizer of a part of the parameters then. Their numbers in it, by which random masks are drawn,
+    and the norm of their gradients depend on how they were dealt out. Checkpoints pass none of our checks, and hold the
+    child network as an object, which `weights_only=True` refuses.
+    """
+    plain: dict[str, Any] = {"reserve_p": 1, "max_grad_norm": None}
+    got = [f"{name}={group[name]}" for name in plain if group.get(name, plain[name]) != plain[name]]
+    if masked:
+        got.append("a child network")
+    if got and _called_from("torch.distributed.optim.zero_redundancy_optimizer"):
+        raise ValueError(
+            "ChildAdamW: ZeroRedundancyOptimizer deals out whole parameters, which is supported with reserve_p=1 and "
+            f"max_grad_norm=None alone (got {', '.join(got)}); shard the model by torch's fully_shard instead"
+        )
+
+
+def _called_from(module: str) -> bool:
+    """Returns whether a function of a module has called this one, directly or not."""
+    frame = sys._getframe(1) if module in sys.modules else None
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _check_no_lazy_negation(params: list[Tensor]) -> None:
     """Raises ValueError for a lazily negated view, such as x.conj().imag, whose memory holds the negated values."""
     for param in params:
         if param.is_neg():

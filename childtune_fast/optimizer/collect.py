@@ -1,20 +1,25 @@
 """Turns the optimizer's parameters, state and options into the structs that `ops.step` takes."""
 
+import contextlib
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
 from ..arguments import check_seed, is_sharded
-from ..ops.packed_mask import Masks, PackedMask
+from ..ops.packed_mask import Masks
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
-from ..ops.step_group import StepGroup, check_mask
-from .state import has_begun, init_state
+from ..ops.step_group import MASK_FIELDS, StepGroup, check_mask
+from .state import begin, has_begun, incomplete
+
+if TYPE_CHECKING:
+    from ..ops.ranks import NormOverRanks
 
 Decay = Literal["auto", "all", "child"]
 Variant = Literal["torch", "hf"]
@@ -30,7 +35,6 @@ _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on
 # A row holds the entries of one parameter in a StepGroup's lists. These are the names of the lists, in a row's order.
 _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
-_MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")
 _NOT_ON_DEVICE = ("steps", "indices")
 
 
@@ -63,14 +67,19 @@ def collect(
             fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
             params = group["params"]
         except KeyError as error:
-            raise _incomplete(error) from error
+            raise incomplete(error) from error
         ordered = clips or masks is not None or group.get("reserve_p") != 1
-        rows = _rows(params, index, fields, states, masks, kernels, states_before, ordered)
-        for (where, sharded, masked), of_kind in rows.items():
+        rows, sharded = _rows(params, index, fields, states, masks, kernels, states_before, ordered)
+        if sharded:
+            from .sharded import add_rows  # which imports torch.distributed.tensor
+
+            add_rows(rows, sharded, bool(group["amsgrad"]), states, masks, kernels, states_before, ordered)
+        for (where, own_fields), of_kind in rows.items():
             if of_kind:
                 target = _options(group, param_groups[0], masks is not None, where)
                 _check_capturable(target, where, kernels, of_kind[0][0])
-                _fill(target, fields + _MASK_FIELDS if masked else fields, of_kind, sharded)
+                for field, column in zip(fields + own_fields, zip(*of_kind, strict=True), strict=True):
+                    setattr(target, field, list(column))
                 by_where[where].append(target)
     return by_where
 
@@ -84,18 +93,23 @@ def _rows(
     kernels: StepKernels,
     states_before: dict[Tensor, dict[str, Any]],
     ordered: bool,
-) -> dict[tuple[Where, bool, bool], list[tuple[Any, ...]]]:
-    """Returns the rows of a group's parameters, by who steps them, whether they are sharded and whether masked.
+) -> tuple[dict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]], list[tuple[Tensor, Tensor, int]]]:
+    """Returns the rows of a group's parameters, by who steps them and which fields they have beside `fields`.
 
-    `ordered` says whether the step looks at elements in their logical order: for a mask, or for the gradients' norm.
+    Sharded ones (DTensor) are left out and returned with their gradients and numbers. `ordered` says whether the step
+    looks at elements in their logical order: for a mask, or for the gradients' norm.
     """
-    rows: defaultdict[tuple[Where, bool, bool], list[tuple[Any, ...]]] = defaultdict(list)
+    rows: defaultdict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]] = defaultdict(list)
     on_cpu = kernels.on_cpu
-    plain_rows = rows[on_cpu, False, False]
+    plain_rows = rows[on_cpu, ()]
     amsgrad = fields is _AMSGRAD_FIELDS
+    sharded: list[tuple[Tensor, Tensor, int]] = []
     for param, i in zip(params, index):  # noqa: B905 - `index` is endless
         grad = param.grad
         if grad is None:
+            continue
+        if type(param) is not Parameter and is_sharded(param):
+            sharded.append((param, grad, i))
             continue
         if grad.is_neg():  # a lazily negated view, whose memory holds the negated values
             grad = grad.resolve_neg()
@@ -103,13 +117,13 @@ def _rows(
         mask = masks.get(param) if masks else None
         if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # the first test saves most calls
             states_before[param] = dict(state)
-            mask = _begin(state, param, masks, amsgrad)
+            mask = begin(state, param, masks, amsgrad)
         try:
             row: tuple[Any, ...] = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
             if amsgrad:
                 row = (*row, state["max_exp_avg_sq"])
         except KeyError as error:
-            raise _incomplete(error) from error
+            raise incomplete(error) from error
         if param.is_cpu:
             where = on_cpu
         else:
@@ -117,28 +131,23 @@ def _rows(
             where = _elsewhere(kernels, fields, row)
         if mask is not None:
             check_mask(mask, param)
-            rows[where, False, True].append((*row, mask.bits, mask.offsets, mask.count))
-        elif where == on_cpu and type(param) is Parameter:  # the usual case, and a step may take under 1 us for each
-            plain_rows.append(row)
-        else:
-            rows[where, is_sharded(param), False].append(row)
-    return rows
+            rows[where, MASK_FIELDS].append((*row, mask.bits, mask.offsets, mask.count))
+        else:  # mostly on the CPU, where a step may take under 1 us for each
+            (plain_rows if where == on_cpu else rows[where, ()]).append(row)
+    return rows, sharded
 
 
-def _incomplete(error: KeyError) -> ValueError:
-    return ValueError(
-        f"ChildAdamW: {error} is missing in a group or in the state of a parameter; load a whole checkpoint, or delete "
-        "that parameter's state to begin anew"
-    )
+def norm_over_ranks(param_groups: list[dict[str, Any]]) -> "AbstractContextManager[NormOverRanks | None]":
+    """Returns the context of a step that has a norm over ranks; of None if no parameter is cut, or none has a limit."""
+    if all(group.get("max_grad_norm") is None for group in param_groups):
+        return contextlib.nullcontext()
+    params = enumerate(itertools.chain.from_iterable(group["params"] for group in param_groups))
+    cut = {i: param for i, param in params if type(param) is not Parameter and is_sharded(param)}
+    if not cut:
+        return contextlib.nullcontext()
+    from ..ops.ranks import NormOverRanks
 
-
-def _begin(state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: bool) -> PackedMask | None:
-    """Begins or extends a parameter's state; returns its mask, moved to the device where the parameter is now."""
-    mask = masks.get(param) if masks else None
-    if masks and mask is not None:
-        mask = masks[param] = mask.to(param.device)
-    init_state(state, param, mask, amsgrad)
-    return mask
+    return NormOverRanks(cut)
 
 
 def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -148,7 +157,7 @@ def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any
     kernels on a GPU take only contiguous tensors.
     """
     param = row[0]
-    if is_sharded(param) or param.is_contiguous():  # the usual case
+    if param.is_contiguous():  # the usual case
         return row
     tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
     if any(tensor.layout != strided for tensor in tensors):
@@ -162,23 +171,7 @@ def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any
 
 def _elsewhere(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:
     """Returns who steps the parameter of a row, which is not on the CPU."""
-    tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
-    if is_sharded(tensors[0]):
-        from .sharding import local_tensor
-
-        tensors = list(map(local_tensor, tensors))
-    return kernels.elsewhere(tensors)
-
-
-def _fill(target: StepGroup, fields: tuple[str, ...], rows: list[tuple[Any, ...]], sharded: bool) -> None:
-    """Turns rows into the lists of a StepGroup, and DTensors into what this rank holds of them."""
-    if sharded:
-        from .sharding import local_tensor, mask_slice
-
-        target.slices = [mask_slice(row[0]) for row in rows]
-        rows = [tuple(local_tensor(entry) for entry in row) for row in rows]
-    for field, column in zip(fields, zip(*rows, strict=True), strict=True):
-        setattr(target, field, list(column))
+    return kernels.elsewhere([entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE])
 
 
 def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, where: Where) -> StepGroup:
@@ -189,7 +182,7 @@ def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, w
             options["reserve_p"] = group["reserve_p"]
         seed = first_group["seed"]
     except KeyError as error:
-        raise _incomplete(error) from error
+        raise incomplete(error) from error
     check_options(options, seed)  # again, because a user may have changed them in `param_groups`
     lr = options["lr"]
     on_its_gpu = isinstance(lr, Tensor) and lr.is_cuda and lr.get_device() == where and lr.dtype in _LR_DTYPES

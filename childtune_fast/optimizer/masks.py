@@ -66,8 +66,8 @@ class MaskBook:
             anew: moves masks to their parameters' devices, too, though the parameters are those of the last reading.
 
         Raises:
-            ValueError: a new parameter has another shape than its mask, is sharded, or may be a masked one in another
-                form. The book is as before then.
+            ValueError: a new parameter has another shape than its mask, or may be a masked one in another form. The
+                book is as before then.
         """
         ids = list(map(id, itertools.chain.from_iterable(group["params"] for group in param_groups)))
         if anew or ids != self._ids:
@@ -180,10 +180,18 @@ def _fitting(param: Tensor, entry: _Entry) -> _Entry:
     """Returns the entry with its mask on the parameter's device; raises ValueError if the mask cannot serve it."""
     if entry.mask is None:
         return entry
-    if is_sharded(param):
-        raise ValueError(
-            "ChildAdamW: child= does not support sharded parameters (got a DTensor of shape "
-            f"{tuple(param.shape)}); shard after training"
-        )
     check_mask(entry.mask, param)
-    return entry._replace(mask=entry.mask.to(param.device))
+    return entry._replace(mask=of_rank(entry.mask, param))
+
+
+def of_rank(mask: PackedMask, param: Tensor) -> PackedMask:
+    """Returns the mask, on the parameter's device, of what this rank holds of the parameter.
+
+    Raises:
+        ValueError: the parameter is sharded otherwise than when the mask was cut.
+    """
+    if is_sharded(param):
+        from ..ops.shards import LocalMask
+
+        return LocalMask.of(mask, param)
+    return mask.to(param.device)

@@ -109,7 +109,7 @@ void step_cpu(const std::vector<StepItem>& items, int threads) {
   parallel_over(line, [&](size_t k, int64_t begin, int64_t end) { kernels.step(items[k], begin, end); });
 }
 
-double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
+std::vector<double> sums_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
   thread_local std::vector<int64_t> starts;
   thread_local std::vector<double> chunk_sums;
   const CpuKernels kernels = current_kernels();
@@ -121,11 +121,13 @@ double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads) {
       sums[(line.start(k) + at) / kNormChunk] = kernels.sum_of_squares(items[k], at, std::min(at + kNormChunk, end));
     }
   });
-  double total = 0.0;
+  std::vector<double> totals;
+  totals.reserve(items.size());
   for (size_t k = 0; k < items.size(); ++k) {
-    total += sum_by_halving(sums + line.start(k) / kNormChunk, (items[k].numel + kNormChunk - 1) / kNormChunk);
+    const int64_t chunks = (items[k].numel + kNormChunk - 1) / kNormChunk;
+    totals.push_back(sum_by_halving(sums + line.start(k) / kNormChunk, chunks));
   }
-  return total;
+  return totals;
 }
 
 bool accumulate_squares_cpu(const SquaresItem& item, double weight, double grad_factor, int threads) {

@@ -10,8 +10,8 @@ namespace childtune {
 
 void step_cpu(const std::vector<StepItem>& items, int threads);
 
-// Returns the sum of squares of all gradients, in an order that does not depend on threads or instruction set.
-double sum_of_squares_cpu(const std::vector<StepItem>& items, int threads);
+// Returns each gradient's sum of squares, added in an order that does not depend on threads or instruction set.
+std::vector<double> sums_of_squares_cpu(const std::vector<StepItem>& items, int threads);
 
 // Adds weight * (gradient * grad_factor)^2 to the scores. Returns whether every gradient was finite.
 bool accumulate_squares_cpu(const SquaresItem& item, double weight, double grad_factor, int threads);

@@ -32,7 +32,7 @@ void step(const py::list& groups, int threads) {
 }
 
 // `bits` has an entry for each tensor: the mask of the elements that count, or None if all do.
-double sum_of_squares(const py::list& tensors, const py::list& bits, int threads) {
+std::vector<double> sums_of_squares(const py::list& tensors, const py::list& bits, int threads) {
   Workspace& w = workspace();
   if (bits.size() != tensors.size()) refuse("child_bits must have an entry for each tensor");
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -46,7 +46,7 @@ double sum_of_squares(const py::list& tensors, const py::list& bits, int threads
   }
   w.place_layouts();
   const py::gil_scoped_release no_gil;
-  return sum_of_squares_cpu(w.items, threads);
+  return sums_of_squares_cpu(w.items, threads);
 }
 
 // Writes the packed masks of the k highest or lowest scores; returns the number of the first tensor with a NaN, or -1.
@@ -144,7 +144,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "tie_counts", [](int64_t numel) { return tie_counts({{nullptr, nullptr, numel}}); }, py::arg("numel"))
       .def("add_ties", &add_ties_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"), py::arg("bits"),
            py::arg("ties"), py::arg("stream"));
-  m.def("sum_of_squares", &sum_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
+  m.def("sums_of_squares", &sums_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
   m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
         py::arg("threads"));
   m.def("accumulate_squares", &accumulate_squares, py::arg("score"), py::arg("grad"), py::arg("weight"),

@@ -128,16 +128,16 @@ static void test_sum_of_squares() {
     double exact = 0;
     for (float g : a.grad) exact += static_cast<double>(g) * g;
     const StepItem item = a.item(false, false, {});
-    const double one = sum_of_squares_cpu({item}, 1), two = sum_of_squares_cpu({item}, 2);
+    const double one = sums_of_squares_cpu({item}, 1)[0], two = sums_of_squares_cpu({item}, 2)[0];
     expect(one == two, "sum_of_squares does not depend on threads", n);
     // Sums of n positive terms, each partial sum rounded to 2^-53 of itself at most n times.
     expect(std::fabs(one - exact) <= static_cast<double>(n) * 0x1p-52 * exact, "sum_of_squares", n);
     if (n > 0) {
       a.grad.back() = std::numeric_limits<float>::quiet_NaN();
-      expect(std::isnan(sum_of_squares_cpu({a.item(false, false, {})}, 2)), "a NaN gets through", n);
+      expect(std::isnan(sums_of_squares_cpu({a.item(false, false, {})}, 2)[0]), "a NaN gets through", n);
     }
     for (int64_t i = 0; i < n; ++i) strided.grad[static_cast<size_t>(3 * i)] = noise(static_cast<uint32_t>(i), 1);
-    expect(sum_of_squares_cpu({strided.item(false, false, {})}, 2) == one, "sum_of_squares of a strided array", n);
+    expect(sums_of_squares_cpu({strided.item(false, false, {})}, 2)[0] == one, "sum_of_squares of a strided array", n);
   }
 }
 

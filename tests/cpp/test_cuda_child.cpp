@@ -120,7 +120,7 @@ void test_mixed_steps(bool child_norm) {
   }
   std::vector<StepItem> normed = items[0];
   for (StepItem& item : normed) item.child = child_norm ? item.child : PackedMask{};
-  const double squares = sum_of_squares_cpu(normed, 1);
+  const double squares = sum_of(sums_of_squares_cpu(normed, 1));
   HyperParams h[2];
   std::vector<DeviceGroup> groups;
   for (int g = 0; g < 2; ++g) {

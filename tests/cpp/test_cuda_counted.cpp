@@ -67,7 +67,7 @@ struct Model {
 
 void step_on_host(Model* m, const Case& c) {
   std::vector<StepItem> ordered(m->items.rbegin(), m->items.rend());
-  const double squares = sum_of_squares_cpu(ordered, 1);
+  const double squares = sum_of(sums_of_squares_cpu(ordered, 1));
   for (size_t i = 0; i < m->items.size(); ++i) {
     StepItem& item = m->items[i];
     HyperParams h = m->hyper(item);

@@ -23,7 +23,7 @@ void test_add_squares(int64_t n, int64_t shift, double clip, bool broken) {
   normed.dtype = item.dtype;
   normed.data[kGrad] = arrays.grad.data() + shift;
   double factor = -0.3;
-  if (clip > 0) factor *= clip_factor(clip, sum_of_squares_cpu({normed}, 1), factor);
+  if (clip > 0) factor *= clip_factor(clip, sums_of_squares_cpu({normed}, 1)[0], factor);
   const bool expected_finite = accumulate_squares_cpu(item, 0.7, factor, 1);
 
   SquaresArgument argument{};

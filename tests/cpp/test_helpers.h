@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 #include <vector>
 
 #include "core/dtypes.h"
@@ -27,6 +28,8 @@ inline DType dtype_of(float) { return DType::kFloat32; }
 inline DType dtype_of(double) { return DType::kFloat64; }
 inline DType dtype_of(BFloat16) { return DType::kBFloat16; }
 inline DType dtype_of(Float16) { return DType::kFloat16; }
+
+inline double sum_of(const std::vector<double>& x) { return std::accumulate(x.begin(), x.end(), 0.0); }
 
 inline double share_of(const StepItem& item) { return static_cast<double>(item.keep_threshold) / kKeepAll; }
 

@@ -41,7 +41,7 @@ for thing in THINGS:
         attempt(native.step, thing, threads); attempt(native.step, [thing], threads)
         for arguments in ((thing, [None]), ([torch.ones(6), thing], [None, None]), ([torch.ones(6)], [thing]),
                           ([torch.ones(6)], thing)):
-            attempt(native.sum_of_squares, *arguments, threads)
+            attempt(native.sums_of_squares, *arguments, threads)
         attempt(native.accumulate_squares, torch.ones(6), thing, 1.0, 1.0, threads)
         attempt(native.accumulate_squares, thing, torch.ones(6), 1.0, 1.0, threads)
         attempt(native.accumulate_squares, torch.ones(6), torch.ones(6), thing, thing, threads)

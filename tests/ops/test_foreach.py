@@ -140,7 +140,7 @@ def test_tiny_parameters_are_stepped_together():
     shapes = WORKLOADS["1000x33"]
     assert dispatches_of_a_step(shapes, 0.3, "cpu").count <= 3 * len(shapes)
     with Dispatches() as dispatches:
-        foreach.sum_of_squares([torch.ones(shape) for shape in shapes], [None] * len(shapes))
+        foreach.sums_of_squares([torch.ones(shape) for shape in shapes], [None] * len(shapes))
     assert dispatches.count <= 5 * len(shapes)
 
 
@@ -158,7 +158,8 @@ def test_the_norm_is_the_references(dtype, chunk, monkeypatch):
     tensors[8][~masks[8]] = math.nan
     expected = reference.sum_of_squares(tensors, bits)
     assert math.isfinite(expected)
-    assert foreach.sum_of_squares(tensors, bits) == expected
+    assert sum(foreach.sums_of_squares(tensors, bits)) == expected
     tensors[8][masks[8]] = math.inf
-    assert foreach.sum_of_squares(tensors, bits) == math.inf
-    assert foreach.sum_of_squares([], []) == foreach.sum_of_squares(tensors[:1], bits[:1]) == 0.0
+    assert sum(foreach.sums_of_squares(tensors, bits)) == math.inf
+    assert foreach.sums_of_squares([], []) == []
+    assert foreach.sums_of_squares(tensors[:1], bits[:1]) == [0.0]

@@ -101,7 +101,7 @@ def test_a_key_error_of_anything_else_is_not_taken_for_a_damaged_checkpoint(monk
     def broken(*arguments):
         raise KeyError("a fault elsewhere")
 
-    monkeypatch.setattr(collect, "init_state", broken)
+    monkeypatch.setattr(collect, "begin", broken)
     optimizer = ChildAdamW([torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(KeyError, match="a fault elsewhere"):
         train(optimizer, [0])
