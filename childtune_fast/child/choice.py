@@ -1,5 +1,6 @@
 """How a child network is chosen by scores, what is required of the scores, and random ones for an ablation."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
@@ -8,19 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..arguments import check_seed, check_type
-from ..ops.packed_mask import PackedMask
+from ..arguments import Selector, check_seed, check_type, is_sharded
+from ..ops.packed_mask import PackedMask, pack
 from ..ops.select import top_k
+from .maskable import maskable_parameters
 from .names import renamed
 
 Scope = Literal["global", "tensor"]  # Among which weights the share is kept.
+_CHUNK = 1 << 18  # random scores of a sharded parameter that are drawn at once; even, as the generator draws two
 
 
 def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest: bool = True) -> dict[str, PackedMask]:
     """Returns the masks of exactly the share `reserve_p` of all weights, or of each tensor's weights.
 
     Args:
-        scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}.
+        scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}, whole or a DTensor.
         reserve_p: share of the weights to choose, in (0, 1].
         scope: "global" chooses among all weights together, "tensor" chooses the share in each tensor.
         largest: whether the highest scores are chosen, or else the lowest (default: True).
@@ -42,6 +45,20 @@ def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest
     if not any(mask.count for mask in packed.values()):
         raise ValueError(f"reserve_p={reserve_p} with scope='{scope}' keeps none of the maskable weights; raise it")
     return packed
+
+
+def choose_by_scores(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    reserve_p: float,
+    scope: Scope,
+    maskable: Selector,
+    *,
+    largest: bool,
+) -> dict[str, PackedMask]:
+    """Returns the masks that `choose` makes for the maskable parameters of a model, once the scores are checked."""
+    scores = checked_scores(scores, maskable_parameters(model, maskable), model)
+    return choose(scores, reserve_p, scope, largest=largest)
 
 
 def checked_scores(
@@ -77,7 +94,7 @@ def checked_tensors(
         dtypes: the allowed dtypes of the tensors.
 
     Raises:
-        ValueError: a name or a shape differs.
+        ValueError: a name or a shape differs, or a DTensor holds partial sums.
         TypeError: `tensors` is no mapping, or a value is no tensor of an allowed dtype.
     """
     check_type(what, tensors, Mapping, "a mapping from parameter names to tensors")
@@ -97,17 +114,49 @@ def checked_tensors(
                 f"{what} must have the parameter's shape (got {tuple(tensor.shape)} for '{name}' of shape "
                 f"{tuple(params[name].shape)}); they are of another model"
             )
+        if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise ValueError(
+                f"{what} must be whole, sharded or replicated (got partial sums, {tuple(tensor.placements)}, for "
+                f"'{name}'); give them other placements with .redistribute()"
+            )
     return tensors
 
 
-def random_scores(params: Mapping[str, Parameter], seed: int) -> dict[str, Tensor]:
-    """Returns a float32 score for each weight, 24 random bits that float32 holds exactly.
+def packed_mask(mask: Tensor) -> PackedMask:
+    """Returns the mask that a bool tensor holds; for a DTensor, all ranks must come here, and get the whole one."""
+    if not is_sharded(mask):
+        return PackedMask.pack(mask)
+    from ..ops.select_on_ranks import whole_mask
+    from ..ops.shards import local_tensor
 
-    They come from numpy's raw Philox stream, which numpy promises to keep the same in every version.
+    return whole_mask(pack(local_tensor(mask).detach()), mask)
+
+
+def random_scores(params: Mapping[str, Parameter], seed: int) -> dict[str, Tensor]:
+    """Returns a float32 score for each weight, 24 random bits that float32 holds exactly; DTensors for DTensors.
+
+    They come from numpy's raw Philox stream, which numpy promises to keep the same in every version. A sharded
+    parameter's are those of the whole one; a rank draws them all, and keeps its own.
     """
     generator = np.random.Philox(key=check_seed(seed))
-    scores = {}
-    for name, param in params.items():
-        words = generator.random_raw(-(-param.numel() // 2)).view(np.uint32)[: param.numel()] >> 8
-        scores[name] = torch.from_numpy(words.astype(np.float32)).view(param.shape)
-    return scores
+    return {name: _random_scores(param, generator) for name, param in params.items()}
+
+
+def _random_scores(param: Parameter, generator: "np.random.Philox") -> Tensor:
+    if not is_sharded(param):
+        return _random_floats(param.numel(), generator).view(param.shape)
+    from ..ops.shards import dtensor_like, local_part
+
+    part = local_part(param)
+    scores = torch.empty(math.prod(part.shape), device="cpu")
+    for first in range(0, param.numel(), _CHUNK):
+        floats = _random_floats(min(_CHUNK, param.numel() - first), generator)
+        low, high = part.position(first), part.position(first + _CHUNK)
+        if low < high:
+            scores[low:high] = floats[part.flat_indices(torch.arange(low, high, device="cpu")) - first]
+    return dtensor_like(scores.view(part.shape), param)
+
+
+def _random_floats(count: int, generator: "np.random.Philox") -> Tensor:
+    words = generator.random_raw(-(-count // 2)).view(np.uint32)[:count] >> 8
+    return torch.from_numpy(words.astype(np.float32))

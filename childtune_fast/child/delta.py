@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import FilePath
+from ..arguments import FilePath, is_sharded
 from ..ops.packed_mask import PackedMask
 from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, rebuilt, same_bits
 from . import files
@@ -40,6 +40,13 @@ def save(
         base: the model before fine-tuning, or its state dict.
     """
     tuned = _tensors(model)
+    for what, tensors in (("model", tuned), ("base", _tensors(base) if isinstance(base, nn.Module) else base)):
+        if sharded := _first_sharded(tensors):
+            raise ValueError(
+                f"save_delta: the {what} must have whole tensors (got a DTensor for '{sharded}'); gather a sharded "
+                "model's with torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True, "
+                "load them into a model that is not sharded, and pass that"
+            )
     packed = renamed(packed, tuned)
     before = renamed(_tensors(base) if isinstance(base, nn.Module) else base, tuned)
     _check_outside(packed, tuned, before)
@@ -64,8 +71,13 @@ def save(
 @torch.no_grad()
 def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     """Turns a base model into the fine-tuned one, as `ChildNetwork.apply_delta` documents; returns {name: mask}."""
-    contents, description = files.read(path, _KIND)
     tensors = _tensors(base_model)
+    if sharded := _first_sharded(tensors):
+        raise ValueError(
+            f"apply_delta: the base model must have whole tensors (got a DTensor for '{sharded}'); apply the delta "
+            "before the model is sharded"
+        )
+    contents, description = files.read(path, _KIND)
     shapes, entries = (renamed(found, tensors) for found in (description["shapes"], _entries(contents, description)))
     check_shapes(path, shapes, tensors)
     unknown = next((name for name in tensors if name not in shapes), None)
@@ -127,6 +139,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in unsaved}
     return {**dict(model.named_parameters()), **buffers}
+
+
+def _first_sharded(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if is_sharded(tensor)), None)
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

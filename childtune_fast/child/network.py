@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
-from .choice import Scope, checked_scores, checked_tensors, choose, random_scores
+from .choice import Scope, checked_tensors, choose, choose_by_scores, packed_mask, random_scores
 from .maskable import head_parameters, maskable_parameters
 from .names import renamed
-from .places import Places
+from .places import Places, device_of_mask
 from .report import Summary, plot_density, summarize
 from .sets import WeightSet
 
@@ -27,14 +27,15 @@ class ChildNetwork(WeightSet):
     change afterwards. Parameters without a mask are trained in full.
 
     Attributes:
-        packed: {parameter name: PackedMask}, one bit per weight, on the device where the parameter was.
+        packed: {parameter name: PackedMask}, one bit per weight, on the device where the parameter was. Masks of
+            sharded parameters (DTensor) are whole, and on the CPU.
         places: where in the model the masked parameters are.
     """
 
     def __init__(self, packed: Mapping[str, PackedMask], model: nn.Module) -> None:
         """Holds the masks `packed`, by name, and where in `model` their parameters are, without keeping it alive."""
         params = dict(model.named_parameters())
-        self.packed = {name: mask.to(params[name].device) for name, mask in packed.items()}
+        self.packed = {name: mask.to(device_of_mask(params[name])) for name, mask in packed.items()}
         self.places = Places(model, packed)
 
     @classmethod
@@ -56,6 +57,7 @@ class ChildNetwork(WeightSet):
             model: torch.nn.Module whose weights are chosen.
             scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}, such as
                 `estimate_fisher` returns; every maskable parameter needs one, and the values of others are not used.
+                They may be DTensors; then all ranks must call this, and get the child network of the whole scores.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
             scope: "global" chooses among all maskable weights together; "tensor" keeps the share, rounded, in each
                 tensor (default: "global").
@@ -68,7 +70,7 @@ class ChildNetwork(WeightSet):
                 argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
-        return cls._by_scores(model, scores, reserve_p, scope, maskable, largest=True)
+        return cls(choose_by_scores(model, scores, reserve_p, scope, maskable, largest=True), model)
 
     @classmethod
     def lowest(
@@ -88,7 +90,7 @@ class ChildNetwork(WeightSet):
         Args:
             model: torch.nn.Module whose weights are chosen.
             scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}; every maskable
-                parameter needs one.
+                parameter needs one. They may be DTensors; then all ranks must call this.
             reserve_p: share of the maskable weights that is kept, in (0, 1].
             scope: "global" chooses among all maskable weights together; "tensor" keeps the share, rounded, in each
                 tensor (default: "global").
@@ -100,22 +102,7 @@ class ChildNetwork(WeightSet):
                 argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
-        return cls._by_scores(model, scores, reserve_p, scope, maskable, largest=False)
-
-    @classmethod
-    def _by_scores(
-        cls,
-        model: nn.Module,
-        scores: Mapping[str, Tensor],
-        reserve_p: float,
-        scope: Scope,
-        maskable: Selector,
-        *,
-        largest: bool,
-    ) -> "ChildNetwork":
-        params = maskable_parameters(model, maskable)
-        scores = checked_scores(scores, params, model)
-        return cls(choose(scores, reserve_p, scope, largest=largest), model)
+        return cls(choose_by_scores(model, scores, reserve_p, scope, maskable, largest=False), model)
 
     @classmethod
     def random(
@@ -124,7 +111,7 @@ class ChildNetwork(WeightSet):
         """Returns a child network of exactly `round(reserve_p * n)` of n maskable weights, chosen at random.
 
         This is the paper's ablation. The choice is the same on every machine and independent of torch's random state.
-        It takes 4 bytes of temporary memory for each maskable weight.
+        It takes 4 bytes of temporary memory for each maskable weight, of a sharded model for each on this rank.
 
         Args:
             model: torch.nn.Module whose weights are chosen.
@@ -149,15 +136,16 @@ class ChildNetwork(WeightSet):
         Args:
             model: torch.nn.Module that has the masked parameters.
             masks: {parameter name: bool tensor of the parameter's shape}; True puts a weight into the child network.
+                A mask may be a DTensor; then all ranks must call this.
 
         Raises:
-            ValueError: a mask has a name or a shape that the model's parameters do not have.
+            ValueError: a mask has a name or a shape that the model's parameters do not have, or holds partial sums.
             TypeError: `model` is no module, or a mask is no bool tensor.
         """
         check_model(model)
         params = dict(model.named_parameters())
         masks = checked_tensors("from_masks: masks", masks, params, (torch.bool,))
-        return cls({name: PackedMask.pack(mask) for name, mask in masks.items()}, model)
+        return cls({name: packed_mask(mask) for name, mask in masks.items()}, model)
 
     @classmethod
     def head_only(cls, model: nn.Module, head: Selector = None) -> "ChildNetwork":
@@ -181,13 +169,15 @@ class ChildNetwork(WeightSet):
     def mask_of(self, param: Tensor, name: str | None = None) -> PackedMask | None:
         """Returns the PackedMask of a parameter, on the parameter's device; None if it is trained in full.
 
+        The mask of a sharded parameter (DTensor) is whole, and on the CPU.
+
         Args:
             param: the parameter, recognised by identity if it is of the model that the child network was made for, or
                 has taken the place of a masked one there.
             name: the parameter's name in its model, by which every other parameter is recognised (default: None).
 
         Raises:
-            ValueError: the mask has another shape, as happens after parameters are flattened or sharded; or `name` is
+            ValueError: the mask has another shape, as happens after parameters are flattened or resized; or `name` is
                 None, and this is a copied or unpickled child network, which knows parameters by name only.
         """
         known = self.places.names().get(param)
@@ -199,9 +189,10 @@ class ChildNetwork(WeightSet):
         if mask.shape != tuple(param.shape):
             raise ValueError(
                 f"ChildNetwork: '{known}' must have the shape {mask.shape} of its mask (got {tuple(param.shape)}); "
-                "build the optimizer from the parameters as the child network knows them, before they are sharded"
+                "make the child network after the model has its final shapes, and shard it with what keeps them, as "
+                "fully_shard does"
             )
-        return mask.to(param.device)
+        return mask.to(device_of_mask(param))
 
     def names_for(self, names: Collection[str]) -> dict[str, str]:
         """Returns {name: its name here} of the masked ones among a model's parameters, whatever wraps either model."""
@@ -238,6 +229,8 @@ class ChildNetwork(WeightSet):
 
     def save(self, path: FilePath) -> None:
         """Writes the masks to a safetensors file, the whole file or, on an error, nothing.
+
+        Every rank has the whole masks: of several ranks, one is enough to write them.
 
         Args:
             path: the file to write; an existing one is replaced.
@@ -277,7 +270,7 @@ class ChildNetwork(WeightSet):
 
         Raises:
             ValueError: a weight outside the child network is not the base's, bit for bit; names, shapes or dtypes of
-                masked parameters differ; or another tensor is of a kind that the file cannot hold.
+                masked parameters differ; a tensor is sharded, or another one of a kind that the file cannot hold.
             OSError: the file cannot be written.
         """
         check_model(model)
@@ -293,7 +286,8 @@ class ChildNetwork(WeightSet):
             base_model: torch.nn.Module with the base's values wherever the file holds none; it is written in place.
 
         Raises:
-            ValueError: the file is damaged or of another kind, or the model is not the base. Nothing is written then.
+            ValueError: the file is damaged or of another kind, or the model is not the base, or sharded. Nothing is
+                written then.
             OSError: the file cannot be read.
         """
         check_model(base_model, "base_model")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..arguments import is_sharded
 from .names import plain_name
 
 _Holder = tuple["weakref.ref[nn.Module]", str]  # a module, and the attribute by which it holds a parameter
@@ -92,3 +93,8 @@ def _may_be_referred_to(param: Tensor) -> bool:
     It converts those of other classes by swapping, and all if it is told to.
     """
     return type(param) is Parameter and not torch.__future__.get_swap_module_params_on_conversion()
+
+
+def device_of_mask(param: Tensor) -> torch.device:
+    """Returns where a parameter's mask is kept: with the parameter, or on the CPU if it is sharded, for it is whole."""
+    return torch.device("cpu") if is_sharded(param) else param.device

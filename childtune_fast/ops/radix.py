@@ -3,7 +3,7 @@
 The passes are those over the scores on one device; between them the host adds up what they count.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..native import gpu
 from .packed_mask import BLOCK, pack, packed_size
 
-_DIGITS = 1 << 11  # number of values of a digit; a kernel on a GPU counts digits of 11 bits in one pass
+DIGITS = 1 << 11  # number of values of a digit; a kernel on a GPU counts digits of 11 bits in one pass
 _BLOCK_BYTES = BLOCK // 8  # of a mask
 _CHUNK_BLOCKS = 1 << 10  # that torch works on at once; a chunk's temporaries take about 25 MB
 
@@ -24,7 +24,7 @@ class Part(Protocol):
         """Counts the digits at bit `shift` of the keys whose higher bits, from `wanted_shift` on, are `wanted`.
 
         Returns:
-            int64 tensor of shape [_DIGITS + 1] on the CPU: how many keys have each digit; the last entry is above 0 if
+            int64 tensor of shape [DIGITS + 1] on the CPU: how many keys have each digit; the last entry is above 0 if
             a score is NaN.
         """
 
@@ -47,10 +47,23 @@ def select_in_parts(parts: Sequence[Part], k: int) -> dict[int, Tensor] | None:
     """
     if not parts:
         return {}
+    found = find_limit(lambda *digit: torch.stack([part.count_digits(*digit) for part in parts]).sum(dim=0), k)
+    return None if found is None else write_bits(parts, *found)
+
+
+def find_limit(count_digits: Callable[[int, int, int], Tensor], k: int) -> tuple[int, int] | None:
+    """Finds the key that separates the `k` highest keys from the others.
+
+    Args:
+        count_digits: what `Part.count_digits` is for a part, for all parts together.
+        k: number of keys to select.
+
+    Returns:
+        (key, left): the keys above `key` are selected, and `left` of those equal to it; None if a score is NaN.
+    """
     left, key, wanted_shift = k, 0, 32
     for shift in (21, 10, 0):  # the digits have 11, 11 and 10 bits
-        found = torch.stack([part.count_digits(key, wanted_shift, shift) for part in parts]).sum(dim=0)
-        counts, nan = found.split([_DIGITS, 1])
+        counts, nan = count_digits(key, wanted_shift, shift).split([DIGITS, 1])
         if nan:
             return None
         counts = counts[: 1 << (wanted_shift - shift)]
@@ -58,6 +71,16 @@ def select_in_parts(parts: Sequence[Part], k: int) -> dict[int, Tensor] | None:
         digit = int((reached >= left).nonzero()[-1])
         left -= int(reached[digit] - counts[digit])
         key, wanted_shift = key << (wanted_shift - shift) | digit, shift
+    return key, left
+
+
+def count_ties(part: Part, key: int) -> int:
+    """Returns how many keys equal `key`."""
+    return int(part.count_digits(key >> 1, 1, 0)[key & 1])  # a digit has a bit or more
+
+
+def write_bits(parts: Sequence[Part], key: int, left: int) -> dict[int, Tensor]:
+    """Selects the keys above `key`, and the first `left` of those equal to it; returns the bits as `add_ties` does."""
     ties = _merged(part.write_above(key) for part in parts)
     in_order = [ties[i] for i in sorted(ties)]  # in the order of the tensors, not of the devices
     of_all = torch.cat(in_order)
@@ -75,20 +98,20 @@ class OnGpu:
 
     Attributes:
         scores: {number of a tensor among all: its scores, float32 and contiguous}.
-        bits: {number of a tensor among all: bits of its mask}, written by the passes.
+        bits: {number of a tensor among all: bits of its mask}, from `write_above` on.
     """
 
     def __init__(self, device: int, scores: dict[int, Tensor], largest: bool) -> None:
         self.device, self.scores, self.largest = gpu.place(device), scores, largest
         self.kernels, self.stream = gpu.load_kernels(device), gpu.stream_of(device)
-        self.bits = {i: self._zeros(packed_size(tensor.numel()), torch.uint8) for i, tensor in scores.items()}
+        self.bits: dict[int, Tensor] = {}
 
     def _zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     def count_digits(self, wanted: int, wanted_shift: int, shift: int) -> Tensor:
         """Does what `Part.count_digits` says."""
-        found = self._zeros(_DIGITS + 1, torch.int64)
+        found = self._zeros(DIGITS + 1, torch.int64)
         counts, nan = found[:-1], found[-1:].view(torch.uint8)[:1]
         digit = wanted, wanted_shift, shift
         self.kernels.count_digits(list(self.scores.values()), self.largest, *digit, counts, nan, self.stream)
@@ -96,6 +119,7 @@ class OnGpu:
 
     def write_above(self, key: int) -> dict[int, Tensor]:
         """Does what `Part.write_above` says."""
+        self.bits = {i: self._zeros(packed_size(tensor.numel()), torch.uint8) for i, tensor in self.scores.items()}
         sizes = [self.kernels.tie_counts(tensor.numel()) for tensor in self.scores.values()]
         ties = self._zeros(sum(sizes), torch.int32)
         self._write(self.kernels.write_above, key, ties)
@@ -122,11 +146,11 @@ class InTorch:
     def __init__(self, device: torch.device, scores: dict[int, Tensor], largest: bool) -> None:
         self.device, self.largest = device, largest
         self.scores = {i: tensor.view(-1).view(torch.int32) for i, tensor in scores.items()}
-        sizes = {i: packed_size(tensor.numel()) for i, tensor in scores.items()}
-        self.bits = {i: torch.zeros(size, dtype=torch.uint8, device=device) for i, size in sizes.items()}
+        self.sizes = {i: packed_size(tensor.numel()) for i, tensor in scores.items()}
+        self.bits: dict[int, Tensor] = {}
         self.chunks: list[list[tuple[int, int, int]]] = []
         room = 0
-        for i, size in sizes.items():
+        for i, size in self.sizes.items():
             first, end = 0, size // _BLOCK_BYTES
             while first < end:
                 if room == 0:
@@ -148,23 +172,24 @@ class InTorch:
 
     def count_digits(self, wanted: int, wanted_shift: int, shift: int) -> Tensor:
         """Does what `Part.count_digits` says."""
-        counts = torch.zeros(_DIGITS + 2, dtype=torch.int64, device=self.device)  # the last two: NaN, not wanted
+        counts = torch.zeros(DIGITS + 2, dtype=torch.int64, device=self.device)  # the last two: NaN, not wanted
         for chunk in self.chunks:
             keys = self._keys(chunk).view(-1)
             nan = keys.abs() > 0x7F800000
             digits = keys >> shift
             if wanted_shift < 32:
                 unwanted = (keys >> wanted_shift) != wanted - (1 << 31 >> wanted_shift)
-                digits.bitwise_and_((1 << (wanted_shift - shift)) - 1).masked_fill_(unwanted, _DIGITS + 1)
+                digits.bitwise_and_((1 << (wanted_shift - shift)) - 1).masked_fill_(unwanted, DIGITS + 1)
             else:
                 digits.add_(1 << 31 >> shift)
-            counts += digits.masked_fill_(nan, _DIGITS).bincount(minlength=_DIGITS + 2)
+            counts += digits.masked_fill_(nan, DIGITS).bincount(minlength=DIGITS + 2)
         found = counts[:-1].cpu()
-        found[-1] -= sum(bits.numel() * 8 for bits in self.bits.values()) - sum(map(len, self.scores.values()))
+        found[-1] -= sum(self.sizes.values()) * 8 - sum(map(len, self.scores.values()))
         return found
 
     def write_above(self, key: int) -> dict[int, Tensor]:
         """Does what `Part.write_above` says."""
+        self.bits = {i: torch.zeros(size, dtype=torch.uint8, device=self.device) for i, size in self.sizes.items()}
         ties = [torch.zeros(0, dtype=torch.int32, device=self.device)]
         for chunk in self.chunks:
             keys = self._keys(chunk)
@@ -182,6 +207,12 @@ class InTorch:
                 place = equal.cumsum(dim=1, dtype=torch.int32)  # from 1, among the keys equal to `key` in a block
                 self._add(chunk, equal.logical_and_(place <= of_blocks.to(self.device, torch.int32)[:, None]))
         return self.bits
+
+    def positions(self, key: int) -> Iterator[Tensor]:
+        """Yields the flat positions of the keys equal to `key` in ascending order, int64; there must be one tensor."""
+        for chunk in self.chunks:
+            [(_, first, _)] = chunk
+            yield (self._keys(chunk).view(-1) == key - (1 << 31)).nonzero().view(-1) + first * BLOCK
 
     def _add(self, chunk: list[tuple[int, int, int]], chosen: Tensor) -> None:
         """Adds selected keys of a chunk to the bits."""

@@ -1,6 +1,7 @@
 """Fisher scores and selection by the stand-in for a GPU, as test_emulated_step.py has the step: the CPU's bits."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,28 @@ def check_selection():
                 ]
                 bits = radix.select_in_parts(parts, k)
                 assert all(torch.equal(bits[i], mask.bits) for i, mask in enumerate(expected.values()))
+
+
+def check_selection_on_ranks():
+    """As over several GPUs: on one rank the passes are the same."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from childtune_fast.ops import select_on_ranks
+
+    stand_in(load.load_native().GpuKernels(-1, IMAGE))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for kind, largest in itertools.product(("few values", "infinities and extremes"), (True, False)):
+        scores = tensors(kind, (1000, 1, 0, 5001, 1024))
+        cut = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in scores.items()}
+        part_of = partial(lambda largest, _, own: radix.OnGpu(-1, own, largest), largest)
+        for k in (0, 2000, 7026):
+            expected = select.top_k(scores, k, largest=largest)
+            found = select_on_ranks.select(cut, k, largest, lambda _, own: own, part_of)
+            assert all(torch.equal(found[name].bits, mask.bits) for name, mask in expected.items())
+    dist.destroy_process_group()
 
 
 def check_selection_from_a_model():
@@ -196,6 +219,11 @@ def test_gradients_that_are_not_finite_are_named(driver):
 
 def test_gpus_select_what_the_cpu_does(driver):
     in_a_process_with(driver, check_selection)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
+def test_gpus_of_ranks_select_what_the_cpu_does(driver):
+    in_a_process_with(driver, check_selection_on_ranks)
 
 
 def test_selection_takes_the_kernels_where_they_are_asked_for(driver):
