@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..arguments import Selector, check_type
+from ..arguments import Selector, check_type, is_sharded
+from .data_parallel import add_over_ranks
 from .sums import Offload, SquareSums, check_grad_clip
 
 
@@ -27,6 +29,15 @@ class FisherAccumulator:
     The parameters that require a gradient when the accumulator is made are scored. A tied parameter is scored once,
     under its first name. docs/numerics.md says how exact the sums are.
 
+    Of sharded parameters (DTensors), make it after they are sharded. Gradients are then over all ranks already, and all
+    ranks must call every method together; a rank keeps the sums of what it holds. Under DistributedDataParallel, there
+    are two recipes, and names are those of the model inside:
+
+    - After a usual backward pass, gradients are their mean over the ranks. Every rank squares that, as one process with
+      the ranks' batches as one would, and has the scores without more ado.
+    - In `with model.no_sync():`, around both the forward and the backward pass, a rank has gradients of its own. In the
+      end, `fisher.all_reduce()` gives what one process would have, that takes the ranks' batches one after the other.
+
     Args:
         model: torch.nn.Module whose gradients are squared; float32, float64, bfloat16 or float16, on any devices.
         grad_clip: scales the gradient of each tensor, on its own, by `min(1, grad_clip / (norm + 1e-6))`, as the
@@ -38,8 +49,8 @@ class FisherAccumulator:
             (default: None).
 
     Raises:
-        ValueError: `grad_clip` is not above 0, `offload` is another word, no parameter is left, or one is sharded (a
-            DTensor), not dense, of another dtype, or without values (on the meta device).
+        ValueError: `grad_clip` is not above 0, `offload` is another word, no parameter is left, or one is not dense, of
+            another dtype, or without values (on the meta device).
         TypeError: `model` is no module, or `names` is neither a string, nor a pattern, nor a function.
     """
 
@@ -78,23 +89,30 @@ class FisherAccumulator:
 
         Raises:
             ValueError: an argument is not above 0 or not finite, no parameter has a gradient, or a gradient is not
-                finite. In the last case the sums hold a part of it: `scores()` raises until `reset()`.
+                finite, be it on another rank. In the last case the sums hold a part of it: `scores()` raises until
+                `reset()`.
         """
         for name, value in (("weight", weight), ("grad_scale", grad_scale)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {value!r})")
         self._check_usable("update")
-        grads = {name: param.grad for name, param in self._sums.params.items() if param.grad is not None}
-        if not grads:
+        present = [name for name, param in self._sums.params.items() if param.grad is not None]
+        if not self._sums.ranks.worst(len(present)):
             raise ValueError(
                 "FisherAccumulator.update: no parameter has a gradient; call it after backward() and before zero_grad()"
             )
         kernels = self._sums.kernels()
-        finite = {name: self._sums.add(kernels, name, grad, weight, 1.0 / grad_scale) for name, grad in grads.items()}
+        finite = {}
+        for name in present:
+            grad = self._sums.gradient(name)
+            if grad is not None:
+                finite[name] = self._sums.add(kernels, name, grad, weight, 1.0 / grad_scale)
         self._sums.close(finite, weight, "FisherAccumulator.update: ")
 
     def scores(self) -> dict[str, Tensor]:
         """Returns {parameter name: mean of its squared gradient}, new float32 tensors of the parameters' shapes.
+
+        That of a DTensor is a DTensor, placed as it is.
 
         Raises:
             ValueError: nothing has been accumulated, or a gradient was not finite.
@@ -109,41 +127,73 @@ class FisherAccumulator:
         """Adds what `other` has accumulated, over another part of the data.
 
         Args:
-            other: FisherAccumulator of the same parameters and `grad_clip`, on any devices; it is only read.
+            other: FisherAccumulator of the same parameters and `grad_clip`, on any devices, sharded in any way or
+                whole; it is only read.
 
         Raises:
             ValueError: `other` scores other parameters, clips otherwise, or either holds a gradient that was not
                 finite. Nothing has been added then.
         """
         check_type("FisherAccumulator.merge: other", other, FisherAccumulator, "a FisherAccumulator")
-        self._check_usable("merge")
-        other._check_usable("merge")
-        self._check_matches(other._sums.sums, other.grad_clip, "merge")
-        for name, sums in other._sums.sums.items():
-            self._sums.sums[name] += sums.to(self._sums.sums[name].device)
+        added = other._sums.tensors()
+        with self._sums.ranks.agreeing():
+            self._check_usable("merge")
+            other._check_usable("merge")
+            self._check_matches(added, other.grad_clip, "merge")
+        for name, tensor in added.items():
+            sums = self._sums.sums[name]
+            sums += self._sums.part_of(name, tensor).to(sums.device)
         self._sums.weight += other._sums.weight
+
+    @torch.no_grad()
+    def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> None:
+        """Adds what the ranks of a process group have accumulated, each over its own part of the data.
+
+        Every rank must call it, once, after its last update; all then have the same bits. It takes a collective for
+        each parameter. The ranks may have had different numbers of batches, or none.
+
+        Args:
+            group: the ranks; None takes all of the default group (default: None).
+
+        Raises:
+            RuntimeError: there is no process group.
+            ValueError: this rank is not in the group; or, on all its ranks: parameters are sharded, the ranks score
+                different parameters or clip differently, or one holds a gradient that was not finite. Nothing has been
+                added then.
+        """
+        add_over_ranks(self._sums, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been accumulated. As in torch, the tensors are the ones in use, not copies.
+
+        The sums of DTensors are DTensors, which torch.distributed.checkpoint loads onto models sharded in other ways.
 
         Raises:
             ValueError: a gradient was not finite.
         """
         self._check_usable("state_dict")
-        return {"sums": dict(self._sums.sums), "weight": self._sums.weight, "grad_clip": self.grad_clip}
+        return {"sums": self._sums.tensors(), "weight": self._sums.weight, "grad_clip": self.grad_clip}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replaces what has been accumulated by a copy of what another accumulator's `state_dict` returned.
 
         Args:
-            state_dict: what `state_dict` of a FisherAccumulator with the same parameters and `grad_clip` returned; it
-                is only read.
+            state_dict: what `state_dict` of a FisherAccumulator with the same parameters and `grad_clip` returned,
+                sharded in any way or whole; it is only read.
 
         Raises:
             ValueError: `state_dict` holds no sums, sums of other parameters, sums that were clipped otherwise, or
                 damaged ones. Nothing has been loaded then.
             TypeError: `state_dict`, or the sums in it, is no mapping.
         """
+        with self._sums.ranks.agreeing():
+            self._check_loadable(state_dict)
+        self.reset()
+        for name, tensor in state_dict["sums"].items():
+            self._sums.sums[name].copy_(self._sums.part_of(name, tensor))
+        self._sums.weight = float(state_dict["weight"])
+
+    def _check_loadable(self, state_dict: Any) -> None:
         check_type("FisherAccumulator.load_state_dict: state_dict", state_dict, Mapping, "a mapping")
         missing = {"sums", "weight", "grad_clip"} - state_dict.keys()
         if missing:
@@ -153,17 +203,14 @@ class FisherAccumulator:
             )
         sums, weight = state_dict["sums"], state_dict["weight"]
         check_type("FisherAccumulator.load_state_dict: sums", sums, Mapping, "a mapping")
-        whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in sums.values())
+        here = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in sums.values()]
+        whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in here)
         if not (whole and isinstance(weight, (int, float)) and 0 <= weight < math.inf):
             raise ValueError(
                 "FisherAccumulator.load_state_dict: sums and weight must be numbers from 0 on (got "
                 f"others, or weight {weight!r}); the checkpoint is damaged"
             )
         self._check_matches(sums, state_dict["grad_clip"], "load_state_dict")
-        self.reset()
-        for name, tensor in sums.items():
-            self._sums.sums[name].copy_(tensor)
-        self._sums.weight = float(weight)
 
     def _check_usable(self, method: str) -> None:
         if self._sums.damaged:
@@ -174,7 +221,7 @@ class FisherAccumulator:
 
     def _check_matches(self, sums: dict[str, Tensor], grad_clip: float | None, method: str) -> None:
         got = {name: tuple(tensor.shape) for name, tensor in sums.items()}
-        required = {name: tuple(tensor.shape) for name, tensor in self._sums.sums.items()}
+        required = {name: tuple(tensor.shape) for name, tensor in self._sums.tensors().items()}
         wrong = sorted(name for name in got.keys() | required.keys() if got.get(name) != required.get(name))
         if wrong:
             raise ValueError(

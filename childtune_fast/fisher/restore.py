@@ -10,6 +10,7 @@ import numpy as np  # for its global random state, which a user's data set or mo
 import torch
 from torch import Tensor, nn
 
+from ..ops.fsdp import fsdp_modules, reset
 from ..ops.tensor_parts import copied, overwrite, same_bits
 
 _Restorers = list[tuple[str, Callable[[], object]]]  # what is restored, for a warning, and the function that does it
@@ -19,6 +20,8 @@ _Restorers = list[tuple[str, Callable[[], object]]]  # what is restored, for a w
 def leaving_as_it_was(model: nn.Module) -> Iterator[None]:
     """Restores training flags, buffers, gradients (as the same objects) and random states when the context ends.
 
+    What fully_shard() has sharded is sharded again then.
+
     The random states are torch's on the CPU and on CUDA, Python's and numpy's. When the context begins, the gradient of
     every parameter is set to None. What then cannot be restored, for a reason that arose in between, is told by a
     warning, so that the rest is restored and the result of the work is not lost.
@@ -26,7 +29,7 @@ def leaving_as_it_was(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a buffer is of a kind that could not be restored; nothing has been changed then.
     """
-    restorers = [*_training_flags(model), *_buffers(model), *_gradients(model), *_random_states()]
+    restorers = [*_shards(model), *_training_flags(model), *_buffers(model), *_gradients(model), *_random_states()]
     try:
         for param in model.parameters():
             param.grad = None
@@ -69,6 +72,10 @@ def _random_states() -> _Restorers:
 def _gradients(model: nn.Module) -> _Restorers:
     named = model.named_parameters()
     return [(f"the gradient of '{name}'", partial(setattr, param, "grad", param.grad)) for name, param in named]
+
+
+def _shards(model: nn.Module) -> _Restorers:
+    return [("the shards", partial(reset, model))] if fsdp_modules(model) else []
 
 
 def _training_flags(model: nn.Module) -> _Restorers:

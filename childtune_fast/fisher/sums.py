@@ -1,15 +1,17 @@
 """The running sums of squared gradients that FisherAccumulator and estimate_fisher both add to."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..arguments import Selector, check_model, is_sharded, predicate
-from ..ops.reference import numbers
+from ..ops.fsdp import reshard
+from ..ops.reference import clip_factor, numbers
 from ..ops.squares import SquareKernels
 from ..ops.tensor_parts import kind_of
+from .together import Together
 
 Offload = Literal["cpu"]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,11 +20,15 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class SquareSums:
     """Weighted sums of squared gradients, one float32 number for each scored weight, and their total weight.
 
+    Of a sharded parameter (a DTensor), a rank has the sums of what it holds.
+
     Attributes:
         params: {parameter name: parameter}, those that are scored.
+        sharded: those of them that are DTensors.
+        ranks: the ranks that hold parts of the model.
         grad_clip: limit of each gradient's 2-norm before it is squared; None does not clip.
         offload: device that keeps the sums; None keeps each sum on its parameter's device.
-        sums: {parameter name: float32 tensor of the parameter's shape}.
+        sums: {parameter name: float32 tensor of the shape of what this rank holds of the parameter}.
         weight: total weight of the gradients whose squares are in the sums.
         damaged: whether the sums hold a part of a gradient that was not finite.
     """
@@ -39,7 +45,10 @@ class SquareSums:
         check_grad_clip(grad_clip)
         if offload not in (None, "cpu"):
             raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
+        model = inner_model(model)
         self.params = _scored(model, names)
+        self.sharded: dict[str, Any] = {name: param for name, param in self.params.items() if is_sharded(param)}
+        self.ranks = Together(model)
         self.grad_clip = grad_clip
         self.offload = None if offload is None else torch.device(offload)
         self.kernels()  # builds the kernels, or raises, before a backward pass begins
@@ -49,9 +58,10 @@ class SquareSums:
     def reset(self) -> None:
         """Begins again from zeros."""
         self.sums = {
-            name: torch.zeros(param.shape, dtype=torch.float32, device=self.offload or param.device)
+            name: torch.zeros(self._local(param).shape, dtype=torch.float32, device=self.offload or param.device)
             for name, param in self.params.items()
         }
+        self._held: dict[str, tuple[SquareKernels, Tensor, float, float]] = {}
         self.weight = 0.0
         self.damaged = False
 
@@ -59,17 +69,39 @@ class SquareSums:
         """Returns the kernels for one pass over the gradients, on the devices where the parameters are now."""
         return SquareKernels.find({self.offload or param.device for param in self.params.values()})
 
+    def _local(self, tensor: Tensor) -> Tensor:
+        """Returns what this rank holds of a DTensor; any other tensor as it is."""
+        if not is_sharded(tensor):
+            return tensor
+        from ..ops.shards import local_tensor
+
+        return local_tensor(tensor)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Returns what this rank holds of a parameter's gradient, placed as the parameter; None without a gradient.
+
+        All ranks that hold parts of the parameter must come here, since a gradient that is placed otherwise, such as
+        partial sums, is redistributed: it must be whole before it is squared.
+        """
+        grad = self.params[name].grad
+        if grad is None or name not in self.sharded:
+            return grad
+        from ..ops.shards import local_gradient
+
+        return local_gradient(self.sharded[name], grad)
+
     def add(
         self, kernels: SquareKernels, name: str, grad: Tensor, weight: float = 1.0, grad_factor: float = 1.0
     ) -> bool | Tensor:
         """Adds `weight * (grad * grad_factor)**2` to one parameter's sum.
 
-        It waits for a GPU only where `offload` copies the gradient, or torch computes the norm for `grad_clip`.
+        It waits for a GPU only where `offload` copies the gradient, or torch computes the norm for `grad_clip`. That
+        of a sharded parameter is not known before all ranks have their parts: until `close`, its gradient is kept.
 
         Args:
             kernels: what `self.kernels()` returned for this pass over the gradients.
             name: name of the parameter.
-            grad: its gradient, dense or sparse, of the parameter's shape; it is only read.
+            grad: what `gradient` returned for it, dense or sparse; it is only read.
             weight: weight of the square in the sum (default: 1).
             grad_factor: number that the gradient is multiplied by before it is clipped and squared (default: 1).
 
@@ -81,7 +113,31 @@ class SquareSums:
             grad = grad.to(self.offload)
         elif self.sums[name].device != grad.device:  # the model has moved
             self.sums[name] = self.sums[name].to(grad.device)
+        if self.grad_clip is not None and name in self.sharded:
+            self._held[name] = (kernels, grad, weight, grad_factor)
+            return True
         return kernels.add(self.sums[name], grad, weight, grad_factor, self.grad_clip)
+
+    def _add_held(self) -> dict[str, bool | Tensor]:
+        """Adds the squares of the gradients that wait for their norms; one collective for each way of being cut."""
+        if self.grad_clip is None or not self.sharded:
+            return {}
+        from ..ops.ranks import splits
+
+        finite = {}
+        for split, names in splits(self.sharded).items():
+            here = [name for name in names if name in self._held]
+            squares = dict.fromkeys(names, 0.0)  # of a parameter that has no gradient on this rank
+            if here:
+                kernels = self._held[here[0]][0]
+                squares |= zip(here, kernels.sums([self._held[name][1] for name in here]), strict=True)
+            over_ranks = split.sum(torch.tensor(list(squares.values()), dtype=torch.float64, device="cpu")).tolist()
+            for name, total in zip(names, over_ranks, strict=True):
+                if name in self._held:
+                    kernels, grad, weight, factor = self._held.pop(name)
+                    factor *= clip_factor(self.grad_clip, total, factor)
+                    finite[name] = kernels.add(self.sums[name], grad, weight, factor, None)
+        return finite
 
     def close(self, finite: dict[str, bool | Tensor], weight: float, where: str) -> None:
         """Ends the addition of one set of gradients: checks that all were finite, and adds their weight.
@@ -92,26 +148,70 @@ class SquareSums:
             where: text that the error begins with.
 
         Raises:
-            ValueError: a gradient was not finite. The sums are then marked as damaged.
+            ValueError: a gradient was not finite, on any rank. The sums are then marked as damaged.
         """
-        known = iter(numbers([flag for flag in finite.values() if isinstance(flag, Tensor)]))
-        bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
-        if bad:
+        try:
+            finite = {**finite, **self._add_held()}
+            with self.ranks.agreeing():
+                _check_finite(finite, where)
+        except Exception:
             self.damaged = True
-            more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise ValueError(
-                f"{where}the gradient of '{bad[0]}'{more} must be finite (it has NaN or infinity); look for the cause "
-                "in the batch or the loss, or use a smaller GradScaler scale"
-            )
+            raise
         self.weight += weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns {parameter name: its sums}, those in use; of a sharded parameter a DTensor placed as it is."""
+        return {name: self._placed(name, sums) for name, sums in self.sums.items()}
+
+    @torch.inference_mode(False)
+    def _placed(self, name: str, values: Tensor) -> Tensor:
+        if name not in self.sharded:
+            return values
+        from ..ops.shards import dtensor_like
+
+        return dtensor_like(values, self.sharded[name])
+
+    def part_of(self, name: str, values: Tensor) -> Tensor:
+        """Returns what this rank holds of values of a parameter's shape, be they whole or a DTensor, however placed.
+
+        All ranks of a DTensor's mesh must come here.
+        """
+        if name not in self.sharded and not is_sharded(values):
+            return values
+        from ..ops import shards
+
+        return shards.local_values(values, self.sharded[name]) if name in self.sharded else shards.whole_tensor(values)
 
     def means(self) -> dict[str, Tensor]:
         """Returns {parameter name: weighted mean of the squares}, as new float32 tensors."""
-        return {name: _mean(sums.clone(), self.weight) for name, sums in self.sums.items()}
+        return {name: self._placed(name, _mean(sums.clone(), self.weight)) for name, sums in self.sums.items()}
 
     def take_means(self) -> dict[str, Tensor]:
         """Returns {parameter name: weighted mean of the squares} in the memory of the sums, and forgets the sums."""
-        return {name: _mean(self.sums.pop(name), self.weight) for name in list(self.sums)}
+        return {name: self._placed(name, _mean(self.sums.pop(name), self.weight)) for name in list(self.sums)}
+
+
+def _check_finite(finite: dict[str, bool | Tensor], where: str) -> None:
+    """Raises ValueError if a gradient was not finite; see `SquareSums.close`."""
+    known = iter(numbers([flag for flag in finite.values() if isinstance(flag, Tensor)]))
+    bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
+    if bad:
+        more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{where}the gradient of '{bad[0]}'{more} must be finite (it has NaN or infinity); look for the cause "
+            "in the batch or the loss, or use a smaller GradScaler scale"
+        )
+
+
+def inner_model(model: Any) -> nn.Module:
+    """Returns the model inside of DistributedDataParallel, or else the model itself, with its parameters sharded again.
+
+    A forward pass under fully_shard() may have left some of them whole: other tensors, in the place of the parameters.
+    """
+    check_model(model)
+    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    reshard(inner)
+    return inner
 
 
 def check_grad_clip(grad_clip: float | None) -> None:
@@ -125,7 +225,6 @@ def check_grad_clip(grad_clip: float | None) -> None:
 
 def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
     """Returns the parameters to score, by name: those that require a gradient and are selected."""
-    check_model(model)
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     wanted = None if names is None else predicate(names, "names")
     found = {name: param for name, param in trained.items() if wanted is None or wanted(name)}
@@ -141,11 +240,7 @@ def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
 
 
 def _check_scorable(name: str, param: Parameter) -> None:
-    """Raises ValueError unless a parameter is a whole, dense one of real numbers, with values."""
-    if is_sharded(param):
-        raise ValueError(
-            f"Fisher scores: parameters must be whole (got '{name}', a DTensor); estimate before fully_shard()"
-        )
+    """Raises ValueError unless a parameter is a dense one of real numbers, with values."""
     kind = kind_of(param)
     if kind in ("meta", "uninitialized"):
         raise ValueError(

@@ -208,3 +208,11 @@ def test_grad_clip_may_be_changed_to_what_the_constructor_takes(wrong):
     with pytest.raises(ValueError, match="grad_clip must be a number above 0"):
         fisher.grad_clip = wrong
     assert fisher.grad_clip == 0.5
+
+
+def test_all_reduce_needs_a_process_group():
+    fisher = FisherAccumulator(make_model())
+    with pytest.raises(
+        RuntimeError, match=r"must be in a process group \(there is none\); call torch.distributed.init_"
+    ):
+        fisher.all_reduce()
