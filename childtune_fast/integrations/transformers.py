@@ -5,17 +5,15 @@
 Decay groups, clipping, schedule, data order and dropout are Trainer's own in both modes.
 """
 
-import contextlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 try:
-    from transformers import Trainer, TrainerCallback, set_seed
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint, has_length
     from transformers.utils import logging
 except ImportError as error:
@@ -26,11 +24,9 @@ except ImportError as error:
 
 from ..arguments import FilePath, check_type
 from ..child import ChildNetwork
-from ..child.maskable import maskable_parameters
-from ..fisher import estimate_fisher
-from ..fisher.restore import leaving_as_it_was
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
+from .scores import fisher_scores, is_fsdp2
 
 __all__ = ["CHILD_FILE", "ChildTuningConfig", "ChildTuningTrainer"]
 
@@ -46,7 +42,8 @@ class ChildTuningTrainer(Trainer):
     with, and chooses the child network. It then restores the random states, so that training has the same data order
     and dropout as in mode "F" and in Trainer. Every checkpoint and saved model contains the child network in
     `child.safetensors`, and a resumed run loads it from there. With several processes, the scores are the mean over all
-    processes.
+    processes. With FSDP2, which mode "D" needs if parameters are sharded, they are estimated on the shards: they are
+    then of gradients that are means over all processes, as if these had one larger batch.
 
     With `refresh_every="epoch"`, the child network is chosen again at the start of each later epoch. The state of the
     parameters that it masks then begins again, step count included. Otherwise weights that enter would have empty
@@ -84,16 +81,27 @@ class ChildTuningTrainer(Trainer):
                 "ChildTuningTrainer: optimizers and optimizer_cls_and_kwargs must be left out, for it makes its own "
                 "ChildAdamW (got one of them); use Trainer with optimizer_cls_and_kwargs=(ChildAdamW, {...}) instead"
             )
-        if self.child_tuning.mode == "D" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.child_tuning.mode == "D":
+            self._check_supported_with_d()
+
+    def _check_supported_with_d(self) -> None:
+        sharded, config = is_fsdp2(self), self.child_tuning
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not sharded):
             raise ValueError(
-                "ChildTuningTrainer: mode='D' needs whole parameters on every process (got FSDP or DeepSpeed, which "
-                "shard or flatten them); use plain data parallelism, or mode='F'"
+                "ChildTuningTrainer: mode='D' needs whole parameters or FSDP2's shards (got "
+                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP version 1'}, which flattens parameters); use "
+                "FSDP2, by TrainingArguments(fsdp=True, fsdp_config={'version': 2}) or fsdp_version: 2 in accelerate's "
+                "configuration"
             )
-        if self.child_tuning.refresh_every is not None and self.args.fp16:
+        if sharded and config.per_example:
             raise ValueError(
-                "ChildTuningTrainer: refresh_every must be None with fp16=True (got "
-                f"{self.child_tuning.refresh_every!r}), for squares of unscaled float16 gradients underflow; use "
-                "bf16=True"
+                "ChildTuningTrainer: per_example must be False under FSDP2 (got True), whose gradients are means over "
+                "all processes; leave it out"
+            )
+        if self.args.fp16 and (sharded or config.refresh_every is not None):
+            raise ValueError(
+                "ChildTuningTrainer: fp16 must be False with FSDP2 in mode='D', and with refresh_every (got True), for "
+                "squares of unscaled float16 gradients underflow; use bf16=True"
             )
 
     # ---- What Trainer calls ----------------------------------------------------------------------------------------
@@ -119,6 +127,8 @@ class ChildTuningTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Returns the ChildAdamW over Trainer's parameter groups; chooses the child network first in mode "D".
+
+        With FSDP2 the child network is chosen at the beginning of the training instead, when the model is sharded.
 
         Raises:
             ValueError: `optim` of the TrainingArguments is not one of torch's AdamW.
@@ -178,13 +188,18 @@ class ChildTuningTrainer(Trainer):
         """Returns the arguments of ChildAdamW that AdamW does not have."""
         config = self.child_tuning
         options: dict[str, Any] = {"decay": config.decay, "variant": config.variant}
+        if config.mode == "D" and self.child_network is None:  # it comes later, and with it "auto" becomes "child"
+            return {**options, "decay": "all" if config.decay == "all" else "auto", "reserve_p": 1.0}
         if config.mode == "D":
             return {**options, "child": self.child_network}
         seed = self.args.seed if config.seed is None else config.seed
         return {**options, "reserve_p": config.reserve_p, "seed": seed}
 
     def _first_child(self) -> ChildNetwork | None:
-        """Returns the first child network: None in mode "F", else that of the checkpoint, else one that it chooses."""
+        """Returns the first child network: None in mode "F", else that of the checkpoint, else one that it chooses.
+
+        With FSDP2 it returns None instead of choosing: see `_begin_child`.
+        """
         path = None if self._checkpoint is None else os.path.join(self._checkpoint, CHILD_FILE)
         found = path is not None and os.path.isfile(path)
         if self.child_tuning.mode == "F":
@@ -195,7 +210,7 @@ class ChildTuningTrainer(Trainer):
                 )
             return None
         if path is None:
-            return self._chosen_child(epoch=0)
+            return None if is_fsdp2(self) else self._chosen_child(epoch=0)
         if not found:
             raise ValueError(
                 f"ChildTuningTrainer: mode='D' must resume from a checkpoint with its child network (got no '{path}'), "
@@ -205,59 +220,27 @@ class ChildTuningTrainer(Trainer):
         return ChildNetwork.load(path, self._model)
 
     def _chosen_child(self, epoch: int) -> ChildNetwork:
-        """Returns a child network chosen by scores that it estimates with the present weights.
-
-        The choice depends only on the weights, the data, the seed and the epoch.
-        """
+        """Returns a child network chosen by scores that it estimates with the present weights."""
         config = self.child_tuning
         if config.refresh_every is not None and not has_length(self.train_dataset):
             raise ValueError(
                 "ChildTuningTrainer: refresh_every='epoch' needs a training set with a length, whose epochs are known "
                 f"(got {type(self.train_dataset).__name__}); leave it None"
             )
-        scores = self._scores(epoch)
+        scores = fisher_scores(self, config, epoch)
         child = ChildNetwork.from_scores(
             self._model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
         )
         logger.info(f"Child network of epoch {epoch}: {child!r}")
         return child
 
-    def _scores(self, epoch: int) -> dict[str, Tensor]:
-        """Returns {parameter name: Fisher scores} of the maskable weights, the mean over all processes."""
-        config = self.child_tuning
-        with leaving_as_it_was(self._model):
-            set_seed(self.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
-            batches = self.get_train_dataloader()
-            if hasattr(batches, "set_epoch"):
-                batches.set_epoch(epoch)
-            try:
-                scores = estimate_fisher(
-                    self._model,
-                    batches,
-                    loss_fn=self._fisher_loss,
-                    max_batches=config.fisher_batches,
-                    per_example=config.per_example,
-                    grad_clip=config.grad_clip,
-                    names=maskable_parameters(self._model, config.maskable).__contains__,
-                    train_mode=config.train_mode,
-                    progress=self.is_local_process_zero() and not self.args.disable_tqdm,
-                )
-            finally:
-                if self.accelerator.gradient_state.active_dataloader is batches:
-                    batches.end()  # after max_batches or an error, accelerate would still take it for active
-        return self.accelerator.reduce(scores, reduction="mean") if self.args.world_size > 1 else scores
+    def _begin_child(self) -> None:
+        """Chooses the first child network if that had to wait until the model was sharded.
 
-    def _fisher_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Returns the loss of one batch that Trainer would train with, in the precision of its forward pass.
-
-        With fp16 the precision is float32, because the estimation has no GradScaler.
+        Trainer makes the optimizer before, and then one process may not have memory, or weights, for the whole model.
         """
-        counts = {}
-        if self.compute_loss_func is not None and "labels" in batch:
-            counts["num_items_in_batch"] = (batch["labels"] != -100).sum()
-        autocast = contextlib.nullcontext() if self.args.fp16 else self.accelerator.autocast()
-        with self.compute_loss_context_manager(), autocast:
-            return self.compute_loss(model, dict(batch), **counts)  # a copy, because labels may be popped
+        if self.child_network is None:
+            self._replace_child(self._chosen_child(epoch=0))
 
     def _refresh_child(self) -> None:
         """Chooses the child network again if a later epoch begins, but not if one continues after a resume."""
@@ -291,6 +274,9 @@ class _Moments(TrainerCallback):
 
     def __init__(self, trainer: ChildTuningTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._begin_child()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._refresh_child()

@@ -11,6 +11,7 @@ from trainer_runs import BEST_IS_SECOND, REFRESHED, D, F, make_best, make_model,
 from transformers import TrainerCallback
 
 from childtune_fast import ChildNetwork
+from childtune_fast.integrations import scores
 from childtune_fast.integrations import transformers as integration
 from childtune_fast.integrations.transformers import CHILD_FILE
 from childtune_fast.ops.packed_mask import fingerprint
@@ -99,7 +100,7 @@ def test_another_training_goes_on_from_the_best_and_can_be_resumed(tmp_path, mon
     trainer.train()
     assert notes.children[3].fingerprint == notes.children[1].fingerprint
     assert_all_of(trainer, notes.weights[4], notes.children[4], tmp_path)
-    monkeypatch.setattr(integration, "estimate_fisher", None)
+    monkeypatch.setattr(scores, "estimate_fisher", None)
     resumed, _ = make_best(tmp_path, D, model=make_model(seed=9), save_strategy="no", load_best_model_at_end=False)
     resumed.train(str(tmp_path / "checkpoint-3"))
     assert resumed.child_network.fingerprint == notes.children[3].fingerprint

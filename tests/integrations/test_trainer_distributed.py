@@ -1,15 +1,12 @@
 """Two processes over gloo: ChildTuningTrainer's replicas have one child network, of the scores of all data."""
 
-import os
-import socket
 import sys
-import tempfile
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import same_bits
+from ranks import launch
 
 WORLD = 2
 
@@ -82,29 +79,12 @@ def scores_are_of_all_data(folder):
     assert trainer.child_network.overlap(expected) > 0.995  # rounding of sums in another order
 
 
-def run_checks(rank, port, folder):
-    warnings.simplefilter("ignore")  # torch.distributed's own
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        LOCAL_WORLD_SIZE=str(WORLD),
-    )
-    torch.set_num_threads(1)
+def run_checks(folder):
     for check in (ranks_agree, ranks_take_the_best, scores_are_of_all_data):
         check(folder)
-    dist.barrier()
-    os._exit(0)  # as in optimizer/test_distributed.py
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
 def test_two_processes():
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        torch.multiprocessing.spawn(run_checks, args=(port, folder), nprocs=WORLD)
+    launch(run_checks, WORLD)

@@ -8,6 +8,7 @@ from processes import python, result_of
 from trainer_runs import BOTH, D, F, make_data, make_model, make_trainer
 
 from childtune_fast import ChildAdamW
+from childtune_fast.integrations import transformers as integration
 from childtune_fast.integrations.transformers import ChildTuningConfig
 
 
@@ -142,7 +143,7 @@ def test_a_batch_that_is_not_finite_is_named(tmp_path):
 def test_refreshing_float16(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, ChildTuningConfig(mode="D", refresh_every="epoch"))
     monkeypatch.setattr(trainer.args, "fp16", True)
-    with pytest.raises(ValueError, match=r"refresh_every must be None with fp16=True \(got 'epoch'\).*use bf16=True"):
+    with pytest.raises(ValueError, match=r"fp16 must be False .* with refresh_every \(got True\).*use bf16=True"):
         trainer._check_supported()
 
 
@@ -154,7 +155,21 @@ def test_sharded_parameters(tmp_path, monkeypatch, flag):
         if config is F:
             trainer._check_supported()
         else:
-            with pytest.raises(ValueError, match=r"mode='D' needs whole parameters.*or mode='F'"):
+            got = "DeepSpeed" if "deepspeed" in flag else "FSDP version 1"
+            with pytest.raises(ValueError, match=rf"mode='D' needs whole parameters or .*got {got}.*use FSDP2, by"):
+                trainer._check_supported()
+
+
+def test_float16_on_shards(tmp_path, monkeypatch):
+    """The scores are then of the shards' own precision, and there is no GradScaler for them."""
+    monkeypatch.setattr(integration, "is_fsdp2", lambda trainer: True)
+    for config in (F, D):
+        trainer = make_trainer(tmp_path, config)
+        monkeypatch.setattr(trainer.args, "fp16", True)
+        if config is F:
+            trainer._check_supported()
+        else:
+            with pytest.raises(ValueError, match=r"fp16 must be False with FSDP2 in mode='D'.*\(got True\).*use bf16"):
                 trainer._check_supported()
 
 

@@ -10,7 +10,7 @@ from trainer_runs import BOTH, D, F, make_model, make_trainer, optimizer_of, sta
 from transformers import Trainer
 
 from childtune_fast import ChildAdamW, ChildNetwork
-from childtune_fast.integrations import transformers as integration
+from childtune_fast.integrations import scores
 from childtune_fast.integrations.transformers import CHILD_FILE, ChildTuningConfig, ChildTuningTrainer
 
 REFRESHED = ChildTuningConfig(mode="D", refresh_every="epoch", fisher_batches=2, train_mode=True)
@@ -45,7 +45,7 @@ def assert_same_end(a, b):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, name, step):
     if name == "D":  # takes the child network from the checkpoint
-        monkeypatch.setattr(integration, "estimate_fisher", None)
+        monkeypatch.setattr(scores, "estimate_fisher", None)
     options = {"arguments_": {**EVERY_STEP, "save_strategy": "no"}, "model": make_model(seed=9)}
     resumed = make_trainer(tmp_path, CONFIGS[name], **options)
     torch.rand(7)  # a new process has drawn other numbers before
@@ -101,7 +101,7 @@ def test_f_writes_no_child_network(tmp_path, uninterrupted):
 def test_true_takes_the_last_checkpoint(tmp_path, monkeypatch, uninterrupted):
     shutil.copytree(checkpoint(uninterrupted["D"], 2), tmp_path / "checkpoint-2")
     shutil.copytree(checkpoint(uninterrupted["D"], 4), tmp_path / "checkpoint-4")
-    monkeypatch.setattr(integration, "estimate_fisher", None)
+    monkeypatch.setattr(scores, "estimate_fisher", None)
     resumed = make_trainer(tmp_path, D, arguments_={**EVERY_STEP, "save_strategy": "no"})
     resumed.train(resume_from_checkpoint=True)
     assert_same_end(resumed, uninterrupted["D"])
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_the_model_alone_goes_on_with_its_child_network(tmp_path
     options = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     first = make_trainer(tmp_path, D, arguments_=options)
     first.train()
-    monkeypatch.setattr(integration, "estimate_fisher", None)
+    monkeypatch.setattr(scores, "estimate_fisher", None)
     resumed = make_trainer(tmp_path, D, model=make_model(seed=9), arguments_=options)
     resumed.train(checkpoint(first, 3))
     assert resumed.child_network.fingerprint == first.child_network.fingerprint

@@ -7,7 +7,7 @@ import torch
 from trainer_runs import EXAMPLES, D, make_data, make_model, make_trainer
 
 from childtune_fast import ChildNetwork
-from childtune_fast.integrations import transformers as integration
+from childtune_fast.integrations import scores
 from childtune_fast.integrations.transformers import ChildTuningConfig
 
 REFRESHED = ChildTuningConfig(mode="D", refresh_every="epoch")
@@ -65,8 +65,8 @@ def test_options_of_the_estimation_reach_it(tmp_path, monkeypatch, options, expe
         seen.update(given)
         return estimate(model, batches, **given)
 
-    estimate = integration.estimate_fisher
-    monkeypatch.setattr(integration, "estimate_fisher", spy)
+    estimate = scores.estimate_fisher
+    monkeypatch.setattr(scores, "estimate_fisher", spy)
     monkeypatch.setattr("childtune_fast.fisher.examples._CHUNK_BYTES", 0)  # vmap warns of BERT's attention
     trainer = make_trainer(tmp_path, ChildTuningConfig(mode="D", **options))
     state = trainer.accelerator.gradient_state

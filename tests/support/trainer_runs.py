@@ -119,13 +119,14 @@ class Moments(TrainerCallback):
         self.trainer.save_model(f"{args.output_dir}/at the end")
 
 
-def make_best(folder, config=REFRESHED, metrics=BEST_IS_SECOND, model=None, **options):
+def make_best(folder, config=REFRESHED, metrics=BEST_IS_SECOND, model=None, trainer=ChildTuningTrainer, **options):
     """A trainer of three epochs of three steps, of which each has the given metric, and its notes."""
     to_come = iter(metrics)
     trainer = make_trainer(
         folder,
         config,
         model=model,
+        trainer=trainer,
         eval_dataset=make_data(examples=4, seed=1),
         compute_metrics=lambda _: {"score": next(to_come)},
         arguments_={
