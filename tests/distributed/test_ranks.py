@@ -1,0 +1,38 @@
+"""Parameters cut over 1, 2 and 4 ranks, on gloo: one spawn for each number of ranks, with all checks inside."""
+
+import sys
+
+import pytest
+import torch.distributed as dist
+from ranks import spawn
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"),
+]
+
+MODULES = (
+    "check_steps",
+    "check_replicas",
+    "check_selection",
+    "check_child",
+    "check_scores",
+    "check_scoring",
+    "check_sums",
+    "check_scale",
+    "check_recipes",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.mark.parametrize("world", [1, 4, 2])
+def test_on_ranks(world, tmp_path, checkpoints):
+    spawn(world, {**dict.fromkeys(MODULES, tmp_path), "check_checkpoints": checkpoints})
+
+
+def test_one_rank_loads_what_all_have_saved(checkpoints):
+    spawn(1, {"check_checkpoints": checkpoints}, only="checkpoints_are_loaded")
