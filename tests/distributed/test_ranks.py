@@ -36,3 +36,8 @@ def test_on_ranks(world, tmp_path, checkpoints):
 
 def test_one_rank_loads_what_all_have_saved(checkpoints):
     spawn(1, {"check_checkpoints": checkpoints}, only="checkpoints_are_loaded")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_one_rank_on_a_device(device):
+    spawn(1, {"check_device": device})

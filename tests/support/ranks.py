@@ -20,7 +20,8 @@ def spawn(world, modules, only=None):
 
     Args:
         world: number of ranks.
-        modules: {name of a module: folder}; each of its `CHECKS` is called with (rank, world, folder).
+        modules: {name of a module: folder, or what else its checks take}; each of its `CHECKS` is called with it, as
+            (rank, world, folder).
         only: name of a check; None runs all (default: None).
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +33,8 @@ def _run(rank, world, rendezvous, modules, only):
     warnings.simplefilter("ignore")  # torch.distributed's own
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=PATIENCE)
     for name, folder in modules.items():
         for check in importlib.import_module(name).CHECKS:
             if only is None or check.__name__ == only:
