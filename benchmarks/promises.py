@@ -92,6 +92,14 @@ def _fisher_ratio(other: str) -> Callable:
     return read
 
 
+def _pass_ratio(size: str, ours: str) -> Callable:
+    def read(results: Results) -> Record:
+        noted = results.cost(f"fisher_pass[{size}]")
+        return _judged(noted["ratios"][ours]["plain"], noted)
+
+    return read
+
+
 def _child_ratio(ours: str) -> Callable:
     def read(results: Results) -> Record:
         noted = results.cost("child_step[2]")
@@ -140,6 +148,14 @@ PROMISES = [
         "Fisher accumulation, 84 M weights, 2 threads: to `F.add_(g * g)`", 0.65, _plain, _fisher_ratio("add_product")
     ),
     Promise("the same to `F.addcmul_(g, g)`", 1.00, _plain, _fisher_ratio("addcmul")),
+    Promise(
+        "Fisher pass, MiniLM's sizes, 16 x 64 tokens, 2 threads: to a forward and backward pass",
+        1.06,
+        _plain,
+        _pass_ratio("16x64", "batch"),
+    ),
+    Promise("the same with each example's own gradient", 1.40, _plain, _pass_ratio("16x64", "per_example")),
+    Promise("the same, 32 x 128 tokens", 1.40, _plain, _pass_ratio("32x128", "per_example")),
     Promise("D, p = 0.3, fp32, 84 M weights, 2 threads: to torch fused", 0.70, _plain, _child_ratio("ours")),
     Promise("the same at p = 0.1", 0.62, _plain, _child_ratio("ours_p0.1")),
     Promise(

@@ -9,6 +9,13 @@ WORKLOAD_TITLES = {
     "1000x33": "1000 tensors of 33 weights: us per tensor",
 }
 FISHER_TITLES = {"ours": "one fused pass", "addcmul": "F.addcmul_(g, g)", "add_product": "F.add_(g * g)"}
+PASS_TITLES = {
+    "plain": "forward and backward pass",
+    "batch": "Fisher pass, gradients of batches",
+    "per_example": "Fisher pass, gradients of examples",
+    "one_by_one": "the same, each example in a pass of its own",
+    "opacus": "opacus, squares of its gradients of examples",
+}
 CHOICE_TITLES = {
     "ours": "ChildNetwork.from_scores, masks included",
     "percentile": "np.percentile(np.concatenate(...)), no masks yet",
@@ -18,7 +25,7 @@ CHOICE_TITLES = {
 def measured(results: Results) -> list[str]:
     """Returns the tables of all benchmarks that were run, each under its heading."""
     times = (times_table(results, workload) for workload in WORKLOAD_TITLES)
-    others = (fisher_table, child_table, choice_table, saving_table, memory_table)
+    others = (fisher_table, pass_table, child_table, choice_table, saving_table, memory_table)
     return [table for table in (*times, *(make(results) for make in others)) if table]
 
 
@@ -62,6 +69,31 @@ def fisher_table(results: Results) -> str:
         for name, title in FISHER_TITLES.items()
     ]
     return "## Fisher accumulation, 84 M weights, fp32: ns per weight\n\n" + markdown(["", *measured], rows)
+
+
+def pass_table(results: Results) -> str:
+    """Returns the table of times of the passes that estimate scores; "" if they were not measured."""
+    columns = {size: noted for size in ("16x64", "32x128") if (noted := results.find(f"fisher_pass[{size}]"))}
+    if not columns:
+        return ""
+    rows = []
+    for name, title in PASS_TITLES.items():
+        row = [title]
+        for noted in columns.values():
+            times = noted["times_ns"]
+            if name in times:
+                row += [f"{times[name]['median'] / 1e6:.0f}", f"{times[name]['median'] / times['plain']['median']:.2f}"]
+            else:
+                row += ["", ""]
+        rows.append(row)
+    trial = [["what the first batch takes more, for a trial", *(
+        text for noted in columns.values() for text in ("", f"{noted['trial_in_plain_passes']:.1f}")
+    )]]  # fmt: skip
+    head = [""]
+    for size in columns:
+        head += [f"{size.replace('x', ' x ')} tokens, ms", "to the first"]
+    heading = "## Passes for Fisher scores, a BERT of MiniLM's sizes, fp32, 2 threads"
+    return heading + "\n\n" + markdown(head, rows + trial)
 
 
 def child_table(results: Results) -> str:

@@ -12,8 +12,10 @@ from torch.nn import Parameter
 from ..arguments import Selector, check_seed, check_type, is_sharded
 from ..ops.packed_mask import PackedMask, pack
 from ..ops.select import top_k
+from .adapters import warn_of_adapters
 from .maskable import maskable_parameters
 from .names import renamed
+from .zero_scores import check_zero_scores
 
 Scope = Literal["global", "tensor"]  # Among which weights the share is kept.
 _CHUNK = 1 << 18  # random scores of a sharded parameter that are drawn at once; even, as the generator draws two
@@ -56,9 +58,29 @@ def choose_by_scores(
     *,
     largest: bool,
 ) -> dict[str, PackedMask]:
-    """Returns the masks that `choose` makes for the maskable parameters of a model, once the scores are checked."""
-    scores = checked_scores(scores, maskable_parameters(model, maskable), model)
-    return choose(scores, reserve_p, scope, largest=largest)
+    """Returns the masks that `choose` makes for the maskable parameters of a model, with a check of scores and choice.
+
+    Raises:
+        ValueError: see `choose`, `checked_scores` and `check_zero_scores`.
+        TypeError: see `choose` and `checked_scores`.
+    """
+    params = maskable_parameters(model, maskable)
+    if maskable is None:
+        warn_of_adapters(model, params)
+    scores = checked_scores(scores, params, model)
+    packed = choose(scores, reserve_p, scope, largest=largest)
+    check_zero_scores(scores, packed, scope == "tensor", largest=largest)
+    return packed
+
+
+def choose_at_random(
+    model: nn.Module, reserve_p: float, seed: int, scope: Scope, maskable: Selector
+) -> dict[str, PackedMask]:
+    """Returns the masks that `choose` makes for the maskable parameters of a model by random scores."""
+    params = maskable_parameters(model, maskable)
+    if maskable is None:
+        warn_of_adapters(model, params)
+    return choose(random_scores(params, seed), reserve_p, scope)
 
 
 def checked_scores(

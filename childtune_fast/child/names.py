@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # What torch.compile, activation checkpointing and FSDP call the module inside of them.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def plain_name(name: str) -> str:
@@ -27,7 +27,7 @@ def plain_name(name: str) -> str:
 def _unwrapped(name: str) -> str:
     """Returns a parameter's name without what only wrappers put into it."""
     *modules, last = name.split(".")
-    return ".".join([*(module for module in modules if module not in _WRAPPED), last])
+    return ".".join([*(module for module in modules if module not in WRAPPED), last])
 
 
 def renamed(tensors: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:

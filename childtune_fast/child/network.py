@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..arguments import FilePath, Selector, check_model, check_type
 from ..ops.packed_mask import PackedMask, packed_size
 from . import delta, files
-from .choice import Scope, checked_tensors, choose, choose_by_scores, packed_mask, random_scores
-from .maskable import head_parameters, maskable_parameters
+from .choice import Scope, checked_tensors, choose_at_random, choose_by_scores, packed_mask
+from .maskable import head_parameters
 from .names import renamed
 from .places import Places, device_of_mask
 from .report import Summary, plot_density, summarize
@@ -53,6 +53,9 @@ class ChildNetwork(WeightSet):
         Of equal scores, the one of the earlier parameter in `model.named_parameters()` is kept, then the one of the
         lower flat index. Parameters that do not require a gradient are left out, and tied ones count once.
 
+        It warns where more weights are kept than have a score above 0, and names the tensors that score 0 as a whole;
+        and where adapters, such as LoRA's, are maskable because `maskable` is None.
+
         Args:
             model: torch.nn.Module whose weights are chosen.
             scores: {parameter name: tensor of the parameter's shape, float32, bfloat16 or float16}, such as
@@ -66,8 +69,8 @@ class ChildNetwork(WeightSet):
                 trained in full, as in the paper (default: None).
 
         Raises:
-            ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; an
-                argument is out of its range; no maskable weights are found, or none would be kept.
+            ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; all
+                are 0; an argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
         return cls(choose_by_scores(model, scores, reserve_p, scope, maskable, largest=True), model)
@@ -98,8 +101,8 @@ class ChildNetwork(WeightSet):
                 transformer blocks (default: None).
 
         Raises:
-            ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; an
-                argument is out of its range; no maskable weights are found, or none would be kept.
+            ValueError: scores are missing, NaN, of another shape, or for parameters that the model does not have; all
+                are 0; an argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `scores`, `reserve_p` or `maskable` is of another type, or a score of another dtype.
         """
         return cls(choose_by_scores(model, scores, reserve_p, scope, maskable, largest=False), model)
@@ -126,8 +129,7 @@ class ChildNetwork(WeightSet):
             ValueError: an argument is out of its range; no maskable weights are found, or none would be kept.
             TypeError: `model`, `reserve_p`, `seed` or `maskable` is of another type.
         """
-        params = maskable_parameters(model, maskable)
-        return cls(choose(random_scores(params, seed), reserve_p, scope), model)
+        return cls(choose_at_random(model, reserve_p, seed, scope, maskable), model)
 
     @classmethod
     def from_masks(cls, model: nn.Module, masks: Mapping[str, Tensor]) -> "ChildNetwork":
@@ -154,11 +156,11 @@ class ChildNetwork(WeightSet):
         Args:
             model: torch.nn.Module with a task head.
             head: selects the head's parameters: a predicate over names, or a regular expression that is searched in
-                them; None takes the parameters that a transformers model has beside its base model, and in other models
-                those with names that heads commonly have (default: None).
+                them; None takes the parameters that a transformers model has beside its base model or backbone, and
+                elsewhere those with names that heads commonly have (default: None).
 
         Raises:
-            ValueError: no trainable parameter is in the head, or all are.
+            ValueError: no trainable parameter is in the head, or all parameters are.
             TypeError: `model` is no module, or `head` is of another type.
         """
         of_head = head_parameters(model, head)

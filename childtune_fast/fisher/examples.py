@@ -61,7 +61,7 @@ class PerExampleGrads:
                 warnings.warn(
                     "estimate_fisher: per-example gradients are taken one example at a time, since torch.func.vmap "
                     f"cannot run this model ({type(error).__name__}: {reason})",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
             names = [(name, name.removeprefix("model.")) for name in grads]
@@ -131,8 +131,10 @@ def examples_in(tensors: list[Tensor], index: int) -> int:
     sizes = {tensor.shape[0] if tensor.ndim else -1 for tensor in tensors}
     if len(sizes) != 1 or -1 in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
+        remedy = "change the batch, or use batches of one example and per_example=False"
+        remedy = remedy if tensors else "pass a DataLoader with a collate_fn that makes tensors"
         raise ValueError(
             f"estimate_fisher: batch {index}: with per_example=True every tensor must have the examples in dimension 0 "
-            f"(got {shapes}); change the batch, or use batches of one example and per_example=False"
+            f"(got {shapes}); {remedy}"
         )
     return sizes.pop()

@@ -1,104 +1,120 @@
-"""Restores a model and the global random states after work that changes them, also when that work raises."""
+"""Restores a model, a DataLoader and random states after work that changes them, also when that work raises."""
 
 import contextlib
-import random
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
-import numpy as np  # for its global random state, which a user's data set or model may draw from
 import torch
 from torch import Tensor, nn
 
 from ..ops.fsdp import fsdp_modules, reset
 from ..ops.tensor_parts import copied, overwrite, same_bits
-
-_Restorers = list[tuple[str, Callable[[], object]]]  # what is restored, for a warning, and the function that does it
+from .random_states import global_states, held_states, module_states, set_iterators_aside
+from .restorers import Restorers, contents, run_all
+from .weights import Weights
 
 
 @contextlib.contextmanager
-def leaving_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restores training flags, buffers, gradients (as the same objects) and random states when the context ends.
+def leaving_as_it_was(model: nn.Module, dataloader: Iterable[Any]) -> Iterator[Weights]:
+    """Restores a model, random states and a DataLoader when the context ends.
 
-    What fully_shard() has sharded is sharded again then.
+    Of the model: weights, buffers and gradients (as the same objects with the same values), the attributes of all its
+    modules, such as training flags, and what fully_shard() has sharded. The random states are the global ones of torch,
+    Python and numpy, and those of generators that a module or the DataLoader holds, itself or in its samplers, dataset
+    or collate_fn. The order of data is then as it would have been. Lists and the like that modules hold are restored as
+    objects, but not their entries. An iterator cannot be restored.
 
-    The random states are torch's on the CPU and on CUDA, Python's and numpy's. When the context begins, the gradient of
-    every parameter is set to None. What then cannot be restored, for a reason that arose in between, is told by a
-    warning, so that the rest is restored and the result of the work is not lost.
+    When the context begins, the gradient of every parameter is set to None. What then cannot be restored, for a reason
+    that arose in between, is told by a warning, so that the rest is restored and the result of the work is not lost.
+
+    Yields:
+        The weights: the work on each batch must be done within `watched()`, and `check()` must be called after the
+        context, to find those that could not be restored.
 
     Raises:
-        ValueError: a buffer is of a kind that could not be restored; nothing has been changed then.
+        ValueError: a buffer or parameter is of a kind that could not be restored; nothing has been changed then.
     """
-    restorers = [*_shards(model), *_training_flags(model), *_buffers(model), *_gradients(model), *_random_states()]
+    weights = Weights(model)
+    holders, modules = [dataloader], list(model.modules())
+    restorers = [
+        *_shards(model),
+        *_training_flags(model),
+        *_attributes(model),
+        *_buffers(model),
+        *weights.restorers(),
+        *_gradients(model),
+        *held_states(holders, without=modules),
+        *module_states(model),
+        *global_states(),
+    ]
     try:
+        set_iterators_aside(holders, without=modules)
         for param in model.parameters():
             param.grad = None
+        yield weights
+    except BaseException:
+        restorers.append(("all weights", weights.check))  # nobody else will call it
+        raise
+    finally:
+        run_all(restorers)
+
+
+@contextlib.contextmanager
+def leaving_random_states(*holders: object, without: nn.Module) -> Iterator[None]:
+    """Restores the global random states, and those of generators that objects hold, when the context ends.
+
+    Args:
+        holders: the objects; see `held_states`.
+        without: a model, whose modules are not looked into.
+    """
+    restorers = [*held_states(holders, without=without.modules()), *global_states()]
+    try:
         yield
     finally:
-        _run_all(restorers)
+        run_all(restorers)
 
 
-def _run_all(restorers: _Restorers) -> None:
-    failed = [f"{what} ({error})" for what, restore in restorers if (error := _error_of(restore))]
-    if failed:
-        warnings.warn(
-            f"Fisher scores: the model must be left as it was (could not restore {'; '.join(failed)}); the scores are "
-            "valid, but load the model anew",
-            stacklevel=5,  # the caller of estimate_fisher
-        )
-
-
-def _error_of(restore: Callable[[], object]) -> str:
-    """Runs a function; returns the error that it raised as text, or ""."""
-    try:
-        restore()
-    except Exception as error:  # an override of train(), or torch for a tensor that was moved, may raise anything
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _random_states() -> _Restorers:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    states: _Restorers = [
-        ("Python's random state", partial(random.setstate, python)),
-        ("numpy's random state", partial(np.random.set_state, numpy)),
-        ("torch's random state", partial(torch.set_rng_state, cpu)),
-    ]
-    if torch.cuda.is_initialized():
-        states.append(("CUDA's random states", partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())))
-    return states
-
-
-def _gradients(model: nn.Module) -> _Restorers:
+def _gradients(model: nn.Module) -> Restorers:
     named = model.named_parameters()
     return [(f"the gradient of '{name}'", partial(setattr, param, "grad", param.grad)) for name, param in named]
 
 
-def _shards(model: nn.Module) -> _Restorers:
+def _shards(model: nn.Module) -> Restorers:
     return [("the shards", partial(reset, model))] if fsdp_modules(model) else []
 
 
-def _training_flags(model: nn.Module) -> _Restorers:
+def _training_flags(model: nn.Module) -> Restorers:
     before = model.training
 
     def switch() -> None:
         if model.training != before:
             model.train(before)  # some classes override train() and do more than set flags
 
-    flags: _Restorers = [
+    flags: Restorers = [
         (f"training of '{name}'", partial(setattr, module, "training", module.training))
         for name, module in model.named_modules()
     ]
     return [("the mode by train()", switch), *flags]
 
 
-def _buffers(model: nn.Module) -> _Restorers:
+def _attributes(model: nn.Module) -> Restorers:
+    """Returns what restores each module's attributes, parameters, buffers and modules, as the same objects."""
+    attributes: Restorers = []
+    for name, module in model.named_modules():
+        registries = (module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set)
+        held = [entries for entries in registries if isinstance(entries, (dict, set))]  # in TorchScript they are others
+        attributes += [(f"attributes of '{name}'", contents(entries)) for entries in (*held, vars(module))]
+    return attributes
+
+
+def _buffers(model: nn.Module) -> Restorers:
     """Returns what restores each buffer, such as batch norm's statistics: the object and its values.
 
     Raises:
         ValueError: a buffer cannot be copied.
     """
-    restorers: _Restorers = []
+    restorers: Restorers = []
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             full_name = f"{prefix}.{name}" if prefix else name

@@ -4,17 +4,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
-from ..arguments import Selector, check_model, is_sharded, predicate
-from ..ops.fsdp import reshard
+from ..arguments import Selector, is_sharded
 from ..ops.reference import clip_factor, numbers
 from ..ops.squares import SquareKernels
-from ..ops.tensor_parts import kind_of
-from .together import Together
+from .scored import inner_model, scored_parameters
+from .together import NotFiniteError, Together
 
 Offload = Literal["cpu"]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SquareSums:
@@ -31,6 +28,7 @@ class SquareSums:
         sums: {parameter name: float32 tensor of the shape of what this rank holds of the parameter}.
         weight: total weight of the gradients whose squares are in the sums.
         damaged: whether the sums hold a part of a gradient that was not finite.
+        kept: None, or after `stage` the sums of what was added before the last `keep`; `sums` then has the rest.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class SquareSums:
         if offload not in (None, "cpu"):
             raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
         model = inner_model(model)
-        self.params = _scored(model, names)
+        self.params = scored_parameters(model, names)
         self.sharded: dict[str, Any] = {name: param for name, param in self.params.items() if is_sharded(param)}
         self.ranks = Together(model)
         self.grad_clip = grad_clip
@@ -64,6 +62,28 @@ class SquareSums:
         self._held: dict[str, tuple[SquareKernels, Tensor, float, float]] = {}
         self.weight = 0.0
         self.damaged = False
+        self.kept: dict[str, Tensor] | None = None
+
+    @torch.inference_mode(False)
+    def stage(self) -> None:
+        """From now on, what is added is not part of the sums before `keep`, and may be dropped instead."""
+        self.kept, self._kept_weight = self.sums, self.weight
+        self.sums = {name: torch.zeros_like(sums) for name, sums in self.kept.items()}
+
+    def keep(self) -> None:
+        """Makes what was added since the last `keep` a part of the sums; does nothing without `stage`."""
+        if self.kept is not None:
+            for name, sums in self.sums.items():
+                self.kept[name] = self.kept[name].to(sums.device).add_(sums)  # the model may have moved
+                sums.zero_()
+            self._kept_weight = self.weight
+
+    def drop(self) -> None:
+        """Forgets what was added since the last `keep`, after `stage`."""
+        for sums in self.sums.values():
+            sums.zero_()
+        self._held.clear()
+        self.weight, self.damaged = self._kept_weight, False
 
     def kernels(self) -> SquareKernels:
         """Returns the kernels for one pass over the gradients, on the devices where the parameters are now."""
@@ -117,6 +137,22 @@ class SquareSums:
             self._held[name] = (kernels, grad, weight, grad_factor)
             return True
         return kernels.add(self.sums[name], grad, weight, grad_factor, self.grad_clip)
+
+    def add_rows(self, kernels: SquareKernels, name: str, indices: Tensor, values: Tensor) -> bool | Tensor:
+        """Adds the square of the gradient of a table that is 0 beside some rows; see `add`.
+
+        Args:
+            kernels: what `self.kernels()` returned for this pass over the gradients.
+            name: name of the parameter, which is not sharded.
+            indices: the rows, int64 of shape [k], each once.
+            values: their gradients, of shape [k, columns].
+        """
+        device = self.offload or values.device
+        indices, sums = indices.to(device), self.sums[name].to(device)
+        rows = sums.index_select(0, indices)
+        finite = kernels.add(rows, values.to(device), 1.0, 1.0, self.grad_clip)
+        self.sums[name] = sums.index_copy_(0, indices, rows)
+        return finite
 
     def _add_held(self) -> dict[str, bool | Tensor]:
         """Adds the squares of the gradients that wait for their norms; one collective for each way of being cut."""
@@ -188,7 +224,8 @@ class SquareSums:
 
     def take_means(self) -> dict[str, Tensor]:
         """Returns {parameter name: weighted mean of the squares} in the memory of the sums, and forgets the sums."""
-        return {name: self._placed(name, _mean(self.sums.pop(name), self.weight)) for name in list(self.sums)}
+        sums, self.sums = self.sums if self.kept is None else self.kept, {}
+        return {name: self._placed(name, _mean(sums.pop(name), self.weight)) for name in list(sums)}
 
 
 def _check_finite(finite: dict[str, bool | Tensor], where: str) -> None:
@@ -197,21 +234,10 @@ def _check_finite(finite: dict[str, bool | Tensor], where: str) -> None:
     bad = [name for name, flag in finite.items() if not (next(known) if isinstance(flag, Tensor) else flag)]
     if bad:
         more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(
+        raise NotFiniteError(
             f"{where}the gradient of '{bad[0]}'{more} must be finite (it has NaN or infinity); look for the cause "
             "in the batch or the loss, or use a smaller GradScaler scale"
         )
-
-
-def inner_model(model: Any) -> nn.Module:
-    """Returns the model inside of DistributedDataParallel, or else the model itself, with its parameters sharded again.
-
-    A forward pass under fully_shard() may have left some of them whole: other tensors, in the place of the parameters.
-    """
-    check_model(model)
-    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    reshard(inner)
-    return inner
 
 
 def check_grad_clip(grad_clip: float | None) -> None:
@@ -220,37 +246,6 @@ def check_grad_clip(grad_clip: float | None) -> None:
         raise ValueError(
             f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
             "would be 0 and select nothing"
-        )
-
-
-def _scored(model: nn.Module, names: Selector) -> dict[str, Parameter]:
-    """Returns the parameters to score, by name: those that require a gradient and are selected."""
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    wanted = None if names is None else predicate(names, "names")
-    found = {name: param for name, param in trained.items() if wanted is None or wanted(name)}
-    if not found:
-        listed = ", ".join(list(trained)[:5]) or "none"
-        raise ValueError(
-            "Fisher scores: `names` must select at least one parameter that requires a gradient (got none of "
-            f"{len(trained)}: {listed}{', ...' if len(trained) > 5 else ''}); change `names` or unfreeze some"
-        )
-    for name, param in found.items():
-        _check_scorable(name, param)
-    return found
-
-
-def _check_scorable(name: str, param: Parameter) -> None:
-    """Raises ValueError unless a parameter is a dense one of real numbers, with values."""
-    kind = kind_of(param)
-    if kind in ("meta", "uninitialized"):
-        raise ValueError(
-            f"Fisher scores: parameters must have values (got '{name}', which is {kind}); load the model's weights "
-            "first, or leave it out by `names`"
-        )
-    if param.layout != torch.strided or param.is_nested or param.dtype not in _DTYPES:
-        raise ValueError(
-            f"Fisher scores: parameters must be dense and of {' or '.join(map(str, _DTYPES))} (got '{name}', "
-            f"{kind or 'dense'}, {param.dtype}); leave it out by `names`"
         )
 
 

@@ -14,7 +14,14 @@ from ..ops.fsdp import fsdp_modules
 
 _T = TypeVar("_T")
 _END = object()
-_CLASSES = {"ValueError": ValueError, "TypeError": TypeError}  # that other ranks raise, too; for the rest RuntimeError
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+# What other ranks raise, too; a RuntimeError for the rest.
+_CLASSES = {"ValueError": ValueError, "TypeError": TypeError, "NotFiniteError": NotFiniteError}
 
 
 class Together:

@@ -5,11 +5,14 @@ from typing import Literal, get_args
 
 from ..arguments import Selector, check_seed, predicate
 from ..child.choice import Scope
+from ..fisher.estimation import OnNonfinite
 from ..ops.random_mask import keep_threshold
 from ..optimizer.collect import Decay, Variant
 
 Mode = Literal["F", "D"]
-_ONLY_D = ("fisher_batches", "per_example", "grad_clip", "train_mode", "scope", "maskable", "refresh_every")
+_ONLY_D = (
+    "fisher_batches", "per_example", "grad_clip", "train_mode", "on_nonfinite", "scope", "maskable", "refresh_every",
+)  # fmt: skip
 _ONLY_F = ("seed",)
 
 
@@ -38,6 +41,8 @@ class ChildTuningConfig:
             squared; None does not clip (default: None).
         train_mode: mode "D" only: estimates the scores with dropout on; False estimates them with dropout off
             (default: False).
+        on_nonfinite: mode "D" only: "skip" leaves batches, or examples, whose loss or gradient is not finite out of the
+            scores, with a warning; "raise" raises a ValueError (default: "raise").
         scope: mode "D" only: "global" chooses among all maskable weights together; "tensor" keeps the share in each
             tensor (default: "global").
         maskable: mode "D" only: selects the maskable parameters: a predicate over names, or a regular expression that
@@ -59,6 +64,7 @@ class ChildTuningConfig:
     per_example: bool = False
     grad_clip: float | None = None
     train_mode: bool = False
+    on_nonfinite: OnNonfinite = "raise"
     scope: Scope = "global"
     maskable: Selector = None
     refresh_every: Literal["epoch"] | None = None
@@ -66,6 +72,7 @@ class ChildTuningConfig:
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("decay", Decay), ("variant", Variant), ("scope", Scope)):
             self._check_choice(name, *get_args(choices))
+        self._check_choice("on_nonfinite", *get_args(OnNonfinite))
         self._check_choice("refresh_every", None, "epoch")
         self._check_options_of_mode()
         keep_threshold(self.reserve_p)

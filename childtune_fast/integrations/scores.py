@@ -10,7 +10,7 @@ from transformers import Trainer, set_seed
 from ..arguments import is_sharded
 from ..child.maskable import maskable_parameters
 from ..fisher import estimate_fisher
-from ..fisher.restore import leaving_as_it_was
+from ..fisher.restore import leaving_random_states
 from .config import ChildTuningConfig
 
 
@@ -21,7 +21,7 @@ def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> di
     processes. Those of sharded parameters are DTensors of squares of gradients that are means over all processes.
     """
     model: Any = trainer.model  # which Trainer's annotations allow to be None
-    with leaving_as_it_was(model):
+    with leaving_random_states(trainer, without=model):
         set_seed(trainer.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
         batches: Any = trainer.get_train_dataloader()
         if hasattr(batches, "set_epoch"):
@@ -36,6 +36,7 @@ def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> di
                 grad_clip=config.grad_clip,
                 names=maskable_parameters(model, config.maskable).__contains__,
                 train_mode=config.train_mode,
+                on_nonfinite=config.on_nonfinite,
                 progress=trainer.is_local_process_zero() and not trainer.args.disable_tqdm,
             )
         finally:
@@ -54,7 +55,9 @@ def _loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> Tenso
     """
     counts = {}
     if trainer.compute_loss_func is not None and "labels" in batch:
-        counts["num_items_in_batch"] = (batch["labels"] != -100).sum()
+        # Trainer multiplies such a loss by the number of processes, since in training it counts the labels of all.
+        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+        counts["num_items_in_batch"] = (batch["labels"] != -100).sum() * processes
     as_it_is = trainer.args.fp16 or is_fsdp2(trainer)
     autocast = contextlib.nullcontext() if as_it_is else trainer.accelerator.autocast()
     with trainer.compute_loss_context_manager(), autocast:

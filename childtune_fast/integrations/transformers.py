@@ -145,15 +145,21 @@ class ChildTuningTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what Trainer.compute_loss returns; explains the error of a model that gets no labels.
+        """Returns what Trainer.compute_loss returns; explains the error of a model that returns no loss.
 
         Raises:
-            ValueError: the model cannot compute a loss because the batch has no labels.
+            ValueError: the model cannot compute a loss because the batch has no labels, or returns several losses.
         """
         keys = list(inputs)
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         except ValueError as error:
+            returned = str(error).partition("following keys: ")[2].partition(". For reference")[0]  # Trainer's words
+            if "loss" in returned:
+                raise ValueError(
+                    f"ChildTuningTrainer: the model must return one loss, named loss (got {returned}); override "
+                    "compute_loss, and return the sum of the losses"
+                ) from error
             if any(name in keys for name in self.label_names):
                 raise
             raise ValueError(

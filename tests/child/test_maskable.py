@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
 from models import FAMILIES, Block, Tiny, family
 from torch import nn
 
+from childtune_fast import ChildAdamW, ChildNetwork
 from childtune_fast.child.maskable import block_lists, head_parameters, maskable_parameters
 
 
@@ -117,3 +119,56 @@ def test_heads_that_are_lists_of_perceptrons_are_no_blocks():
             self.outputs = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)) for _ in range(3))
 
     assert block_lists(Tasks()) == ["blocks"]
+
+
+def frozen(*parts):
+    model = Tiny()
+    for part in parts:
+        getattr(model, part).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("parts", [("blocks",), ("embedding", "blocks")])
+def test_frozen_blocks_are_an_error_with_remedies_that_work(parts):
+    model = frozen(*parts)
+    blocks = sum(param.numel() for param in model.blocks.parameters())
+    with pytest.raises(
+        ValueError, match=rf"blocks \['blocks'\], which must not be frozen \(got {blocks:,} of their "
+    ) as got:
+        maskable_parameters(model)
+    assert re.search(r"; unfreeze them .*, or pass maskable=.*, or train the head .*head_only$", str(got.value))
+    child = ChildNetwork.head_only(model)
+    assert list(child.packed) == [name for name in ("embedding.weight",) if "embedding" not in parts]
+    optimizer = ChildAdamW(model.parameters(), lr=0.1, child=child)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    (model.embedding.weight.sum() + model.classifier.weight.sum()).backward()
+    optimizer.step()
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == ["classifier.weight"]
+    assert len(maskable_parameters(model, "classifier")) == 2
+    model.requires_grad_(True)
+    assert len(maskable_parameters(model)) == 12
+
+
+def test_frozen_blocks_without_a_remedy_that_would_be_refused():
+    with pytest.raises(ValueError, match=r"unfreeze them with requires_grad_\(True\)$"):
+        maskable_parameters(Tiny().requires_grad_(False))
+    with pytest.raises(ValueError, match="from no such list"):
+        maskable_parameters(nn.Linear(4, 4).requires_grad_(False))
+    with pytest.raises(ValueError, match=r"among the trainable weights$"):
+        maskable_parameters(frozen("blocks", "classifier"))
+
+
+def test_one_trained_block_among_frozen_ones():
+    model = frozen("embedding")
+    model.blocks[0].requires_grad_(False)
+    assert all(name.startswith("blocks.1.") for name in maskable_parameters(model))
+    model.embedding = nn.Embedding(1500, 16)  # 2 blocks would hold a tenth, one does not
+    with pytest.raises(ValueError, match="must not be frozen"):
+        maskable_parameters(model)
+    model.embedding = nn.Embedding(10_000, 16)  # 2 blocks would not
+    with pytest.raises(ValueError, match="must hold at least 10%"):
+        maskable_parameters(model)
+    model.embedding.requires_grad_(False)
+    model.blocks.requires_grad_(False)  # beside the head that is trained, they would
+    with pytest.raises(ValueError, match="must not be frozen"):
+        maskable_parameters(model)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers import same_bits
 from sharded_models import (
     BATCHES,
     CLIP,
     assert_same,
     counted_additions,
+    cut_models,
     estimate,
     exact_batches,
     exact_loss,
@@ -20,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from childtune_fast import FisherAccumulator
+from childtune_fast.ops import shards
 
 # ---- The model is left as it was -----------------------------------------------------------------------------------
 
@@ -90,6 +93,47 @@ def check_the_model_is_sharded_before_and_after(rank, world, folder):
         assert_same(estimate(model, exact_batches([rank])), expected)
 
 
+def check_weights_that_the_loss_writes_come_back(rank, world, folder):
+    """Those that a rank holds, and those that fully_shard has made whole for a forward pass."""
+    for way, (model, mine, _) in cut_models(rank, world).items():
+        before = [(param, shards.local_tensor(param).clone()) for param in model.parameters()]
+        seen = []
+
+        def write(module, inputs, seen=seen):
+            with torch.no_grad():
+                module.weight.mul_(2)
+            seen.append(isinstance(module.weight, DTensor))
+
+        def loss(model, batch):
+            with torch.no_grad():
+                model[2].bias.mul_(2)
+            return exact_loss(model, batch)
+
+        hook = model[1].register_forward_pre_hook(write)
+        estimate(model, exact_batches(mine), loss_fn=loss)
+        hook.remove()
+        assert seen == [way == "TP" or "x TP" in way] * BATCHES, way
+        for param, (same, values) in zip(model.parameters(), before, strict=True):
+            assert param is same, way
+            assert same_bits(shards.local_tensor(param), values), way
+
+
+def check_ranks_raise_together_where_one_cannot_restore_a_weight(rank, world, folder):
+    """Rank 0 writes a weight in a batch that is not watched."""
+    for model, mine, _ in cut_models(rank, world).values():
+        batches = [{**batch, "i": i} for i, batch in enumerate(exact_batches(mine))]
+
+        def loss(model, batch):
+            if batch["i"] == 1 and rank == 0:
+                shards.local_tensor(model[1].weight).add_(1)
+            return exact_loss(model, batch)
+
+        error = ("all ranks must go on together" if rank else "") + r".*must write weights .*got others in '1\.weight'"
+        with pytest.raises(ValueError, match=error):
+            estimate(model, batches, loss_fn=loss)
+        estimate(model, exact_batches(mine))  # the ranks are where they were
+
+
 def check_accumulation_is_refused(rank, world, folder):
     model = under_fsdp(exact_model())
     for change, undo in (
@@ -152,7 +196,12 @@ def check_ranks_raise_together(rank, world, folder):
 
     nan = spoiled(lambda batch: {**batch, "c": batch["c"] * torch.nan})
     words = r"batch 1: the loss must be finite \(got \[nan\]\); look"
-    raises(rf"all ranks must go on together \(another raised ValueError: .*{words}", nan, "^estimate_fisher: " + words)
+    raises(
+        rf"all ranks must go on together \(another raised NotFiniteError: .*{words}", nan, "^estimate_fisher: " + words
+    )
+    with pytest.warns(UserWarning, match=rf"1 of {BATCHES} were left out, .*: batch 1$"):  # on all ranks
+        left = estimate(model, nan, on_nonfinite="skip")
+    assert_same(left, estimate(exact_model(), [b for i, b in enumerate(exact_batches(range(world))) if i != 1]))
     bare = spoiled(lambda batch: {"x": batch["x"]})
     raises(r"together \(another raised KeyError: 'c'\)", bare, r"^'c'$", error=(RuntimeError, KeyError))
     early = spoiled(lambda batch: {"c": batch["c"]})  # before the model is entered
@@ -218,10 +267,27 @@ def check_a_gradient_that_is_not_finite_on_one_rank(rank, world, folder):
         FisherAccumulator(model).update()
 
 
+def check_a_loss_in_training_mode_only(rank, world, folder):
+    """No rank computes the loss again, since others might not: the remedy is named on a condition."""
+    model, calls = under_fsdp(exact_model()), []
+
+    def loss(model, batch):
+        calls.append(model.training)
+        return exact_loss(model, batch) if model.training else [model(batch["x"])]
+
+    with pytest.raises(ValueError, match=r"\(got list\); .*; or train_mode=True, if the model computes its loss in"):
+        estimate(model, exact_batches([rank]), loss_fn=loss)
+    assert calls == [False]
+    assert estimate(model, exact_batches([rank]), loss_fn=loss, train_mode=True)
+
+
 CHECKS = (
     check_the_model_is_sharded_before_and_after,
+    check_weights_that_the_loss_writes_come_back,
+    check_ranks_raise_together_where_one_cannot_restore_a_weight,
     check_accumulation_is_refused,
     check_a_module_that_runs_several_times,
     check_ranks_raise_together,
     check_a_gradient_that_is_not_finite_on_one_rank,
+    check_a_loss_in_training_mode_only,
 )

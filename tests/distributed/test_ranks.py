@@ -18,6 +18,7 @@ MODULES = (
     "check_child",
     "check_scores",
     "check_scoring",
+    "check_zero_scores",
     "check_sums",
     "check_scale",
     "check_recipes",

@@ -273,12 +273,11 @@ def test_what_cannot_be_restored_is_told_and_costs_neither_the_scores_nor_the_re
     monkeypatch.setattr("childtune_fast.fisher.restore.overwrite", overwrite)
     message = (
         r"\(could not restore the mode by train\(\) \(ZeroDivisionError: no way back\); buffer 'lost' \(RuntimeError: "
-        r"out of memory\); the gradient of '3.weight' \(RuntimeError: .*dtype.*\)\); the scores are valid"
+        r"out of memory\)\); the scores are valid"
     )
     with pytest.warns(UserWarning, match=message) as warned:
         scores = estimate(model, make_batches(), loss_fn=loss, names=r"^0\.weight")
     assert len(warned) == 1
     assert scores["0.weight"].all()
     model.lost.fill_(1)
-    model[3].weight.data, model[3].weight.grad = weight, before[1][4][2]
     assert_as_it_was(before, everything_of(model), versions=False)

@@ -79,8 +79,27 @@ def scores_are_of_all_data(folder):
     assert trainer.child_network.overlap(expected) > 0.995  # rounding of sums in another order
 
 
+def a_loss_function_counts_its_own_labels(folder):
+    """Trainer multiplies its loss by the number of processes, as it counts the labels of all of them in training."""
+    from trainer_runs import D, make_model, make_trainer
+
+    from childtune_fast.integrations.scores import fisher_scores
+
+    def loss(outputs, labels, num_items_in_batch):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    for across in (True, False):
+        options = {"per_device_train_batch_size": 2, "average_tokens_across_devices": across}
+        own, other = (
+            fisher_scores(make_trainer(folder, D, model=make_model(), arguments_=options, **more), D, epoch=0)
+            for more in ({}, {"compute_loss_func": loss})
+        )
+        for name, score in own.items():
+            torch.testing.assert_close(other[name], score, rtol=1e-4, atol=1e-12)
+
+
 def run_checks(folder):
-    for check in (ranks_agree, ranks_take_the_best, scores_are_of_all_data):
+    for check in (ranks_agree, ranks_take_the_best, scores_are_of_all_data, a_loss_function_counts_its_own_labels):
         check(folder)
 
 
