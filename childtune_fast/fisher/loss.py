@@ -111,7 +111,6 @@ def explaining_loss(
     """Adds the remedy to an error that the loss of a batch raises, or `check_loss` for it.
 
     If the model was in evaluation mode, the loss is computed once more in training mode, to see whether it is then one.
-    The model is left in that mode, since an error is raised in any case.
 
     Raises:
         TypeError: the batch is not collated, as far as can be told.
@@ -169,6 +168,8 @@ def _explain_mode(
         check_loss(loss_fn(model, batch), where)
     except Exception:
         return
+    finally:
+        model.eval()  # who catches the error may go on with the model
     raise ValueError(
         f"estimate_fisher: {where}: in evaluation mode the model must compute its loss (got "
         f"{type(error).__name__}, and a loss in training mode only); pass train_mode=True"

@@ -90,6 +90,11 @@ def has_rule(node: Node, position: int) -> bool:
     return (_kind(node), position) in _RULES
 
 
+def keeps_inputs(node: Node, position: int) -> bool:
+    """Returns whether a rule computes its gradients late, and until then keeps what it computes them from."""
+    return _RULES.get((_kind(node), position)) in (_matrix_product, _embedding, _convolution)
+
+
 def is_simple(node: Node) -> bool:
     """Returns whether a node only transposes or copies its input, so that `called` need not call it."""
     return _kind(node) in ("TBackward", "ToCopyBackward")

@@ -12,7 +12,19 @@ from torch.autograd.graph import GradientEdge
 
 from .graph import Graph, Layout, Use
 from .plan import Group, Plan
-from .rules import Gradient, OfExamples, Place, Rows, Scratch, called, fitted, has_rule, is_simple, of_examples
+from .rules import (
+    Gradient,
+    OfExamples,
+    Place,
+    Rows,
+    Scratch,
+    called,
+    fitted,
+    has_rule,
+    is_simple,
+    keeps_inputs,
+    of_examples,
+)
 
 Sink = Callable[[str, int, Gradient], None]  # takes the gradient of a parameter for an example
 
@@ -53,7 +65,7 @@ class SplitPass:
         return waiting + most_at_once
 
     def _held_by(self, use: Use) -> int:
-        if has_rule(self._graph.nodes[use.node], use.position):
+        if keeps_inputs(self._graph.nodes[use.node], use.position):
             return 2 * _bytes(self._graph.outputs(use.node)[0])  # what has come in, and what has gone out
         return self._examples * _bytes(self._graph.outputs(use.source[0])[use.source[1]])
 

@@ -19,6 +19,7 @@ MODULES = (
     "check_scores",
     "check_scoring",
     "check_zero_scores",
+    "check_not_finite",
     "check_sums",
     "check_scale",
     "check_recipes",
