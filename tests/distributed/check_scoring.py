@@ -248,7 +248,7 @@ def check_a_gradient_that_is_not_finite_on_one_rank(rank, world, folder):
     words = r"the gradient of '0\.\w+' .*must be finite"
 
     def start_of(where):
-        return f"^{where}" if rank == 0 else rf"^Fisher scores: .*\(another raised ValueError: {where}"
+        return f"^{where}" if rank == 0 else rf"^Fisher scores: .*\(another raised NotFiniteError: {where}"
 
     for grad_clip in (None, CLIP):
         with pytest.raises(ValueError, match=start_of("estimate_fisher: batch 0: ") + words):
