@@ -11,7 +11,7 @@ from .sums import SquareSums
 
 Take = Callable[[str, Tensor], None]  # takes the name of a scored parameter and its gradient
 
-_ANY, _UNKNOWN = -3, -2  # beside the numbers that torch gives to backward passes, from 0 on
+_UNKNOWN = -2  # beside the numbers that torch gives to backward passes, from 0 on, and -1 for none
 
 
 class Backward:
@@ -31,7 +31,7 @@ class Backward:
         self._names = {param: name for name, param in sums.params.items()}
         self._sums = sums
         self._take: Take | None = None
-        self._ours = _ANY  # the number of our own backward pass
+        self._ours = _UNKNOWN  # the number of our own backward pass
         self._kept: dict[Parameter, None] = {}
 
     @contextlib.contextmanager
@@ -55,32 +55,23 @@ class Backward:
         def note(_: Tensor) -> None:
             self._ours = torch._C._current_graph_task_id()
 
-        handle = loss.register_hook(note)
-        try:
-            with self.taking(take):
-                self._ours = _UNKNOWN  # until the loss has its gradient; hooks on it may begin other passes before
-                loss.backward()
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def taking(self, take: Take) -> Iterator[None]:
-        """Hands the gradients of all backward passes in the context to `take`, and in the end those that were kept."""
         for param in self._params:
             param.grad = None
-        self._take, self._ours = take, _ANY
+        handle = loss.register_hook(note)
+        self._take, self._ours = take, _UNKNOWN  # until the loss has its gradient: a hook on it may begin a pass before
         try:
-            yield
+            loss.backward()
             for param in self._kept:
                 self._hand_on(param)
         finally:
+            handle.remove()
             self._kept.clear()
             self._take = None
 
     def _arrive(self, param: Parameter) -> None:
         if self._take is None:  # a backward pass inside of a loss
             return
-        if self._ours in (_ANY, torch._C._current_graph_task_id()) and param not in self._kept:
+        if self._ours == torch._C._current_graph_task_id() and param not in self._kept:
             self._hand_on(param)
         else:
             self._kept[param] = None

@@ -56,7 +56,10 @@ def plan_of(small: Graph, large: Graph, names: Mapping[Any, str]) -> Plan:
     called = {
         name
         for use in uses
-        if not (has_rule(large.nodes[use.node], use.position) and _comes_simply(large, use.source[0]))
+        if not (
+            has_rule(large.nodes[use.node], use.position)
+            and hasattr(large.nodes[straight_to(large, use.source[0])[0]], "variable")
+        )
         for name in below[use.source[0]]
     }
     passed = {use.node for use in uses if not called.isdisjoint(below[use.source[0]])}
@@ -133,8 +136,10 @@ def _ends(graph: Graph, uses: list[Use], passed: set[int]) -> tuple[int, ...]:
     return tuple(ends)
 
 
-def _comes_simply(graph: Graph, node: int) -> bool:
-    """Returns whether the gradient of a shared value becomes that of a parameter without a call of a node."""
+def straight_to(graph: Graph, node: int) -> tuple[int, bool]:
+    """Returns what a shared value is but a transpose or a copy of: a node, and whether it is its transpose."""
+    transposed = False
     while is_simple(graph.nodes[node]):
+        transposed ^= graph.nodes[node].name().startswith("TBackward")
         ((node, _),) = (source for source in graph.inputs[node] if source is not None)
-    return hasattr(graph.nodes[node], "variable")
+    return node, transposed

@@ -34,6 +34,13 @@ class Rows(NamedTuple):
 
 
 Gradient = Tensor | Rows
+
+
+def dense(grad: Gradient) -> Tensor:
+    """Returns a gradient as one tensor."""
+    return grad.dense() if isinstance(grad, Rows) else grad
+
+
 OfExamples = Callable[[int, int], Sequence[Gradient]]  # (begin, end) -> the gradients of these examples
 
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rules import Gradient, Rows
+from .rules import Gradient, dense
 
 _SIGNIFICANT = {torch.float64: 1e-9, torch.float32: 2e-4}  # of a gradient's norm; any other dtype: 0.1
 
@@ -24,15 +24,15 @@ class Sketches:
 
     def add(self, name: str, example: int, grad: Gradient) -> None:
         """Describes the gradient of a parameter for an example."""
-        grad = grad.dense() if isinstance(grad, Rows) else grad.detach()
-        dense = (grad if grad.layout == torch.strided else grad.to_dense()).flatten()
-        self._tolerance[name] = max(self._tolerance.get(name, 0.0), _SIGNIFICANT.get(dense.dtype, 0.1))
-        total = torch.zeros(3, dtype=torch.float64, device=dense.device)
-        for number, part in enumerate(dense.split(_CHUNK)):
-            values = part if part.dtype == torch.float64 else part.float()
-            found = [torch.dot(values, wave) for wave in self._waves(values)]
+        whole = dense(grad).detach()
+        values = (whole if whole.layout == torch.strided else whole.to_dense()).flatten()
+        self._tolerance[name] = max(self._tolerance.get(name, 0.0), _SIGNIFICANT.get(values.dtype, 0.1))
+        total = torch.zeros(3, dtype=torch.float64, device=values.device)
+        for number, chunk in enumerate(values.split(_CHUNK)):
+            part = chunk if chunk.dtype == torch.float64 else chunk.float()
+            found = [torch.dot(part, wave) for wave in self._waves(part)]
             total[1:] += torch.stack(found).double() * math.cos(number)
-            total[0] += torch.dot(values, values)
+            total[0] += torch.dot(part, part)
         total[0].sqrt_()
         self._found[name, example] = total.cpu()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .graph import Graph, Layout, Use
-from .plan import Group, Plan
+from .plan import Group, Plan, straight_to
 from .rules import (
     Gradient,
     OfExamples,
@@ -19,9 +19,9 @@ from .rules import (
     Rows,
     Scratch,
     called,
+    dense,
     fitted,
     has_rule,
-    is_simple,
     keeps_inputs,
     of_examples,
 )
@@ -138,10 +138,7 @@ class SplitPass:
 
     def _straight(self, sources: set[tuple[int, int]]) -> Callable[[dict[Any, Gradient]], dict[str, Gradient]] | None:
         """Returns what `_of_parameters` does for a parameter that is only transposed or copied; None for any other."""
-        (node, _), transposed = min(sources), False
-        while is_simple(self._graph.nodes[node]):
-            transposed ^= self._graph.nodes[node].name().startswith("TBackward")
-            ((node, _),) = (source for source in self._graph.inputs[node] if source is not None)
+        node, transposed = straight_to(self._graph, min(sources)[0])
         if len(sources) > 1 or node not in self._plan.leaves:
             return None
         name, of = self._plan.leaves[node], self._graph.outputs(node)[0]
@@ -150,8 +147,7 @@ class SplitPass:
             (grad,) = grads.values()
             if isinstance(grad, Rows) and not transposed:
                 return {name: grad}
-            dense = grad.dense() if isinstance(grad, Rows) else grad
-            return {name: fitted(dense.t() if transposed else dense, of)}
+            return {name: fitted(dense(grad).t() if transposed else dense(grad), of)}
 
         return only
 
@@ -166,8 +162,8 @@ class SplitPass:
                 if index in self._plan.leaves:
                     found[self._plan.leaves[index]] = of_outputs[0]  # type: ignore[assignment]
                 continue
-            node, dense = self._graph.nodes[index], [_dense(grad) for grad in of_outputs]
-            for source, grad in zip(self._graph.inputs[index], called(node, dense), strict=True):
+            whole = [None if grad is None else dense(grad) for grad in of_outputs]
+            for source, grad in zip(self._graph.inputs[index], called(self._graph.nodes[index], whole), strict=True):
                 if source is not None and grad is not None:
                     grad = fitted(grad, self._graph.outputs(source[0])[source[1]])
                     grads[source] = _sum(grads[source], grad) if source in grads else grad
@@ -180,14 +176,9 @@ def _bytes(of: Any) -> int:
     return size
 
 
-def _dense(grad: Gradient | None) -> Tensor | None:
-    return grad.dense() if isinstance(grad, Rows) else grad
-
-
 def _sum(first: Gradient, second: Gradient) -> Gradient:
     if isinstance(first, Rows) and isinstance(second, Rows):
         indices, inverse = torch.unique(torch.cat([first.indices, second.indices]), return_inverse=True)
         values = first.values.new_zeros(len(indices), first.values.shape[1])
         return Rows(indices, values.index_add_(0, inverse, torch.cat([first.values, second.values])), first.shape)
-    dense = first.dense() if isinstance(first, Rows) else first
-    return dense + (second.dense() if isinstance(second, Rows) else second)
+    return dense(first) + dense(second)

@@ -1,4 +1,4 @@
-"""What decides whether examples can be told apart in a forward pass: random numbers, and selection by values."""
+"""Modes that watch operations, for what decides whether examples can be told apart: random numbers, and selection."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _RATES = ("dropout_p", "dropout")  # the arguments of operations that drop elements inside of themselves
 
 
-class _Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A mode that sees every operation, under which compiled functions stay compiled."""
+
+    supports_higher_order_operators = True
+
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # under any other mode, torch.compile gives up its functions for good
+        """Returns True: under any other mode, torch.compile gives up its functions for good."""
+        return True
 
 
-class Constants(_Mode):
+class Constants(Mode):
     """Makes every random number that torch draws in the context the same one, so that two passes can be compared.
 
     Masks of dropout then keep everything. A model stays in its mode, in which it may do more than draw numbers.
@@ -37,7 +42,7 @@ class Constants(_Mode):
         return result
 
 
-class Selections(_Mode):
+class Selections(Mode):
     """Calls a function whenever an operation returns as many elements as the values of its inputs say.
 
     How many of them belong to an example cannot be told then from the shapes.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.tensor_parts import copied, kind_of, overwrite, parts, raw, same_bits
 from .restorers import Restorers
+from .watch import Mode
 
 
 class Weights:
@@ -95,18 +95,12 @@ class Weights:
             )
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Mode):
     """Tells a function of every tensor that an operation is about to write."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._tell = tell
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        return True  # under any other mode, torch.compile gives up its functions for good
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
