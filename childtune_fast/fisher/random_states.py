@@ -1,6 +1,7 @@
 """Restores random states: the global ones, and those of the generators that a DataLoader or a module holds."""
 
 import contextlib
+import functools
 import random
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from .restorers import Restorers, contents
 
-_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
 # What is not looked into: it holds no generator, or more than one wants to walk over.
 _CLOSED = (type, types.ModuleType, Tensor, np.ndarray, str, bytes, int, float, complex)
 _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)  # a class of the user's own may do anything when it is read
@@ -23,6 +23,12 @@ _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)  # a class of the us
 _NO_ITERATOR = {"_iterator": None, "_initial_iter_for_state_dict": False}
 _LONGEST = 100  # entries of a list or dictionary that is looked into; a longer one holds data
 _MOST = 2000  # objects that are looked into, nearest first
+
+
+@functools.cache
+def _generators() -> tuple[type, ...]:
+    """Returns the classes of random generators; not at import, since numpy loads its own only when they are named."""
+    return torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator
 
 
 def global_states() -> Restorers:
@@ -45,7 +51,7 @@ def global_states() -> Restorers:
 def module_states(model: nn.Module) -> Restorers:
     """Returns what restores the states of the generators that are attributes of a model's modules."""
     values = (value for module in model.modules() for value in vars(module).values())
-    return held_states(value for value in values if isinstance(value, _GENERATORS))
+    return held_states(value for value in values if isinstance(value, _generators()))
 
 
 def held_states(holders: Iterable[Any], without: Iterable[Any] = ()) -> Restorers:
@@ -62,7 +68,7 @@ def held_states(holders: Iterable[Any], without: Iterable[Any] = ()) -> Restorer
     restorers: Restorers = []
     for thing in _reached(holders, without):
         name = f"random state in {type(thing).__name__}"
-        if isinstance(thing, _GENERATORS):
+        if isinstance(thing, _generators()):
             restorers += [(name, restore) for restore in _state_of(thing)]
         elif (held := _attributes(thing)) is not None:
             keeps_all = isinstance(thing, (DataLoader, Sampler))
@@ -97,7 +103,7 @@ def _reached(holders: Iterable[Any], without: Iterable[Any]) -> list[Any]:
 
 def _inside(thing: Any) -> Iterable[Any]:
     """Returns the objects that an object holds."""
-    if isinstance(thing, _GENERATORS):
+    if isinstance(thing, _generators()):
         return ()
     if type(thing) in _CONTAINERS:
         values = thing.values() if isinstance(thing, dict) else thing
@@ -145,9 +151,9 @@ def _generators_in(held: dict[str, Any]) -> Callable[[], None]:
     def put_back() -> None:
         for name in held.keys() | before.keys():
             now, then = held.get(name), before.get(name)
-            if now is not then and isinstance(now if isinstance(now, _GENERATORS) else then, _GENERATORS):
+            if now is not then and isinstance(now if isinstance(now, _generators()) else then, _generators()):
                 held[name] = then
-            if name not in before and isinstance(now, _GENERATORS):
+            if name not in before and isinstance(now, _generators()):
                 del held[name]
 
     return put_back

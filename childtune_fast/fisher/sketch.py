@@ -53,7 +53,7 @@ class Sketches:
         )
 
     def _differ(self, name: str, first: int, second: int) -> bool:
-        nothing = torch.zeros(3, dtype=torch.float64)
+        nothing = torch.zeros(3, dtype=torch.float64, device="cpu")
         one, other = (self._found.get((name, example), nothing) for example in (first, second))
         return bool(((one - other).abs() > 2 * self._tolerance[name] * torch.maximum(one[0], other[0])).any())
 
@@ -63,7 +63,7 @@ class Sketches:
         A gradient that is nothing but rounding, such as that of a bias before a softmax, may differ altogether.
         """
         largest = max((float(found[0]) for found in other._found.values()), default=0.0)
-        nothing = torch.zeros(3, dtype=torch.float64)
+        nothing = torch.zeros(3, dtype=torch.float64, device="cpu")
         for name, example in sorted(self._found.keys() | other._found.keys()):
             mine, others = (sketches._found.get((name, example), nothing) for sketches in (self, other))
             tolerance = max(self._tolerance.get(name, 0.0), other._tolerance.get(name, 0.0))
