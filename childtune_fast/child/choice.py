@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..arguments import Selector, check_seed, check_type, is_sharded
+from ..arguments import Selector, check_seed, check_type, is_sharded, lost_memory, shown
 from ..ops.packed_mask import PackedMask, pack
 from ..ops.select import top_k
 from .adapters import warn_of_adapters
@@ -39,7 +39,7 @@ def choose(scores: dict[str, Tensor], reserve_p: float, scope: Scope, *, largest
     if not 0 < reserve_p <= 1:
         raise ValueError(f"reserve_p, the share of weights in the child network, must lie in (0, 1] (got {reserve_p})")
     if scope not in get_args(Scope):
-        raise ValueError(f"scope must be 'global' or 'tensor' (got {scope!r})")
+        raise ValueError(f"scope must be 'global' or 'tensor' (got {shown(scope)})")
     groups: Iterable[dict[str, Tensor]] = [scores] if scope == "global" else ({n: t} for n, t in scores.items())
     packed: dict[str, PackedMask] = {}
     for group in groups:
@@ -136,6 +136,8 @@ def checked_tensors(
                 f"{what} must have the parameter's shape (got {tuple(tensor.shape)} for '{name}' of shape "
                 f"{tuple(params[name].shape)}); they are of another model"
             )
+        if lost_memory(tensor):
+            raise ValueError(f"{what} must have memory for their values (got one whose storage was freed for '{name}')")
         if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
             raise ValueError(
                 f"{what} must be whole, sharded or replicated (got partial sums, {tuple(tensor.placements)}, for "

@@ -8,20 +8,23 @@ description holds a digest of the base's values, so that a delta cannot be appli
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import FilePath, is_sharded
 from ..ops.packed_mask import PackedMask
-from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, rebuilt, same_bits
-from . import files
+from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, same_bits
+from ..ops.undisturbed import undisturbed
+from . import delta_entries, files
+from .delta_entries import Entry
 from .files import check_shapes
 from .names import renamed
 
 _KIND = "delta"
 _NAMED = 5  # tensors that an error names
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def save(
             )
     packed = renamed(packed, tuned)
     before = renamed(_tensors(base) if isinstance(base, nn.Module) else base, tuned)
+    _check_memory(packed, tuned, before)
     _check_outside(packed, tuned, before)
     left_out = _left_out({name: tensor for name, tensor in tuned.items() if name not in packed}, before)
     contents: dict[str, Tensor] = {}
@@ -57,7 +61,7 @@ def save(
         if name in packed:
             mask = packed[name].to(tensor.device)
             contents[f"bits/{name}"] = mask.bits
-            contents[f"values/{name}"] = mask.gather(tensor)
+            contents[f"values/{name}"] = mask.gather(_integers(tensor)).view(tensor.dtype)
             digests[name] = _digest_outside(mask, tensor)
         elif name in left_out:
             digests[name] = files.digest(tensor)
@@ -78,56 +82,29 @@ def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
             "before the model is sharded"
         )
     contents, description = files.read(path, _KIND)
-    shapes, entries = (renamed(found, tensors) for found in (description["shapes"], _entries(contents, description)))
-    check_shapes(path, shapes, tensors)
-    unknown = next((name for name in tensors if name not in shapes), None)
-    if unknown is not None:
+    shapes = files.shapes_in(path, description)
+    entries = renamed(delta_entries.entries(path, shapes, contents, description), tensors)
+    check_shapes(path, renamed(shapes, tensors), tensors)
+    if unknown := next((name for name in tensors if name not in entries), None):
         raise ValueError(f"'{os.fspath(path)}' is for a model without '{unknown}'; it is of another model")
+    params = dict(base_model.named_parameters())
     for name, tensor in tensors.items():
+        if entries[name].mask is not None and name not in params:
+            files.refuse(path, "masks of parameters only", f"one of the buffer {name!r}")
         _check_base(path, name, tensor, entries[name])
-    for name, tensor in tensors.items():
-        entry = entries[name]
-        if entry.mask is not None and entry.values is not None:
-            mask = entry.mask.to(tensor.device).unpack()
-            overwrite(tensor, tensor.masked_scatter(mask, entry.values.to(tensor.device)))
-        elif entry.full is not None:
-            overwrite(tensor, entry.full.to(tensor.device))
-    return {name: of_it for name in shapes if (of_it := entries[name].mask) is not None}
+    with undisturbed():  # all is checked
+        for name, tensor in tensors.items():
+            _write(tensor, entries[name])
+    return {name: of_it for name in tensors if (of_it := entries[name].mask) is not None}
 
 
-class _Entry(NamedTuple):
-    """What a delta holds of one tensor.
-
-    Attributes:
-        kind: what the tensor is, unless it is dense; see `kind_of`.
-        mask: the mask of a masked parameter.
-        values: the child network's values in it.
-        full: the whole tensor, if it is not masked and not the base's.
-        digest: the digest of the base's values that were left out.
-    """
-
-    kind: str
-    mask: PackedMask | None
-    values: Tensor | None
-    full: Tensor | None
-    digest: str | None
-
-
-def _entries(contents: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, _Entry]:
-    """Returns {name: what the file holds of that tensor}, for every tensor of the model that the file was made for."""
-    stored: dict[str, dict[str, Tensor]] = {name: {} for name in description["shapes"]}
-    for key, tensor in contents.items():
-        what, _, name = key.partition("/")
-        stored[name][what] = tensor
-    entries = {}
-    for name, shape in description["shapes"].items():
-        of_it = stored[name]
-        kind = description.get("kinds", {}).get(name, "")
-        mask = PackedMask(shape, of_it["bits"]) if "bits" in of_it else None
-        inside = {what.partition(".")[2]: tensor for what, tensor in of_it.items() if what.startswith("full")}
-        full = rebuilt(kind, shape, inside) if inside else None
-        entries[name] = _Entry(kind, mask, of_it.get("values"), full, description["base"].get(name))
-    return entries
+def _write(tensor: Tensor, entry: Entry) -> None:
+    """Gives a tensor the values that a delta has of it."""
+    if entry.mask is not None and entry.values is not None:
+        mask, values = entry.mask.to(tensor.device).unpack(), entry.values.to(tensor.device)
+        overwrite(tensor, _integers(tensor).masked_scatter(mask, _integers(values)).view(tensor.dtype))
+    elif entry.full is not None:
+        overwrite(tensor, entry.full.to(tensor.device))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -143,6 +120,24 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _first_sharded(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if is_sharded(tensor)), None)
+
+
+def _check_memory(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if the base has a trainable tensor in the model's memory, where training changed it too."""
+    for name, tensor in tuned.items():
+        trained = tensor.requires_grad and (name not in packed or packed[name].count > 0)
+        if trained and name in base and _same_memory(tensor, base[name]):
+            raise ValueError(
+                f"save_delta: the base must have memory of its own for what was trained (got '{name}' in the model's, "
+                "where training has changed it too, as in a state dict that was not copied); pass a copy that was made "
+                "before training, such as copy.deepcopy's, or the pretrained model loaded anew"
+            )
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if kind_of(a) or kind_of(b) or not a.numel():
+        return False
+    return (a.device, a.data_ptr()) == (b.device, b.data_ptr())
 
 
 def _check_outside(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
@@ -215,14 +210,20 @@ def _readable(tensor: Tensor) -> bool:
 def _storable(tensor: Tensor) -> bool:
     if kind_of(tensor) not in REBUILT or not _readable(tensor):
         return False
-    return all(part.dtype == torch.complex64 for part in parts(tensor).values() if part.is_complex())
+    return all(files.can_hold(part.dtype) for part in parts(tensor).values())
 
 
 def _digest_outside(mask: PackedMask, tensor: Tensor) -> str:
-    return files.digest(tensor.masked_fill(mask.unpack(), 0))
+    return files.digest(_integers(tensor).masked_fill(mask.unpack(), 0).view(tensor.dtype))
 
 
-def _check_base(path: FilePath, name: str, tensor: Tensor, entry: _Entry) -> None:
+def _integers(tensor: Tensor) -> Tensor:
+    """Returns a dense tensor's bits as integers, which torch can select and fill also where it cannot the tensor's."""
+    integers = _INTEGERS.get(tensor.element_size())
+    return tensor if integers is None else tensor.resolve_conj().resolve_neg().view(integers)
+
+
+def _check_base(path: FilePath, name: str, tensor: Tensor, entry: Entry) -> None:
     """Raises ValueError unless a tensor is of the kind and dtype in the file, and has what the file leaves out."""
     stored = entry.full if entry.values is None else entry.values
     for of_file, of_model, what in (
@@ -236,6 +237,8 @@ def _check_base(path: FilePath, name: str, tensor: Tensor, entry: _Entry) -> Non
             )
     if entry.digest is None:
         return
+    if not _readable(tensor):
+        files.refuse(path, "digests of values that can be read", f"one for '{name}', {entry.kind}")
     found = files.digest(tensor) if entry.mask is None else _digest_outside(entry.mask.to(tensor.device), tensor)
     if found != entry.digest:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn import Parameter
 
-from ..arguments import Selector, check_model, predicate
+from ..arguments import Selector, check_model, predicate, shown
 from .parts import Parts, find_parts, has_block_list, within
 
 _LEAST_SHARE = 0.1  # the share of the trainable weights that the found blocks must hold
@@ -39,7 +39,7 @@ def maskable_parameters(model: nn.Module, maskable: Selector = None) -> dict[str
     chosen = {name: param for name, param in trainable.items() if wanted(name)}
     if not _size(chosen.values()):
         raise ValueError(
-            f"maskable must match parameters that require gradients (got {maskable!r}, which matches none of the "
+            f"maskable must match parameters that require gradients (got {shown(maskable)}, which matches none of the "
             f"{len(trainable)}); the model has {_candidates(model, trainable)}"
         )
     return chosen

@@ -182,8 +182,8 @@ class ChildNetwork(WeightSet):
             ValueError: the mask has another shape, as happens after parameters are flattened or resized; or `name` is
                 None, and this is a copied or unpickled child network, which knows parameters by name only.
         """
-        known = self.places.names().get(param)
-        known = known or (None if name is None else self.names_for([name]).get(name))
+        check_type("ChildNetwork.mask_of: name", name, (str, type(None)), "a string or None")
+        known = self.places.names().get(param) or (None if name is None else self.names_for([name]).get(name))
         if known is None:
             self.check_known([name])
             return None
@@ -235,9 +235,10 @@ class ChildNetwork(WeightSet):
         Every rank has the whole masks: of several ranks, one is enough to write them.
 
         Args:
-            path: the file to write; an existing one is replaced.
+            path: the file to write; an existing one is replaced and keeps its permissions, and a link is followed.
 
         Raises:
+            ValueError: a masked parameter has a name that safetensors keeps for itself.
             OSError: the file cannot be written.
         """
         files.save_masks(path, self.packed)
@@ -252,7 +253,8 @@ class ChildNetwork(WeightSet):
                 names of two models meet, the prefixes of torch.compile, DDP, FSDP and checkpointing make no difference.
 
         Raises:
-            ValueError: the file is damaged, of another kind, or for a model with other parameter names or shapes.
+            ValueError: the file is damaged, of another kind or wrong in itself, or for a model with other parameter
+                names or shapes.
             OSError: the file cannot be read.
         """
         check_model(model)
@@ -266,13 +268,15 @@ class ChildNetwork(WeightSet):
         must be so in the base too, for they have no values.
 
         Args:
-            path: the file to write; an existing one is replaced.
+            path: the file to write; an existing one is replaced and keeps its permissions, and a link is followed.
             model: torch.nn.Module that was fine-tuned with this child network.
-            base: the module before fine-tuning, or its state dict.
+            base: the module before fine-tuning, or its state dict. What was trained must not be in the model's memory,
+                as it is in a state dict that was not copied; frozen parameters and buffers may be.
 
         Raises:
             ValueError: a weight outside the child network is not the base's, bit for bit; names, shapes or dtypes of
-                masked parameters differ; a tensor is sharded, or another one of a kind that the file cannot hold.
+                masked parameters differ; the base has a trained parameter in the model's memory; a tensor is sharded,
+                or another one of a kind that the file cannot hold.
             OSError: the file cannot be written.
         """
         check_model(model)
@@ -288,8 +292,8 @@ class ChildNetwork(WeightSet):
             base_model: torch.nn.Module with the base's values wherever the file holds none; it is written in place.
 
         Raises:
-            ValueError: the file is damaged or of another kind, or the model is not the base, or sharded. Nothing is
-                written then.
+            ValueError: the file is damaged, of another kind or wrong in itself, or the model is not the base, or
+                sharded. Nothing is written then.
             OSError: the file cannot be read.
         """
         check_model(base_model, "base_model")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from .. import whole_file
 
 
 def read(path: Path) -> bytes | None:
@@ -40,6 +41,18 @@ def _trusted(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and not others_write
 
 
+def only_ours(folder: Path) -> bool:
+    """Returns whether nobody but this user and root can put another file in the place of one in a folder."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    if os.name != "posix":
+        return True
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (os.geteuid(), 0) and (not others_write or bool(found.st_mode & stat.S_ISVTX))
+
+
 def write(path: Path, data: bytes) -> bool:
     """Writes a file whole or not at all, and its folder if that is missing; only the user can read what is made new.
 
@@ -48,20 +61,10 @@ def write(path: Path, data: bytes) -> bool:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError:
-        return False
-    try:
-        with open(descriptor, "wb") as file:
+        with whole_file.replacing(path, mode=0o600) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the content must be on the disk before the name is
-        os.replace(name, path)
     except OSError:
         return False
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(name)  # is there only if the file was not put in place
     return True
 
 

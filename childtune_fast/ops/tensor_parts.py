@@ -113,7 +113,10 @@ def rebuilt(kind: str, shape: Sequence[int], parts: Mapping[str, Tensor], *, che
         )
     integers, scale, zero_point = parts["integers"], parts["scale"], parts["zero_point"]
     if kind in _PER_CHANNEL:
-        return torch._make_per_channel_quantized_tensor(integers, scale, zero_point, int(parts["axis"]))
+        axis = int(parts["axis"])
+        if not (0 <= axis < integers.dim() and scale.shape == zero_point.shape == integers.shape[axis : axis + 1]):
+            raise RuntimeError("one scale and one zero point must be there for each channel")  # torch would read beyond
+        return torch._make_per_channel_quantized_tensor(integers, scale, zero_point, axis)
     return torch._make_per_tensor_quantized_tensor(integers, float(scale), int(zero_point))
 
 

@@ -143,7 +143,7 @@ def test_masked_parameters_must_be_dense_and_have_values(path):
             ValueError, match=rf"of the {what} must be dense tensors with values \(got '{name}', meta\)"
         ):
             child.save_delta(path, *sides)
-    child.save_delta(path, model, model)
+    child.save_delta(path, model, Tiny())
     with pytest.raises(ValueError, match=r"has 'embedding.weight' in dense \(got a model with meta\)"):
         ChildNetwork.apply_delta(path, Tiny().to("meta"))
 
@@ -159,6 +159,61 @@ def test_a_base_made_in_inference_mode_is_written_to(path):
     child.save_delta(path, tuned, base)
     ChildNetwork.apply_delta(path, base)
     assert all(same_bits(tensor, base.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+
+
+# ---- A base in the model's memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base_of", [lambda model: model, nn.Module.state_dict], ids=["itself", "a state dict"])
+def test_a_base_that_training_changed_too_is_refused(path, base_of):
+    model = Tiny()
+    child, base = child_of(model), base_of(model)
+    with torch.no_grad():
+        model.classifier.weight += 1
+    with pytest.raises(
+        ValueError, match=r"memory of its own .*\(got 'embedding.weight' in the model's, .*copy.deepcopy"
+    ):
+        child.save_delta(path, model, base)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("shared", ["blocks.0.attention.weight", "classifier.bias"])
+def test_one_trained_tensor_in_the_models_memory_is_enough(path, shared):
+    model = Tiny()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base[shared] = model.get_parameter(shared).detach()
+    with pytest.raises(ValueError, match=f"got '{shared}' in the model's"):
+        child_of(model).save_delta(path, model, base)
+
+
+def test_what_is_not_trained_may_be_in_the_models_memory(path):
+    """Frozen parameters, those of which the child network has no weight, and buffers."""
+    base, model = Tiny(), Tiny()
+    model.embedding, model.steps = base.embedding.requires_grad_(False), base.steps
+    model.blocks[0].attention.weight = base.blocks[0].attention.weight
+    masks = child_of(model).masks()
+    masks["blocks.0.attention.weight"].zero_()
+    child = ChildNetwork.from_masks(model, masks)
+    with torch.no_grad():
+        model.classifier.weight += 1
+        model.blocks[1].mlp[0].weight[masks["blocks.1.mlp.0.weight"]] += 1
+    child.save_delta(path, model, base)
+    fresh = Tiny()
+    ChildNetwork.apply_delta(path, fresh)
+    assert all(same_bits(tensor, fresh.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_masked_parameters_may_be_of_dtypes_that_torch_cannot_select_from(path):
+    def weight(plus):
+        return (torch.arange(16, dtype=torch.uint8).view(4, 4) + plus).view(torch.float8_e4m3fn)
+
+    base, model = nn.ParameterDict(), nn.ParameterDict()
+    mask = torch.eye(4).bool()
+    base["weight"] = nn.Parameter(weight(0), requires_grad=False)
+    model["weight"] = nn.Parameter(weight(mask), requires_grad=False)
+    ChildNetwork.from_masks(model, {"weight": mask}).save_delta(path, model, base)
+    ChildNetwork.apply_delta(path, base)
+    assert same_bits(base["weight"], model["weight"])
 
 
 # ---- Files of earlier versions -------------------------------------------------------------------------------------
@@ -182,7 +237,7 @@ def test_digests_of_dense_tensors_stay_what_they_were():
 
 def test_a_file_of_dense_tensors_has_no_kinds(path):
     model = Tiny()
-    child_of(model).save_delta(path, model, model)
+    child_of(model).save_delta(path, model, Tiny())
     assert description_of(path)[0].keys() == {"shapes", "base"}
 
 

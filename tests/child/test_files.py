@@ -44,8 +44,8 @@ def test_a_loaded_child_network_does_not_depend_on_its_file(path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Tiny(width=8), r"'blocks.0.attention.weight' of shape \(16, 16\) \(got one of shape \(8, 8\)\)"),
-        (lambda: Tiny(blocks=1), r"'blocks.1.attention.weight' of shape \(16, 16\) \(got none of that name\)"),
+        (lambda: Tiny(width=8), r"'blocks.0.attention.bias' of shape \(16,\) \(got one of shape \(8,\)\)"),
+        (lambda: Tiny(blocks=1), r"'blocks.1.attention.bias' of shape \(16,\) \(got none of that name\)"),
     ],
 )
 def test_the_child_network_of_another_model_is_refused(path, model, message):

@@ -235,6 +235,6 @@ def test_a_plain_name_of_two_parameters_is_not_used(path):
 def test_another_model_in_a_wrapper_is_still_another(path):
     child_of(nn.DataParallel(Tiny())).save(path)
     with pytest.raises(
-        ValueError, match=r"'module.blocks.1.attention.weight' .*as those of torch.compile, DDP, FSDP and"
+        ValueError, match=r"'module.blocks.1.attention.bias' .*as those of torch.compile, DDP, FSDP and"
     ):
         ChildNetwork.load(path, Tiny(blocks=1))
