@@ -4,29 +4,36 @@ torch's own lock file remains after a killed build and then blocks every later b
 therefore gives torch a new private folder. Processes share two things: a lock that the operating system releases when
 its holder dies, and finished binaries. A binary is put in place by an atomic rename, under a name that contains its
 digest, so that an incomplete file is never loaded.
+
+The name begins with the digest of what a binary needs where it runs. So a machine without a compiler finds what another
+one, which shares the folder, has built: a cluster's compute nodes use the binary of its login node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from . import BackendError, build, toolchain
+from .. import whole_file
+from . import BackendError, build, kept, toolchain
 
 LOCK_TIMEOUT = 120.0  # seconds to wait for another process's build; after that, both build, which is safe
 STALE_AFTER = 3600.0  # seconds after which a build folder is removed; every build is stopped much earlier
@@ -41,8 +48,19 @@ def load() -> ModuleType:
         BackendError: the module cannot be built or loaded; the message has the cause, the compiler's last lines and the
             remedy.
     """
-    compiler = toolchain.find_compiler()
-    cache, key = cache_folder(), _key(compiler)
+    cache = cache_folder()
+    try:
+        return _own(cache, toolchain.find_compiler())
+    except BackendError:
+        module = _cached(cache, f"{_needs()}-*")  # of another compiler, perhaps on another machine
+        if module is None:
+            raise
+        return module
+
+
+def _own(cache: Path, compiler: toolchain.Compiler) -> ModuleType:
+    """Returns the module that this compiler has built or builds now; raises BackendError as `load` does."""
+    key = _key(compiler)
     module = _cached(cache, key)  # looks before it writes anything, so that a read-only cache works too
     if module is not None:
         return module
@@ -77,29 +95,79 @@ def cache_folder() -> Path:
     return Path(root).absolute() / "childtune_fast"
 
 
+def _needs(options: Sequence[str] = ()) -> str:
+    """Returns the digest of what a binary needs where it runs, but for the C and C++ libraries.
+
+    The loader refuses libraries that are too old. Instruction sets are no need: the code chooses among those there are,
+    unless `options`, those in the compiler's command, say otherwise. So a binary made with options serves only where
+    the same ones are asked for.
+    """
+    return _digest_of(
+        [
+            build.fingerprint(),
+            sysconfig.get_config_var("SOABI") or sys.version,
+            [sys.platform, platform.machine(), platform.libc_ver()[0]],
+            torch.__version__,  # the build includes torch's own pybind11 headers
+            *options,
+        ]
+    )[:16]
+
+
 def _key(compiler: toolchain.Compiler) -> str:
-    """Returns the digest of all facts on which a binary depends: sources, compiler, flags, Python, system, torch."""
-    facts = [
-        build.fingerprint(),
-        compiler.path,
-        compiler.banner,
-        toolchain.local_flags(),
-        sysconfig.get_config_var("SOABI") or sys.version,
-        [sys.platform, platform.machine(), *platform.libc_ver()],
-        torch.__version__,  # the build includes torch's own pybind11 headers
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    """Returns how the name of a binary by this compiler begins: digests of what it needs and of how it is made."""
+    made_with = [compiler.path, compiler.banner, toolchain.local_flags(), platform.libc_ver()]
+    return f"{_needs(compiler.options)}-{_digest_of(made_with)[:16]}"
+
+
+def _digest_of(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _cached(cache: Path, key: str) -> ModuleType | None:
-    """Imports and returns a finished binary, or returns None; deletes binaries that are damaged or do not load."""
-    for path in sorted(cache.glob(f"{key}-*{SUFFIX}")):
+    """Imports and returns the newest finished binary that loads, or returns None.
+
+    Args:
+        cache: the folder.
+        key: what its name begins with, up to its digest; a pattern with "*" leaves alone what others have built, though
+            it does not load here, while damaged and useless ones of this key are deleted.
+    """
+    for path in sorted(cache.glob(f"{key}-{'[0-9a-f]' * 32}{SUFFIX}"), key=_age):
+        content = kept.read(path)
+        if content is None:
+            _say_not_ours(path)
+            continue
         with contextlib.suppress(OSError):
-            if path.stem == f"{key}-{_digest(path)}":  # checked first, because loading a truncated library crashes
+            if path.stem.endswith(_digest(content)):  # checked first, because loading a truncated library crashes
                 with contextlib.suppress(ImportError):
-                    return _import(path)
-            path.unlink()
+                    return _import_checked(path, content)
+            if "*" not in key:
+                path.unlink()
     return None
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+@functools.cache
+def _say_not_ours(path: Path) -> None:
+    _say(
+        f"{path} is not used, since others than you and root own it or may write it; let root own what several users "
+        "share, or set CHILDTUNE_CACHE to a folder of your own"
+    )
+
+
+def _import_checked(path: Path, content: bytes) -> ModuleType:
+    """Imports a binary that has been read; from a copy where others may put another file in its place."""
+    if kept.only_ours(path.parent):
+        return _import(path)
+    with tempfile.TemporaryDirectory(prefix="childtune_fast-", ignore_cleanup_errors=True) as private:
+        copy = Path(private, path.name)
+        copy.write_bytes(content)
+        return _import(copy)
 
 
 def _build_in(folder: Path, key: str, compiler: toolchain.Compiler) -> ModuleType:
@@ -117,9 +185,12 @@ def _build_in(folder: Path, key: str, compiler: toolchain.Compiler) -> ModuleTyp
         built = private / f"{build.MODULE}{SUFFIX}"
         with built.open("rb+") as file:
             os.fsync(file.fileno())  # the content must be on the disk before the name with its digest is
-        finished = folder / f"{key}-{_digest(built)}{SUFFIX}"
+        built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))  # else it would not be read, see `kept`
+        content = built.read_bytes()
+        finished = folder / f"{key}-{_digest(content)}{SUFFIX}"
         os.replace(built, finished)
-        return _import(finished)
+        whole_file.sync(folder)
+        return _import_checked(finished, content)
     except ImportError as error:
         raise BackendError(f"the native backend was built and does not load ({error})") from error
     finally:
@@ -135,8 +206,8 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 @contextlib.contextmanager

@@ -37,6 +37,13 @@ class Compiler(NamedTuple):
     path: str
     banner: str
 
+    @property
+    def options(self) -> list[str]:
+        """The options in the command, such as "-march=native", which a binary may depend on beyond the compiler."""
+        windows = sys.platform == "win32"
+        words = shlex.split(self.command, posix=not windows)[1:]
+        return [word for word in words if word.startswith(("-", "/") if windows else "-")]
+
 
 def find_compiler() -> Compiler:
     """Returns the compiler that torch will call: the one in CXX, else `c++`, or `cl` on Windows.
