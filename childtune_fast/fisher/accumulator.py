@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..arguments import Selector, check_type, is_sharded
+from ..arguments import Selector, as_float, check_type, is_sharded, lost_memory, shown
 from .data_parallel import add_over_ranks
 from .sums import Offload, SquareSums, check_grad_clip
 
@@ -93,8 +93,8 @@ class FisherAccumulator:
                 `reset()`.
         """
         for name, value in (("weight", weight), ("grad_scale", grad_scale)):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {value!r})")
+            if not 0 < as_float(f"FisherAccumulator.update: {name}", value) < math.inf:
+                raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {shown(value)})")
         self._check_usable("update")
         present = [name for name, param in self._sums.params.items() if param.grad is not None]
         if not self._sums.ranks.worst(len(present)):
@@ -204,12 +204,15 @@ class FisherAccumulator:
         sums, weight = state_dict["sums"], state_dict["weight"]
         check_type("FisherAccumulator.load_state_dict: sums", sums, Mapping, "a mapping")
         here = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in sums.values()]
-        whole = all(isinstance(tensor, Tensor) and bool((tensor >= 0).all()) for tensor in here)
+        numbers = [tensor for tensor in here if isinstance(tensor, Tensor) and not tensor.is_complex()]
+        whole = len(numbers) == len(here) and not any(map(lost_memory, here))
+        whole = whole and all(bool((tensor >= 0).all()) for tensor in numbers)
         if not (whole and isinstance(weight, (int, float)) and 0 <= weight < math.inf):
             raise ValueError(
                 "FisherAccumulator.load_state_dict: sums and weight must be numbers from 0 on (got "
-                f"others, or weight {weight!r}); the checkpoint is damaged"
+                f"others, or weight {shown(weight)}); the checkpoint is damaged"
             )
+        check_grad_clip(state_dict["grad_clip"])
         self._check_matches(sums, state_dict["grad_clip"], "load_state_dict")
 
     def _check_usable(self, method: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Selector, check_model, check_type
+from ..arguments import Selector, check_model, check_type, shown
 from ..ops.fsdp import accumulates, fsdp_modules
 from .estimation import Estimation, LossFn, OnNonfinite
 from .examples import map_tensors
@@ -111,13 +111,13 @@ def estimate_fisher(
     """
     if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
         raise ValueError(
-            f"estimate_fisher: max_batches must be a whole number above 0, or None for all (got {max_batches!r})"
+            f"estimate_fisher: max_batches must be a whole number above 0, or None for all (got {shown(max_batches)})"
         )
     check_model(model)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of model and batch, or None (got {type(loss_fn).__name__})")
     if on_nonfinite not in get_args(OnNonfinite):
-        raise ValueError(f"estimate_fisher: on_nonfinite must be 'raise' or 'skip' (got {on_nonfinite!r})")
+        raise ValueError(f"estimate_fisher: on_nonfinite must be 'raise' or 'skip' (got {shown(on_nonfinite)})")
     check_type("dataloader", dataloader, Iterable, "an iterable of batches")
     model = inner_model(model)
     _check_no_hooks(model)
@@ -133,8 +133,8 @@ def estimate_fisher(
     ):
         model.train(train_mode)
         with sums.ranks.agreeing():
-            shown = _shown(itertools.islice(dataloader, max_batches), dataloader, max_batches, progress)
-            moved = (map_tensors(batch, lambda tensor: tensor.to(estimate.device)) for batch in shown)
+            batches = _shown(itertools.islice(dataloader, max_batches), dataloader, max_batches, progress)
+            moved = (map_tensors(batch, lambda tensor: tensor.to(estimate.device)) for batch in batches)
         for index, batch in enumerate(sums.ranks.batches(moved)):
             with weights.watched(), explaining_backward(model, f"batch {index}"):
                 take(index, batch)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Selector, is_sharded
+from ..arguments import Selector, is_sharded, shown
 from ..ops.reference import clip_factor, numbers
 from ..ops.squares import SquareKernels
 from .scored import inner_model, scored_parameters
@@ -42,7 +42,7 @@ class SquareSums:
         """Makes sums of zeros; raises for the same arguments as FisherAccumulator."""
         check_grad_clip(grad_clip)
         if offload not in (None, "cpu"):
-            raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {offload!r})")
+            raise ValueError(f"offload must be 'cpu', or None to keep scores on their devices (got {shown(offload)})")
         model = inner_model(model)
         self.params = scored_parameters(model, names)
         self.sharded: dict[str, Any] = {name: param for name, param in self.params.items() if is_sharded(param)}
@@ -244,8 +244,8 @@ def check_grad_clip(grad_clip: float | None) -> None:
     """Raises ValueError unless the limit of a gradient's norm is a number above 0, or None."""
     if grad_clip is not None and not (isinstance(grad_clip, (int, float)) and grad_clip > 0):
         raise ValueError(
-            f"grad_clip must be a number above 0, or None for no clipping (got {grad_clip!r}); with 0, every score "
-            "would be 0 and select nothing"
+            f"grad_clip must be a number above 0, or None for no clipping (got {shown(grad_clip)}); with 0, every "
+            "score would be 0 and select nothing"
         )
 
 

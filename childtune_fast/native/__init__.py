@@ -17,3 +17,16 @@ class CudaError(BackendError):
         """Makes an error from its message, and from what the attributes say."""
         super().__init__(message)
         self.code, self.begun = code, begun
+
+
+class UnverifiedMemory(Exception):
+    """What a step would write may overlap, as far as addresses tell; nothing has been written.
+
+    Attributes:
+        digest: that of the memory. A step that is given it writes without looking again.
+    """
+
+    def __init__(self, digest: int) -> None:
+        """Makes an error from the digest."""
+        super().__init__(f"parameters and state of a step may overlap in memory (digest {digest})")
+        self.digest = digest

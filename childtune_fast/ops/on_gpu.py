@@ -3,6 +3,7 @@
 import functools
 import itertools
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +21,27 @@ def step_on_gpu(
     memory: GpuMemory,
     grad_scale: Tensor | float | None,
     found_inf: Tensor | float | None,
-) -> None:
+    checked: int = 0,
+    undo: dict[Any, Any] | None = None,
+) -> int:
     """Steps groups of contiguous tensors on a GPU, on torch's current stream; returns before the GPU has done it.
 
     The host counts the steps and computes their constants, until a step needs a number that only the GPU knows. From
-    then on the GPU counts by itself, and the host waits for nothing.
+    then on the GPU counts by itself, and the host waits for nothing. `checked`, `undo`, the result and the errors are
+    those of the compiled module's `step`.
     """
     kernels, stream = gpu.load_kernels(device), gpu.stream_of(device)
     if grad_scale is None and found_inf is None and not any(map(_is_counted_on_gpu, groups)):
-        kernels.step(groups, stream)
-        return
+        return kernels.step(groups, stream, checked, undo)
     place = gpu.place(device)
     for count in itertools.chain.from_iterable(group.steps for group in groups):
-        if count.is_cpu:
-            count.data = count.to(place, torch.float32)  # keeps the tensor object, which the state holds
+        if count.is_cpu or count.dtype != torch.float64:  # a float32 would stop at 2**24, and no GPU can raise
+            count.data = count.to(place, torch.float64)  # keeps the tensor object, which the state holds
     scaler = (
         x if x is None else torch.as_tensor(x, dtype=torch.float32, device=place) for x in (grad_scale, found_inf)
     )
-    kernels.counted_step(groups, stream, functools.partial(_memory_of, memory, device, stream), *scaler)
+    memory_of = functools.partial(_memory_of, memory, device, stream)
+    return kernels.counted_step(groups, stream, memory_of, *scaler, checked, undo)
 
 
 def check_capture(groups: list[StepGroup]) -> None:

@@ -1,9 +1,10 @@
 """The step: kernels on the CPU, kernels on a GPU, or torch take it; before it, the host scales, skips and clips."""
 
 import contextlib
+import functools
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..native import CudaError, load
-from . import foreach, reference, trust
+from ..arguments import as_float
+from ..native import CudaError, UnverifiedMemory, load
+from . import foreach, trust
+from .clip import clip, unscale
+from .memory import check_apart, places
 from .on_gpu import GpuMemory, check_capture, step_on_gpu
-from .squares import sums_of_squares
-from .step_group import StepGroup, check_group
+from .step_group import StepGroup, check_group, written
+from .undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from .ranks import NormOverRanks
@@ -27,6 +31,21 @@ Where = str | int | None
 
 class StepInterrupted(RuntimeError):
     """A step was taken in part: some parameters and states are those of after it, others those of before it."""
+
+
+@dataclass
+class StepMemory:
+    """What an optimizer's steps leave for the next one.
+
+    Attributes:
+        on_gpus: the memory on GPUs that steps use while they run.
+        written: {who steps: which memory that step wrote}, whose tensors are known to lie apart.
+        interrupted: whether a step has been taken in part, and no checkpoint has been loaded since.
+    """
+
+    on_gpus: GpuMemory = field(default_factory=dict)
+    written: dict[Where, Any] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 class StepKernels(NamedTuple):
@@ -97,17 +116,20 @@ def prepare(backend: load.Backend, param_groups: Iterable[Mapping[str, Any]]) ->
 def take_step(
     groups: Mapping[Where, list[StepGroup]],
     kernels: StepKernels,
-    gpu_memory: GpuMemory,
+    memory: StepMemory,
+    undo: dict[Any, Any],
     grad_scale: Tensor | float | None = None,
     found_inf: Tensor | float | None = None,
     over_ranks: "NormOverRanks | None" = None,
-) -> bool:
-    """Takes one step; returns whether it was taken, as far as the host knows.
+) -> None:
+    """Takes one step, or none of it.
 
     Args:
         groups: the groups to step, by who steps them.
         kernels: the kernels with which `groups` were sorted.
-        gpu_memory: the optimizer's memory on GPUs; this call may make it grow.
+        memory: what the optimizer's earlier steps left.
+        undo: what to undo if no step is taken. It is cleared together with the last write of the step, so that whatever
+            exception a signal's handler raises, and when, the dict says whether the step has been taken.
         grad_scale: number, or tensor of one, by which a GradScaler has multiplied all gradients; None for 1
             (default: None).
         found_inf: number, or tensor of one; unless it is 0, the step is not taken. A GradScaler that has seen no
@@ -117,8 +139,9 @@ def take_step(
 
     Raises:
         StepInterrupted: a GPU's driver has refused to go on after a part of the step.
-        RuntimeError, TypeError, ValueError: `check_group` refuses a group, a CUDA graph captures a step that it could
-            not replay, or `over_ranks` says that another rank has raised. Nothing has been written then.
+        RuntimeError, TypeError, ValueError: `check_group` refuses a group, parameters and state overlap in memory, a
+            CUDA graph captures a step that it could not replay, or `over_ranks` says that another rank has raised.
+            Nothing has been written then.
         CudaError: a GPU's driver has refused the step. Nothing has been written then.
     """
     on_cpu, on_torch = groups.get("cpu", []), groups.get(None, [])
@@ -130,29 +153,89 @@ def take_step(
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
     # A GPU that steps everything scales, skips and clips without the host, unless other ranks have parts of the norm.
     by_host = over_ranks is not None or not (on_gpus and alone)
-    skip = bool(by_host and found_inf is not None and float(found_inf))
+    skip = bool(by_host and found_inf is not None and as_float("found_inf", found_inf))
     if by_host:
         if skip and over_ranks is None:
-            return False
-        _unscale(everything, grad_scale)
+            return
+        if grad_scale is not None:
+            unscale(everything, grad_scale)
         grad_scale = found_inf = None
     for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
     with _explaining(on_cpu + of_gpus):
-        if by_host and _clip(kernels.native, on_cpu, of_gpus + on_torch, over_ranks, skip):
-            return False
+        clips = over_ranks is not None or any(group.max_grad_norm is not None for group in everything)
+        if by_host and clips and clip(kernels.native, on_cpu, of_gpus + on_torch, over_ranks, skip):
+            return
+        calls: dict[Where, Callable[..., int]] = {
+            device: functools.partial(step_on_gpu, device, on_gpu, memory.on_gpus, grad_scale, found_inf)
+            for device, on_gpu in on_gpus.items()
+        }
         if kernels.native is not None and on_cpu:
-            kernels.native.step(on_cpu, torch.get_num_threads())
-        begun = bool(on_cpu)
-        for device, on_gpu in on_gpus.items():
-            with _noticing(begun):
-                step_on_gpu(device, on_gpu, gpu_memory, grad_scale, found_inf)
-            begun = True
-    if on_torch:
-        with _noticing_torch(on_torch, bool(on_cpu or on_gpus)):
-            foreach.step(on_torch)
+            calls = {"cpu": functools.partial(kernels.native.step, on_cpu, torch.get_num_threads()), **calls}
+        if alone and calls:
+            with _keeping(memory, undo):
+                _call_kernels(calls, everything, memory, undo)
+        elif everything:
+            _write_in_parts(calls, on_torch, everything, memory, undo)
     _tell_autograd(on_cpu + of_gpus, everything)
-    return True
+
+
+@contextlib.contextmanager
+def _keeping(memory: StepMemory, undo: dict[Any, Any]) -> Iterator[None]:
+    """Notes a StepInterrupted, after which the states are neither those of before nor those of after the step."""
+    try:
+        yield
+    except StepInterrupted:
+        memory.interrupted = True
+        undo.clear()
+        raise
+
+
+def _write_in_parts(
+    calls: Mapping[Where, Callable[..., int]],
+    on_torch: list[StepGroup],
+    everything: list[StepGroup],
+    memory: StepMemory,
+    undo: dict[Any, Any],
+) -> None:
+    """Takes a step that is more than one call of kernels, and clears `undo` at its end."""
+    _check_apart(everything, memory)
+    with undisturbed(), _keeping(memory, undo):
+        _call_kernels(calls, everything, memory, None)
+        if on_torch:
+            with _noticing_torch(on_torch, bool(calls)):
+                foreach.step(on_torch)
+        undo.clear()
+
+
+def _call_kernels(
+    calls: Mapping[Where, Callable[..., int]],
+    everything: list[StepGroup],
+    memory: StepMemory,
+    undo: dict[Any, Any] | None,
+) -> None:
+    """Calls the kernels' steps, each of which writes all or nothing, and clears `undo` when it has written.
+
+    A step that writes to other memory than the last one, and cannot tell by its addresses alone that nothing overlaps,
+    asks for a closer look.
+    """
+    begun = False
+    for where, call in calls.items():
+        with _noticing(begun):
+            try:
+                memory.written[where] = call(memory.written.get(where, 0), undo)
+            except UnverifiedMemory as doubt:
+                _check_apart(everything, memory)
+                memory.written[where] = call(doubt.digest, undo)
+        begun = True
+
+
+def _check_apart(groups: list[StepGroup], memory: StepMemory) -> None:
+    """Raises ValueError if what a step writes overlaps; looks only if it is other memory than the last time."""
+    found = places(written(groups))
+    if memory.written.get(None) != found:
+        check_apart(written(groups), "the parameters and the state that a step writes")
+        memory.written[None] = found
 
 
 def _tell_autograd(by_kernels: list[StepGroup], everything: list[StepGroup]) -> None:
@@ -206,56 +289,3 @@ def _noticing_torch(groups: list[StepGroup], begun: bool) -> Iterator[None]:
         if begun or versions != [exp_avg._version for exp_avg in averages]:
             raise _interrupted(error) from error
         raise
-
-
-# ---- What the host does with the gradients' factor -----------------------------------------------------------------
-
-
-def _unscale(groups: list[StepGroup], grad_scale: Tensor | float | None) -> None:
-    if grad_scale is not None:
-        scale = float(grad_scale)
-        for group in groups:
-            group.grad_factor /= scale
-
-
-def _clip(
-    native: ModuleType | None,
-    on_cpu: list[StepGroup],
-    elsewhere: list[StepGroup],
-    over_ranks: "NormOverRanks | None" = None,
-    skip: bool = False,
-) -> bool:
-    """Multiplies the groups' clip factors into their `grad_factor`; reads the gradients once, writes none.
-
-    Returns:
-        Whether the step is to be skipped, on this rank or on one that holds other parts of the same parameters.
-    """
-    groups = on_cpu + elsewhere
-    if over_ranks is None and all(group.max_grad_norm is None for group in groups):
-        return skip
-    own: defaultdict[int, float] = defaultdict(float)
-    for module, of_module in ((native, on_cpu), (None, elsewhere)):
-        indices, grads, bits = _normed(of_module)
-        for index, squares in zip(indices, sums_of_squares(module, grads, bits), strict=True):
-            own[index] += squares
-    if over_ranks is not None:
-        skip = over_ranks.add(own, skip)
-    squares = reference.in_turn(own[index] for index in sorted(own))
-    for group in groups:
-        if group.max_grad_norm is not None:
-            # All groups' factors are the same, except for the sign, which maximize changes.
-            group.grad_factor *= reference.clip_factor(group.max_grad_norm, squares, group.grad_factor)
-            group.max_grad_norm = None  # so that no kernel clips again
-    return skip
-
-
-def _normed(groups: list[StepGroup]) -> tuple[list[int], list[Tensor], list[Tensor | None]]:
-    """Returns of the gradients that the norm is of their parameters' numbers, them, and the masks of what counts."""
-    indices: list[int] = []
-    grads: list[Tensor] = []
-    masks: list[Tensor | None] = []
-    for group in groups:
-        indices += group.indices
-        grads += group.grads
-        masks += group.child_bits if group.child_norm and group.child_bits else [None] * len(group.grads)
-    return indices, grads, masks

@@ -4,11 +4,13 @@ The compiled step checks its tensors by itself, in a few nanoseconds and without
 compiled step has refused a group, and before every step in torch.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..arguments import has_memory
 from .packed_mask import PackedMask
 
 # A float32 counts no further: 2**24 + 1 rounds to 2**24, and F would draw the same mask from then on.
@@ -91,6 +93,9 @@ def check_group(group: StepGroup) -> None:
         shape = tuple(param.shape) if not group.child_bits else (group.child_counts[i],)
         for key, values in states.items():
             _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param), shape)
+        if group.child_bits:
+            _check_memory(name, "the mask", group.child_bits[i])
+            _check_memory(name, "the mask", group.child_offsets[i])
         _check_step(name, step)
 
 
@@ -102,8 +107,8 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if param.dtype not in _DTYPES:
         raise TypeError(
-            f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); for "
-            "complex ones pass torch.view_as_real of them"
+            f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); "
+            "hold a complex one as torch.nn.Parameter(torch.view_as_real(x))"
         )
     shape = tuple(param.shape)
     _check_like(name, "the value", param, param, param.dtype, shape)
@@ -126,14 +131,31 @@ def _check_like(
             f"ChildAdamW: {what} of {name} must be on the parameter's device {param.device} (got {tensor.device}); "
             "move the model before the backward pass, and load_state_dict after moving it"
         )
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
-        raise ValueError(f"ChildAdamW: {what} of {name} has no memory any more; its storage was resized to 0")
+    _check_memory(name, what, tensor)
+    if what != "the gradient" and tensor.is_neg():
+        raise ValueError(f"ChildAdamW: {what} of {name} must not be a lazily negated view; assign resolve_neg() of it")
+
+
+def _check_memory(name: str, what: str, tensor: Tensor) -> None:
+    if not has_memory(tensor):
+        raise ValueError(
+            f"ChildAdamW: {what} of {name} has no memory any more, or not enough: its storage was freed or shrunk, as "
+            "that of flattened parameters is between their uses; step when it is there"
+        )
 
 
 def _check_step(name: str, step: Tensor) -> None:
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"ChildAdamW: state 'step' of {name} must be a tensor of one float32 or float64 (got {step!r})")
+        got = f"one of {step.numel()} {step.dtype}" if isinstance(step, Tensor) else repr(step)
+        raise TypeError(f"ChildAdamW: state 'step' of {name} must be a tensor of one float32 or float64 (got {got})")
+    _check_memory(name, "state 'step'", step)
     value = step.item()
     limit, words = _STEP_LIMITS[step.dtype]
     if not 0 <= value < limit or value != int(value):
         raise ValueError(f"ChildAdamW: state 'step' of {name} must be a whole number below {words} (got {value})")
+
+
+def written(groups: Iterable[StepGroup]) -> Iterator[Tensor]:
+    """Returns the tensors that a step over the groups writes."""
+    for group in groups:
+        yield from (*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs, *group.steps)

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..arguments import check_seed, check_type
 from ..child import ChildNetwork
 from ..native import load
-from ..ops.on_gpu import GpuMemory
 from ..ops.random_mask import MASK_VERSION
-from ..ops.step import StepInterrupted, StepKernels, prepare, take_step
+from ..ops.step import StepKernels, StepMemory, prepare, take_step
 from .checkpoint import FINGERPRINT, CheckpointedAdamW
 from .checks import (
     agree_on_seed,
@@ -24,7 +23,8 @@ from .checks import (
     refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import OWN_OPTIONS, Decay, NormOf, Variant, check_options, collect, norm_over_ranks, settle_options
+from .collect import Decay, NormOf, Variant, check_options, collect, norm_over_ranks, settle_options
+from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_numbers, check_states, explain
 from .masks import MaskBook
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
@@ -119,7 +119,7 @@ class ChildAdamW(CheckpointedAdamW):
         backend: load.Backend = "auto",
     ) -> None:
         self.backend = load.check(backend, "backend")
-        self._gpu_memory: GpuMemory = {}
+        self._step_memory = StepMemory()
         check_child(child, reserve_p is not _RESERVE_P, reserve_p, decay)
         self._book = MaskBook(child)
         options = {
@@ -134,6 +134,8 @@ class ChildAdamW(CheckpointedAdamW):
         }
         settle_options(options, child is not None)
         self._child_defaults = options
+        check_kinds({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_type("ChildAdamW: params", params, Iterable, "parameters or parameter groups")
         super().__init__(
             params,
             lr,
@@ -158,7 +160,7 @@ class ChildAdamW(CheckpointedAdamW):
     @property
     def seed(self) -> int:
         """The seed of the random masks, unsigned, 64 bits; see `bernoulli_mask`."""
-        return self.param_groups[0]["seed"]
+        return (self.param_groups or [self.defaults])[0].get("seed", self.defaults["seed"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -184,10 +186,16 @@ class ChildAdamW(CheckpointedAdamW):
         """
         if self._child_defaults:
             self.defaults = {**self._child_defaults, **self.defaults}
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+        check_groups(self.param_groups)
+        with self._whole_or_not():
+            try:
+                super().add_param_group(param_group)
+            except (AttributeError, LookupError, TypeError):
+                check_new_group(param_group)
+                raise
+            group = self.param_groups[-1]
             check_options(group, self.defaults["seed"])
+            check_numbers(group)
             check_params(self.param_groups, self._book.active)
             if self._book.active and group.get("reserve_p", 1.0) != 1.0:
                 refuse_reserve_p(group["reserve_p"], " in a group")
@@ -195,9 +203,6 @@ class ChildAdamW(CheckpointedAdamW):
             if not self._child_defaults:  # else the constructor looks for masks when it has added all groups
                 self._masks()
                 prepare(self.backend, self.param_groups)
-        except Exception:
-            self.param_groups.pop()
-            raise
 
     def replace_child(self, child: ChildNetwork) -> None:
         """Gives the optimizer another child network, between two steps; without one before, it trains this one now.
@@ -214,16 +219,19 @@ class ChildAdamW(CheckpointedAdamW):
             TypeError: `child` is no ChildNetwork.
         """
         check_type("ChildAdamW.replace_child: child", child, ChildNetwork, "a ChildNetwork")
+        check_groups(self.param_groups)
+        check_states(self.state, self.param_groups)
         book = MaskBook(child)
         masks = book.read(self.param_groups)
         check_masks(child, masks, self.param_groups, "the optimizer")
         check_ranks_agree(child, self.param_groups)
-        for param in self._book.masks.keys() | masks.keys():
-            self.state.pop(param, None)
-        for options in (self.defaults, *self.param_groups):
-            settle_options(options, True)
-        self._book.become(book)
-        self._masks()
+        with self._whole_or_not():
+            for param in self._book.masks.keys() | masks.keys():
+                self.state.pop(param, None)
+            for options in (self.defaults, *self.param_groups):
+                settle_options(options, True)
+            self._book.become(book)
+            self._masks()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -242,39 +250,36 @@ class ChildAdamW(CheckpointedAdamW):
             StepInterrupted: a GPU has refused to go on after a part of the step; until a checkpoint is loaded, later
                 steps raise a RuntimeError.
         """
-        if self._interrupted:
+        if self._step_memory.interrupted:
             refuse_interrupted()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        states_before: dict[Tensor, dict[str, Any]] = {}  # to restore if no step is taken
-        taken = False
+        undo: dict[Tensor, dict[str, Any] | None] = {}  # states as they were; a step that is taken clears it
         try:
-            taken = self._step(states_before)
-        except StepInterrupted:
-            self._interrupted = True
+            self._step(undo)
+        except OF_PYTHON as error:
+            explain(error, self.param_groups, self.state)
             raise
-        finally:
-            if not taken:
-                for param, state in states_before.items():
-                    self.state[param].clear()
-                    self.state[param].update(state)
-                    if not state:
-                        del self.state[param]
+        finally:  # each state at once; one that has just begun is worth as much as none
+            for param, state in undo.items():
+                if state is None:
+                    self.state.pop(param, None)
+                else:
+                    self.state[param] = state
         return loss
 
     # Compiled, the reference would round otherwise; the kernels cannot be traced. torch.compiler.disable does the same,
     # but importing it takes a second.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _step(self, states_before: dict[Tensor, dict[str, Any]]) -> bool:
-        """Takes the step; returns whether it was taken, as far as the host knows."""
+    def _step(self, undo: dict[Tensor, dict[str, Any] | None]) -> None:
         kernels = StepKernels.find(self.backend, wait=any(group.get("capturable") for group in self.param_groups))
         masks = self._masks() if self._book.active else None
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by GradScaler
         with norm_over_ranks(self.param_groups) as over_ranks:
-            groups = collect(self.param_groups, self.state, masks, kernels, states_before)
-            return take_step(groups, kernels, self._gpu_memory, grad_scale, found_inf, over_ranks)
+            groups = collect(self.param_groups, self.state, masks, kernels, undo)
+            take_step(groups, kernels, self._step_memory, undo, grad_scale, found_inf, over_ranks)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -283,17 +288,3 @@ class ChildAdamW(CheckpointedAdamW):
         masks = self._book.masks.values()
         count, numel = (sum(getattr(mask, f"whole_{key}") for mask in masks) for key in ("count", "numel"))
         return f"{text.removesuffix(')')}child: {count:,} of {numel:,} weights\n)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("backend", "_book", "_interrupted")}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_gpu_memory", {})
-        self.__dict__.setdefault("_book", MaskBook())
-        for group in self.param_groups:
-            for name in ("reserve_p", *OWN_OPTIONS, "mask_version", FINGERPRINT):
-                if name in self.defaults:
-                    group.setdefault(name, self.defaults[name])
-            settle_options(group, self._book.active)

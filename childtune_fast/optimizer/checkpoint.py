@@ -1,33 +1,60 @@
 """Checkpoints of an AdamW with masks, which can also be saved for and loaded from torch.optim.AdamW."""
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_seed, check_type
+from ..native.load import Backend
 from ..ops.packed_mask import Masks, PackedMask, fingerprint
 from ..ops.random_mask import MASK_VERSION
-from .collect import check_options, settle_options
+from ..ops.step import StepMemory
+from .collect import OWN_OPTIONS, check_options, settle_options
+from .groups import check_groups, check_numbers, check_states
 from .masks import MaskBook, of_rank
-from .state import check_saved_state, dense_state, restored_state, saved_mask, saved_state
+from .saved import check_checkpoint, states_of_params
+from .state import copied, dense_state, incomplete, restored_state, saved_mask, saved_state
 
+_HOOKS = ("state_dict_pre_hooks", "state_dict_post_hooks")  # how the names of torch's attributes end
 FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of the masks, None without child network
 
 
 class CheckpointedAdamW(torch.optim.AdamW):
     """The checkpoints of ChildAdamW, which is its only subclass."""
 
+    backend: Backend
     _book: MaskBook  # the same object all along, for wrappers of the optimizer
-    _interrupted: bool = False  # a step was taken in part, and no checkpoint has been loaded since
+    _step_memory: StepMemory
 
     @property
     def child_masks(self) -> Masks:
         """{parameter: its PackedMask} of the parameters in the groups that the child network masks; {} without one."""
+        check_groups(self.param_groups)
         return self._masks() or {}
+
+    @contextlib.contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """Makes the optimizer what it was if an exception ends the context, an interrupt included."""
+        state, param_groups, book = self.state, self.param_groups, copy.copy(self._book)
+        groups = list(param_groups)
+        mappings = (self.defaults, *groups, self.state)
+        contents = [(mapping, dict(mapping)) for mapping in mappings if isinstance(mapping, MutableMapping)]
+        try:
+            yield
+        except BaseException:
+            self.state, self.param_groups = state, param_groups
+            param_groups[:] = groups
+            for mapping, content in contents:
+                mapping.clear()
+                mapping.update(content)
+            self._book.become(book)
+            raise
 
     def _masks(self, *, anew: bool = False) -> Masks | None:
         """Returns the masks of the parameters in the groups, as `MaskBook.read` does; None without a child network."""
@@ -49,21 +76,32 @@ class CheckpointedAdamW(torch.optim.AdamW):
         Raises:
             ValueError: a parameter has been replaced, and it cannot be told whether it is masked.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self._saved()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, saved)
+            saved = saved if changed is None else changed
+        return saved
+
+    def _saved(self) -> dict[str, Any]:
+        """Returns what `state_dict` does, without hooks; changes nothing, so that no interrupt can."""
+        check_groups(self.param_groups)
+        check_states(self.state, self.param_groups)
         masks = self._masks() or {}
-
-        def after(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            states = state_dict["state"]
-            for i, param in self._by_number(state_dict["param_groups"], {param: param for param in masks}).items():
-                states[i] = saved_state(states.get(i, {}), param, masks[param])
-
-        handle = self.register_state_dict_post_hook(after, prepend=True)
         present = {param for group in self.param_groups for param in group["params"]}
-        left = {key: self.state.pop(key) for key in list(self.state) if isinstance(key, Tensor) and key not in present}
-        try:
-            return super().state_dict()
-        finally:
-            self.state.update(left)
-            handle.remove()
+        states = {key: state for key, state in self.state.items() if not isinstance(key, Tensor) or key in present}
+        saved = torch.optim.AdamW.state_dict(self._without_hooks(state=states))
+        for i, param in self._by_number(saved["param_groups"], {param: param for param in masks}).items():
+            saved["state"][i] = saved_state(saved["state"].get(i, {}), param, masks[param])
+        return saved
+
+    def _without_hooks(self, **changed: Any) -> "CheckpointedAdamW":
+        """Returns this optimizer as another object, with some attributes changed and without hooks on checkpoints."""
+        twin = object.__new__(type(self))
+        hooks: dict[str, Any] = {name: OrderedDict() for name in self.__dict__ if name.endswith(_HOOKS)}
+        twin.__dict__.update(self.__dict__, **hooks, **changed)
+        return twin
 
     def dense_state_dict(self) -> dict[str, Any]:
         """Returns a checkpoint for torch.optim.AdamW, without masks.
@@ -72,10 +110,10 @@ class CheckpointedAdamW(torch.optim.AdamW):
         """
         dense = self.state_dict()
         masks = self._by_number(dense["param_groups"], self._masks() or {})
-        states = dense["state"] | {i: dense_state(state, masks.get(i)) for i, state in _of_params(dense).items()}
+        states = dense["state"] | {i: dense_state(state, masks.get(i)) for i, state in states_of_params(dense).items()}
         for group in dense["param_groups"]:
             group.pop(FINGERPRINT, None)
-            if group["decay"] == "child":
+            if group.get("decay") == "child":
                 group["decay"] = "auto"  # the optimizer that loads it may have a child network or none
         return {**dense, "state": {i: state for i, state in states.items() if state}}
 
@@ -107,49 +145,56 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 Nothing has been loaded then.
             TypeError: `state_dict` is no checkpoint, or a state is no tensor. Nothing has been loaded then.
         """
-        loaded: dict[str, Any] = {}
-
-        def before(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            for state in _of_params(state_dict).values():
-                check_saved_state(state)
-            loaded.update(state_dict, param_groups=self._complete_groups(state_dict["param_groups"]))
-            return loaded
-
-        def after(_: torch.optim.Optimizer) -> None:
-            params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
-            bound = self._book.child is not None
-            masks, dense = agreed_masks(self._masks(), bound, params, loaded)
-            for i in (i for i in params if i in loaded["state"]):  # in one order on all ranks, which may gather
-                param = params[i]
-                self.state[param] = restored_state(param, loaded["state"][i], (masks or {}).get(param), dense)
-                if not self.state[param]:
-                    del self.state[param]
-            if masks is not None and not bound:
-                self._book.adopt(masks, self.param_groups)
-            self._masks(anew=True)
-            for options in (self.defaults, *self.param_groups):
-                settle_options(options, masks is not None)
-            seed = next((group["seed"] for group in self.param_groups), self.defaults["seed"])
-            self.defaults["seed"] = seed  # groups that are added later take it
-
         check_type("load_state_dict: state_dict", state_dict, Mapping, "what an optimizer's state_dict() returned")
-        check_type("load_state_dict: 'state' in state_dict", state_dict.get("state"), Mapping, "a mapping")
-        check_type("load_state_dict: 'param_groups' in state_dict", state_dict.get("param_groups"), list, "a list")
-        handles = [
-            self.register_load_state_dict_pre_hook(before),
-            self.register_load_state_dict_post_hook(after, prepend=True),
-        ]
-        present = self.state, self.param_groups, dict(self.defaults), copy.copy(self._book)
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.state, self.param_groups, self.defaults, book = present
-            self._book.become(book)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._interrupted = False
+        check_groups(self.param_groups)
+        with self._whole_or_not():
+            state_dict = {**state_dict}  # which hooks may write to
+            for before in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = before(self, state_dict)
+                state_dict = state_dict if changed is None else changed
+            self._load(state_dict)
+            for after in self._optimizer_load_state_dict_post_hooks.values():
+                after(self)
+        self._step_memory.interrupted = False
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Does what `load_state_dict` does, without hooks; raises amid it."""
+        check_checkpoint(state_dict)
+        loaded = {**state_dict, "param_groups": self._complete_groups(state_dict["param_groups"])}
+        saved = states_of_params(loaded)
+        # torch would cast the parameters' states, so they go another way.
+        others = {key: value for key, value in loaded["state"].items() if key not in saved}
+        twin = self._without_hooks()
+        torch.optim.AdamW.load_state_dict(twin, {**loaded, "state": others})
+        self.state, self.param_groups = twin.state, twin.param_groups
+        params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
+        bound = self._book.child is not None
+        masks, dense = agreed_masks(self._masks(), bound, params, loaded)
+        for i in (i for i in params if i in saved):  # in one order on all ranks, which may gather
+            state = restored_state(params[i], saved[i], (masks or {}).get(params[i]), dense)
+            if state:
+                self.state[params[i]] = state
+        if masks is not None and not bound:
+            self._book.adopt(masks, self.param_groups)
+        self._masks(anew=True)
+        for options in (self.defaults, *self.param_groups):
+            settle_options(options, masks is not None)
+        seed = next((group["seed"] for group in self.param_groups), self.defaults["seed"])
+        self.defaults["seed"] = seed  # groups that are added later take it
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"backend": self.backend, "_book": self._book, "_interrupted": self._step_memory.interrupted}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_memory = StepMemory(interrupted=self.__dict__.pop("_interrupted", False))
+        self.__dict__.setdefault("_book", MaskBook())
+        for group in self.param_groups:
+            for name in ("reserve_p", *OWN_OPTIONS, "mask_version", FINGERPRINT):
+                if name in self.defaults:
+                    group.setdefault(name, self.defaults[name])
+            settle_options(group, self._book.active)
 
     def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the saved groups, completed by the present ones with what a checkpoint lacks or does not decide."""
@@ -157,22 +202,22 @@ class CheckpointedAdamW(torch.optim.AdamW):
         for i, saved in enumerate(saved_groups):
             present = self.param_groups[min(i, len(self.param_groups) - 1)]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
+            saved = copied(saved, f"param_groups[{i}]")
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
             group[FINGERPRINT] = saved.get(FINGERPRINT)  # of no other child network than the checkpoint's
-            check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
-            if group["mask_version"] != MASK_VERSION:
+            check_numbers(group)
+            try:
+                check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
+            except KeyError as error:
+                raise incomplete(error) from error
+            version = group.get("mask_version")
+            if not isinstance(version, int) or version != MASK_VERSION:
                 raise ValueError(
-                    f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {group['mask_version']}, "
+                    f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {version}, "
                     f"those of this childtune_fast of version {MASK_VERSION}; resume with the release that saved it"
                 )
             groups.append(group)
         return groups
-
-
-def _of_params(state_dict: dict[str, Any]) -> dict[Any, Any]:
-    """Returns the states of parameters in a checkpoint, which may have values of the user's own beside them."""
-    numbers = {i for group in state_dict["param_groups"] for i in group["params"]}
-    return {i: state for i, state in state_dict["state"].items() if i in numbers}
 
 
 def agreed_masks(

@@ -7,9 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..arguments import PLAIN_TENSORS, is_sharded
+from ..arguments import PLAIN_TENSORS, is_sharded, shown
 from ..child import ChildNetwork
+from ..ops.memory import check_apart
 from ..ops.packed_mask import Masks
+from .groups import check_once
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str) -> None:
@@ -19,7 +23,7 @@ def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str)
             raise ValueError("ChildAdamW: decay='child' needs a child network; pass child=, or decay='all'")
         return
     if not isinstance(child, ChildNetwork):
-        raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {child!r})")
+        raise TypeError(f"ChildAdamW: child must be a ChildNetwork (got {shown(child)})")
     if reserve_p_given:
         refuse_reserve_p(reserve_p)
 
@@ -27,8 +31,8 @@ def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str)
 def refuse_reserve_p(reserve_p: Any, where: str = "") -> NoReturn:
     """Raises the ValueError for a reserve_p beside a child network."""
     raise ValueError(
-        f"ChildAdamW: reserve_p is not used with child= (got {reserve_p}{where}); leave it out, the child network has "
-        "a share of its own"
+        f"ChildAdamW: reserve_p is not used with child= (got {shown(reserve_p)}{where}); leave it out, the child "
+        "network has a share of its own"
     )
 
 
@@ -102,15 +106,20 @@ def refuse_interrupted() -> NoReturn:
 
 
 def check_params(param_groups: list[dict[str, Any]], masked: bool) -> None:
-    """Raises ValueError for lazily negated parameters, those that share memory, and DTensors of partial sums.
+    """Raises for parameters that no step can take.
+
+    That is ValueError for lazily negated ones, those that share memory, and DTensors of partial sums; TypeError for
+    those of other dtypes, such as complex ones, unless they are frozen: torch gives integers and bools no gradient.
 
     It does so also for a group that ZeroRedundancyOptimizer adds, the last one, if more than plain AdamW is asked for.
     """
     _check_not_dealt_out(param_groups[-1], masked)
     params = [param for group in param_groups for param in group["params"]]
+    check_once(param_groups)
+    _check_dtypes(params)
     plain = [param for param in params if type(param) in PLAIN_TENSORS]
     _check_no_lazy_negation(plain)
-    check_overlap(plain)
+    check_apart(plain, "parameters")
     for param in params:
         if is_sharded(param):
             from ..ops.shards import local_part
@@ -144,6 +153,17 @@ def _called_from(module: str) -> bool:
     return frame is not None
 
 
+def _check_dtypes(params: list[Tensor]) -> None:
+    """Raises TypeError for a parameter that could have a gradient, and is of a dtype that no step takes."""
+    for param in params:
+        if param.requires_grad and param.dtype not in _DTYPES:
+            raise TypeError(
+                "ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got one of "
+                f"{param.dtype} and shape {tuple(param.shape)}); freeze it, or hold a complex one as "
+                "torch.nn.Parameter(torch.view_as_real(x)) and compute with torch.view_as_complex of that"
+            )
+
+
 def _check_no_lazy_negation(params: list[Tensor]) -> None:
     """Raises ValueError for a lazily negated view, such as x.conj().imag, whose memory holds the negated values."""
     for param in params:
@@ -152,63 +172,3 @@ def _check_no_lazy_negation(params: list[Tensor]) -> None:
                 "ChildAdamW: parameters must not be lazily negated views, such as x.conj().imag (got one of shape "
                 f"{tuple(param.shape)}); pass resolve_neg() of it"
             )
-
-
-def check_overlap(params: list[Tensor]) -> None:
-    """Raises ValueError if two parameters share an element, or one holds an element twice (an expanded tensor).
-
-    Views that interleave in one buffer without sharing an element pass.
-    """
-    spans = sorted((span for span in map(_span, params) if span is not None), key=lambda span: span[:2])
-    cluster: list[tuple[str, int, int, Tensor]] = []
-    for span in spans:
-        if cluster and (span[0] != cluster[0][0] or span[1] >= max(s[2] for s in cluster)):
-            _check_cluster(cluster)
-            cluster = []
-        cluster.append(span)
-    _check_cluster(cluster)
-
-
-def _span(param: Tensor) -> tuple[str, int, int, Tensor] | None:
-    """Returns a parameter's device and the addresses where its memory begins and ends; None if it has no memory."""
-    if param.numel() == 0 or param.layout != torch.strided or param.device.type == "meta":
-        return None
-    begin = param.data_ptr()
-    extent = 1 + sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True))
-    return str(param.device), begin, begin + extent * param.element_size(), param
-
-
-def _check_cluster(cluster: list[tuple[str, int, int, Tensor]]) -> None:
-    """Raises ValueError if parameters, whose spans of memory overlap, use an element of that memory twice."""
-    if not cluster or (len(cluster) == 1 and _is_dense(cluster[0][3])):
-        return
-    begin, end = min(s[1] for s in cluster), max(s[2] for s in cluster)
-    sizes = {s[3].element_size() for s in cluster}
-    size = min(sizes)
-    overlap = len(sizes) > 1 or any((s[1] - begin) % size for s in cluster)
-    if not overlap:
-        used = torch.zeros((end - begin) // size, dtype=torch.int32, device="cpu")
-        for _, first, _, param in cluster:
-            places = torch.arange(used.numel(), device="cpu")
-            index = places.as_strided(param.shape, param.stride(), (first - begin) // size)
-            used.put_(index, torch.ones_like(index, dtype=torch.int32), accumulate=True)
-        overlap = bool((used > 1).any())
-    if overlap:
-        shapes = ", ".join(str(tuple(s[3].shape)) for s in cluster)
-        raise ValueError(
-            f"ChildAdamW: parameters must not share memory (got overlapping ones of shapes {shapes}); pass tied "
-            "weights once, and clone() expanded or overlapping views"
-        )
-
-
-def _is_dense(param: Tensor) -> bool:
-    """Returns True if every stride leaps over all elements of the dimensions of smaller strides.
-
-    Then no two elements share memory. The converse does not hold.
-    """
-    reach = 0
-    for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
-        if n > 1 and stride <= reach:
-            return False
-        reach += (n - 1) * stride
-    return True

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
-from ..arguments import check_seed, is_sharded
+from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, shown
 from ..ops.packed_mask import Masks
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
 from ..ops.step_group import MASK_FIELDS, StepGroup, check_mask
+from .groups import check_list
 from .state import begin, has_begun, incomplete
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def collect(
     states: MutableMapping[Tensor, dict[str, Any]],
     masks: Masks | None,
     kernels: StepKernels,
-    states_before: dict[Tensor, dict[str, Any]],
+    undo: dict[Tensor, dict[str, Any] | None],
 ) -> dict[Where, list[StepGroup]]:
     """Sorts the parameters that have a gradient by who steps them.
 
@@ -53,10 +54,11 @@ def collect(
         masks: {parameter: mask} of the child network; None without one. Where this call begins a state, it moves the
             mask to its parameter's device.
         kernels: the kernels that may step the parameters.
-        states_before: receives, for each parameter whose state this call begins or extends, what the state was.
+        undo: receives, for each parameter whose state this call begins or extends, what the state was; None for none.
 
     Raises:
         ValueError: an option cannot be honoured, or a group or the state of a parameter lacks an entry.
+        TypeError: an option, or a group's parameters, are of a kind that no step can take.
         BackendError: there are no kernels for a GPU, and they were asked for.
     """
     by_where: defaultdict[Where, list[StepGroup]] = defaultdict(list)
@@ -64,16 +66,20 @@ def collect(
     clips = any(group.get("max_grad_norm") is not None for group in param_groups)
     for group in param_groups:
         try:
+            check_flags(group)
             fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
             params = group["params"]
+            if type(params) is not list:
+                check_list(params)
         except KeyError as error:
             raise incomplete(error) from error
-        ordered = clips or masks is not None or group.get("reserve_p") != 1
-        rows, sharded = _rows(params, index, fields, states, masks, kernels, states_before, ordered)
+        reserve_p = group.get("reserve_p")
+        ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
+        rows, sharded = _rows(params, index, fields, states, masks, kernels, undo, ordered)
         if sharded:
             from .sharded import add_rows  # which imports torch.distributed.tensor
 
-            add_rows(rows, sharded, bool(group["amsgrad"]), states, masks, kernels, states_before, ordered)
+            add_rows(rows, sharded, bool(group["amsgrad"]), states, masks, kernels, undo, ordered)
         for (where, own_fields), of_kind in rows.items():
             if of_kind:
                 target = _options(group, param_groups[0], masks is not None, where)
@@ -91,7 +97,7 @@ def _rows(
     states: MutableMapping[Tensor, dict[str, Any]],
     masks: Masks | None,
     kernels: StepKernels,
-    states_before: dict[Tensor, dict[str, Any]],
+    undo: dict[Tensor, dict[str, Any] | None],
     ordered: bool,
 ) -> tuple[dict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]], list[tuple[Tensor, Tensor, int]]]:
     """Returns the rows of a group's parameters, by who steps them and which fields they have beside `fields`.
@@ -113,10 +119,12 @@ def _rows(
             continue
         if grad.is_neg():  # a lazily negated view, whose memory holds the negated values
             grad = grad.resolve_neg()
-        state = states[param]
+        state = states.get(param)
         mask = masks.get(param) if masks else None
-        if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):  # the first test saves most calls
-            states_before[param] = dict(state)
+        # The first tests save most calls.
+        if state is None or ((amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad)):
+            undo[param] = dict(states[param]) if param in states else None
+            state = states[param]
             mask = begin(state, param, masks, amsgrad)
         try:
             row: tuple[Any, ...] = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
@@ -184,16 +192,22 @@ def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, w
     except KeyError as error:
         raise incomplete(error) from error
     check_options(options, seed)  # again, because a user may have changed them in `param_groups`
-    lr = options["lr"]
-    on_its_gpu = isinstance(lr, Tensor) and lr.is_cuda and lr.get_device() == where and lr.dtype in _LR_DTYPES
+    lr, (beta1, beta2) = options["lr"], both_betas(options)
+    on_its_gpu = (
+        isinstance(lr, Tensor)
+        and lr.is_cuda
+        and lr.get_device() == where
+        and lr.dtype in _LR_DTYPES
+        and lr.numel() == 1
+    )
     return StepGroup(
-        lr=math.nan if on_its_gpu else float(lr),  # float() would wait for the GPU
+        lr=math.nan if on_its_gpu else number(options, "lr"),  # which would wait for the GPU
         lr_on_device=lr if on_its_gpu else None,
         capturable=bool(options["capturable"]),
-        beta1=float(options["betas"][0]),
-        beta2=float(options["betas"][1]),
-        eps=float(options["eps"]),
-        weight_decay=float(options["weight_decay"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=number(options, "eps", least=0.0),
+        weight_decay=number(options, "weight_decay", least=0.0),
         amsgrad=bool(options["amsgrad"]),
         grad_factor=-1.0 if options["maximize"] else 1.0,
         keep_threshold=KEEP_ALL if masked else keep_threshold(options["reserve_p"]),
@@ -228,21 +242,23 @@ def check_options(options: dict[str, Any], seed: int) -> None:
     """
     if "reserve_p" in options:
         keep_threshold(options["reserve_p"])
-    if options["seed"] != seed:
+    if not isinstance(options["seed"], int) or options["seed"] != seed:
         raise ValueError("ChildAdamW: seed is one for the whole optimizer; pass it to the constructor, not in a group")
     if options["decay"] not in _DECAYS:
-        raise ValueError(f"decay must be 'auto', 'all' or 'child' (got {options['decay']!r})")
+        raise ValueError(f"decay must be 'auto', 'all' or 'child' (got {shown(options['decay'])})")
     if options["norm_of"] not in _NORMS_OF:
-        raise ValueError(f"norm_of must be 'all' or 'child' (got {options['norm_of']!r})")
+        raise ValueError(f"norm_of must be 'all' or 'child' (got {shown(options['norm_of'])})")
     if options["variant"] not in _VARIANTS:
         raise ValueError(
-            f"variant must be 'torch' or 'hf', the published code's arithmetic (got {options['variant']!r})"
+            f"variant must be 'torch' or 'hf', the published code's arithmetic (got {shown(options['variant'])})"
         )
     if options["variant"] == "hf" and options["amsgrad"]:
         raise ValueError("variant='hf' has no amsgrad; use amsgrad=False or variant='torch'")
     max_grad_norm = options["max_grad_norm"]
     if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
-        raise ValueError(f"max_grad_norm must be a number above 0, or None for no clipping (got {max_grad_norm!r})")
+        raise ValueError(
+            f"max_grad_norm must be a number above 0, or None for no clipping (got {shown(max_grad_norm)})"
+        )
     if options["differentiable"]:
         raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
 

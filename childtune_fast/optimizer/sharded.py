@@ -24,7 +24,7 @@ def add_rows(
     states: MutableMapping[Tensor, dict[str, Any]],
     masks: Masks | None,
     kernels: StepKernels,
-    states_before: dict[Tensor, dict[str, Any]],
+    undo: dict[Tensor, dict[str, Any] | None],
     ordered: bool,
 ) -> None:
     """Adds the rows of a group's sharded parameters; see `collect`.
@@ -39,7 +39,7 @@ def add_rows(
         states: the optimizer's state, as `collect` takes it.
         masks: the child network's masks, as `collect` takes them.
         kernels: the kernels that may step the parameters.
-        states_before: receives what the states were, as `collect` says.
+        undo: receives what the states were, as `collect` says.
         ordered: whether the step looks at elements in their logical order.
 
     Raises:
@@ -49,10 +49,11 @@ def add_rows(
     placed_rows = rows[on_cpu, _PLACED]
     for param, whole_grad, i in params:
         grad = local_gradient(param, whole_grad)
-        state = states[param]
+        state = states.get(param)
         mask = masks.get(param) if masks else None
-        if (amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad):
-            states_before[param] = dict(state)
+        if state is None or ((amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad)):
+            undo[param] = dict(states[param]) if param in states else None
+            state = states[param]
             mask = begin(state, param, masks, amsgrad)
         try:
             exp_avg, exp_avg_sq = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])

@@ -1,12 +1,13 @@
 """The optimizer state of one parameter and its mask: how they begin, and how a checkpoint restores them."""
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_type, is_sharded
+from ..arguments import check_type, is_sharded, shown
 from ..ops.packed_mask import Masks, PackedMask
 from ..ops.step_group import compute_dtype
 
@@ -60,12 +61,12 @@ def _no_steps() -> Tensor:
     return torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch.set_default_device says
 
 
-def check_saved_state(saved: Any) -> None:
-    """Raises TypeError unless this is the state of a parameter, with one number as its step count."""
-    check_type("load_state_dict: the state of a parameter", saved, dict, "a dict")
-    step = saved.get("step", 0.0)
-    if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
-        raise TypeError(f"load_state_dict: state 'step' must be one number (got {step!r})")
+def copied(value: Any, where: str) -> Any:
+    """Returns a deep copy; raises TypeError for what cannot be copied."""
+    try:
+        return copy.deepcopy(value)
+    except (TypeError, AttributeError) as error:
+        raise TypeError(f"load_state_dict: {where} must hold what can be copied ({error})") from error
 
 
 def saved_state(state: dict[str, Any], param: Tensor, mask: PackedMask) -> dict[str, Any]:
@@ -90,8 +91,8 @@ def saved_mask(param: Tensor, bits: Any) -> PackedMask:
     Raises:
         ValueError: it is no tensor with values, or does not fit the parameter.
     """
-    if not isinstance(bits, Tensor) or bits.is_meta:
-        got = "one on the meta device" if isinstance(bits, Tensor) else type(bits).__name__
+    if not isinstance(bits, Tensor) or bits.is_meta or bits.layout != torch.strided:
+        got = f"one of {bits.layout} on {bits.device}" if isinstance(bits, Tensor) else type(bits).__name__
         raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor with values (got {got})")
     bits = _whole(bits.detach())
     if bits.dtype != torch.bool:
@@ -123,20 +124,21 @@ def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None
         dense: whether the saved state is that of an optimizer without child network, whose values are gathered.
 
     Raises:
-        TypeError: a value of the state is no tensor.
-        ValueError: a value of the state has another shape than the parameter, or its mask, requires.
+        TypeError: a value of the state cannot be copied.
+        ValueError: a value of the state has another shape than the parameter, or its mask, requires, or the step count
+            is none.
     """
     if not has_begun(saved):
         return {}
-    state = {k: copy.deepcopy(v) for k, v in saved.items() if k not in (*AVERAGES, "step", "child_mask")}
+    state = {k: copied(v, f"state {shown(k)}") for k, v in saved.items() if k not in (*AVERAGES, "step", "child_mask")}
     step = saved.get("step", 0.0)
     dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else torch.float32
     state["step"] = torch.as_tensor(step, dtype=dtype, device="cpu").detach().clone().reshape(())
+    count = state["step"].item()
+    if not 0 <= count < math.inf or count != int(count):
+        raise ValueError(f"load_state_dict: state 'step' must be a whole number of steps taken (got {count})")
     for key in (key for key in AVERAGES if key in saved):
-        value = saved[key]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"load_state_dict: state '{key}' must be a tensor (got {type(value).__name__})")
-        value = _of_rank(key, value.detach(), param, mask, dense, saved.get("child_mask"))
+        value = _of_rank(key, saved[key].detach(), param, mask, dense, saved.get("child_mask"))
         value = value.to(device=param.device, dtype=compute_dtype(param), copy=True)
         state[key] = value if mask is not None else _placed(value, param)
     return state
@@ -155,7 +157,7 @@ def _of_rank(key: str, value: Tensor, param: Tensor, mask: PackedMask | None, de
             return _whole(value)
         whole = saved_mask(param, bits)
         value = whole.scatter(_whole(value).to(whole.bits.device))  # torch may have cut it as it would a dense one
-    elif value.shape != param.shape and (sharded or mask is not None):
+    elif value.shape != param.shape:
         raise ValueError(
             f"load_state_dict: state '{key}' must have the shape {required} (got {tuple(value.shape)}); the checkpoint "
             "is damaged, or of another model"
@@ -185,5 +187,6 @@ def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any
     dense = {k: v for k, v in state.items() if k != "child_mask"}
     for key in AVERAGES:
         if mask is not None and key in dense and not is_sharded(dense[key]):
+            check_type(f"dense_state_dict: state '{key}'", dense[key], Tensor, "a tensor")
             dense[key] = mask.scatter(dense[key])
     return dense

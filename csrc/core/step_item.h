@@ -32,8 +32,8 @@ struct StepItem {
   PackedMask child;    // with a child network, the state is contiguous, of child.count values; `masked` is false
   bool decay_outside;  // weights outside the child network decay too
   AdamWConstants<double> constants;
-  float* counter;  // where a GPU counts the steps: its count, on the device; key.step and constants are not set then
-  uint32_t group;  // where a GPU counts the steps: the number of the parameter's group in this step
+  double* counter;  // where a GPU counts the steps: its count, on the device; key.step and constants are not set then
+  uint32_t group;   // where a GPU counts the steps: the number of the parameter's group in this step
 };
 
 }  // namespace childtune

@@ -3,6 +3,7 @@
 // starts threads of its own.
 #include "cpu/parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -13,6 +14,8 @@
 
 namespace childtune {
 namespace {
+
+constexpr int kMaxThreads = 64;
 
 struct Job {
   std::atomic<int64_t> next{0};
@@ -49,6 +52,8 @@ void parallel_slices(int threads, int64_t slices, void (*slice)(void*, int64_t),
   job.slices = slices;
   job.slice = slice;
   job.context = context;
+  // More threads than processors are of no use, and starting very many ends the process.
+  threads = std::min(threads, std::max(kMaxThreads, static_cast<int>(std::thread::hardware_concurrency())));
   if (threads <= 1 || slices <= 1) return work(&job);
   if (GompParallel parallel = gomp_parallel()) return parallel(work, &job, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> helpers;

@@ -24,7 +24,7 @@ struct DeviceConstants {
 };
 
 struct CountedItem {
-  float* counter;
+  double* counter;
   uint32_t param_index, group;
 };
 
@@ -56,7 +56,7 @@ CHILDTUNE_INLINE void count_step(const ConstantsTable& table, int64_t i) {
   if (group.clips) h.grad_factor *= clip_factor(group.max_grad_norm, *table.squares, h.grad_factor);
   const uint64_t step = static_cast<uint64_t>(*item.counter) + 1;
   table.constants[item.param_index] = {step_constants(h, step), static_cast<uint32_t>(step)};
-  *item.counter = static_cast<float>(step);
+  *item.counter = static_cast<double>(step);
 }
 
 }  // namespace childtune

@@ -13,6 +13,7 @@
 #include "cpu/select.h"
 #include "python/gpu_scores.h"
 #include "python/gpu_step.h"
+#include "python/step_groups.h"
 #include "python/step_items.h"
 
 #ifndef TORCH_EXTENSION_NAME
@@ -22,41 +23,83 @@
 namespace childtune {
 namespace {
 
-void step(const py::list& groups, int threads) {
-  Workspace& w = workspace();
-  for (const py::handle& group : groups) add_group(group, kCpu, Counter::kHost, &w);
-  w.place_layouts();
-  const py::gil_scoped_release no_gil;
-  step_cpu(w.items, threads);
-  write_steps(w);
+// An argument whose wrong kind is told in a few words. pybind11 itself would print all arguments, and torch cannot
+// print a tensor whose memory was freed.
+template <class T>
+struct Arg {
+  T value;
+};
+
+}  // namespace
+}  // namespace childtune
+
+namespace pybind11::detail {
+
+template <class T>
+struct type_caster<childtune::Arg<T>> {
+  PYBIND11_TYPE_CASTER(childtune::Arg<T>, make_caster<T>::name);
+
+  bool load(handle source, bool convert) {
+    make_caster<T> caster;
+    if (!caster.load(source, convert))
+      throw type_error(std::string("an argument has a wrong kind or range (got ") + Py_TYPE(source.ptr())->tp_name +
+                       ")");
+    value.value = cast_op<T>(caster);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace childtune {
+namespace {
+
+using List = Arg<py::list>;
+using Int = Arg<int>;
+
+// `checked` is what the last step of these groups returned, or 0. `undo` is a dict, which is cleared when the step has
+// been taken, or None.
+uint64_t step(const List& groups, Int threads, Arg<uint64_t> checked, const py::object& undo) {
+  check_undo(undo);
+  const Step step(groups.value, kCpu, Counter::kHost, checked.value);
+  {
+    const py::gil_scoped_release no_gil;
+    step_cpu(step.items().items, threads.value);
+    write_steps(step.items());
+  }
+  forget_undo(undo);
+  return step.written();
 }
 
 // `bits` has an entry for each tensor: the mask of the elements that count, or None if all do.
-std::vector<double> sums_of_squares(const py::list& tensors, const py::list& bits, int threads) {
+std::vector<double> sums_of_squares(const List& tensors, const List& bits, Int threads) {
+  const Call call;
   Workspace& w = workspace();
-  if (bits.size() != tensors.size()) refuse("child_bits must have an entry for each tensor");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorView view = view_tensor(py::handle(tensors[i]).ptr());
+  const py::tuple held(tensors.value), masks(bits.value);  // another thread may clear the lists
+  if (masks.size() != held.size()) refuse("child_bits must have an entry for each tensor");
+  for (size_t i = 0; i < held.size(); ++i) {
+    const TensorView view = view_tensor(py::handle(held[i]).ptr());
     const TensorView views[] = {view, view};
     StepItem item{};
-    const py::handle mask = bits[i];
+    const py::handle mask = masks[i];
     if (!mask.is_none()) item.child.bits = child_bits(view_tensor(mask.ptr()), view.numel(), kCpu);
     set_arrays(views, 2, kCpu, &w, &item);
     w.items.push_back(item);
   }
   w.place_layouts();
   const py::gil_scoped_release no_gil;
-  return sums_of_squares_cpu(w.items, threads);
+  return sums_of_squares_cpu(w.items, threads.value);
 }
 
 // Writes the packed masks of the k highest or lowest scores; returns the number of the first tensor with a NaN, or -1.
-int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool largest, int threads) {
-  forget_views();
-  if (bits.size() != scores.size()) refuse("select_top: each tensor of scores must have its bits");
+int64_t select_top(const List& scores, const List& bits, Arg<int64_t> count, Arg<bool> largest, Int threads) {
+  const Call call;
+  const py::tuple held(scores.value), masks(bits.value);  // another thread may clear the lists
+  if (masks.size() != held.size()) refuse("select_top: each tensor of scores must have its bits");
   std::vector<ScoredTensor> tensors;
   int64_t total = 0;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    const TensorView from = view_tensor(scores[i].ptr()), to = view_tensor(bits[i].ptr());
+  for (size_t i = 0; i < held.size(); ++i) {
+    const TensorView from = view_tensor(held[i].ptr()), to = view_tensor(masks[i].ptr());
     if (!from.on_cpu() || !to.on_cpu()) refuse("select_top: every tensor must be on the CPU");
     if (!from.is(kCodeFloat, 32) || !from.contiguous()) refuse("select_top: scores must be float32 and contiguous");
     if (!to.is(kCodeUInt, 8) || !to.contiguous()) refuse("select_top: bits must be uint8 and contiguous");
@@ -67,14 +110,15 @@ int64_t select_top(const py::list& scores, const py::list& bits, int64_t k, bool
     tensors.push_back({static_cast<const float*>(from.data), static_cast<uint8_t*>(to.data), from.numel()});
     total += from.numel();
   }
+  const int64_t k = count.value;
   if (k < 0 || k > total) refuse("select_top: k must lie between 0 and the number of scores");
   const py::gil_scoped_release no_gil;
-  return select_cpu(tensors, k, largest, threads);
+  return select_cpu(tensors, k, largest.value, threads.value);
 }
 
-bool accumulate_squares(const py::object& score, const py::object& grad, double weight, double grad_factor,
-                        int threads) {
-  forget_views();
+bool accumulate_squares(const py::object& score, const py::object& grad, Arg<double> weight, Arg<double> grad_factor,
+                        Int threads) {
+  const Call call;
   const TensorView scores = view_tensor(score.ptr()), grads = view_tensor(grad.ptr());
   if (!scores.on_cpu() || !grads.on_cpu()) refuse("every tensor must be on the CPU");
   if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
@@ -90,10 +134,12 @@ bool accumulate_squares(const py::object& score, const py::object& grad, double 
     item.layout = layout.data();
   }
   const py::gil_scoped_release no_gil;
-  return accumulate_squares_cpu(item, weight, grad_factor, threads);
+  return accumulate_squares_cpu(item, weight.value, grad_factor.value, threads.value);
 }
 
-std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+std::vector<uint32_t> philox(const Arg<std::vector<uint32_t>>& counter_words,
+                             const Arg<std::vector<uint32_t>>& key_words) {
+  const std::vector<uint32_t>&counter = counter_words.value, &key = key_words.value;
   if (counter.size() != 4 || key.size() != 2)
     refuse("philox4x32_10: four counter words and two key words are required");
   const Philox4 out = philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
@@ -122,18 +168,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     try {
       std::rethrow_exception(thrown);
     } catch (const PythonError&) {  // Python's error indicator is set already
+    } catch (const UnverifiedMemory& doubt) {
+      const py::object type = py::module_::import("childtune_fast.native").attr("UnverifiedMemory");
+      PyErr_SetObject(type.ptr(), type(doubt.digest).ptr());
     } catch (const CudaError& error) {
       const py::object type = py::module_::import("childtune_fast.native").attr("CudaError");
       PyErr_SetObject(type.ptr(), type(error.what(), error.code, error.begun).ptr());
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;
-  m.def("step", &step, py::arg("groups"), py::arg("threads"));
+  m.def("step", &step, py::arg("groups"), py::arg("threads"), py::arg("checked") = 0, py::arg("undo") = py::none());
   py::class_<GpuKernels>(m, "GpuKernels")
       .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
-      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"))
+      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"), py::arg("checked") = 0,
+           py::arg("undo") = py::none())
       .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
-           py::arg("grad_scale"), py::arg("found_inf"))
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("checked") = 0, py::arg("undo") = py::none())
       .def("accumulate_squares", &accumulate_squares_on_gpu, py::arg("score"), py::arg("grad"), py::arg("weight"),
            py::arg("grad_factor"), py::arg("grad_clip"), py::arg("finite"), py::arg("stream"), py::arg("memory_of"))
       .def("count_digits", &count_digits_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("wanted"),
@@ -152,12 +202,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);
-  m.def("set_instruction_set", [](const std::string& name) {
-    if (!set_instruction_set(name)) refuse("set_instruction_set: this processor has no '" + name + "'");
+  m.def("set_instruction_set", [](const Arg<std::string>& name) {
+    if (!set_instruction_set(name.value)) refuse("set_instruction_set: this processor has no '" + name.value + "'");
   });
   m.def("compiler", &compiler);
   m.def("cuda_driver_version", &cuda_driver_version);
   m.def("parallel_runtime", &parallel_runtime);
   m.def("tensor_access", &tensor_access);
-  m.def("force_attribute_access", &force_attribute_access, py::arg("force"));
+  m.def("force_attribute_access", [](Arg<bool> force) { force_attribute_access(force.value); }, py::arg("force"));
 }

@@ -34,7 +34,7 @@ bool is_aligned(const void* data, size_t size) { return reinterpret_cast<uintptr
 void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, const py::object& grad, double weight,
                                double grad_factor, std::optional<double> grad_clip, const py::object& finite,
                                uintptr_t stream, const py::object& memory_of) {
-  forget_views();
+  const Call call;
   const TensorView grads = view_tensor(grad.ptr()), scores = view_tensor(score.ptr());
   SquaresArgument argument{};
   argument.dtype = param_dtype(grads);
@@ -70,9 +70,8 @@ void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, c
   gpu.launch(kAddSquares, &argument, squares_blocks(argument), stream);
 }
 
-// Views the scores, and the bits of their masks unless `bits` is nullptr.
+// Views, in a Call, the scores, and the bits of their masks unless `bits` is nullptr.
 std::vector<ScoredTensor> scored_tensors(const GpuKernels& gpu, const py::list& scores, const py::list* bits) {
-  forget_views();
   if (bits != nullptr && bits->size() != scores.size()) refuse("each tensor of scores must have its bits");
   std::vector<ScoredTensor> tensors;
   for (size_t i = 0; i < scores.size(); ++i) {
@@ -99,6 +98,7 @@ void count_digits_on_gpu(const GpuKernels& gpu, const py::list& scores, bool lar
                          int shift, const py::object& counts, const py::object& nan, uintptr_t stream) {
   if (shift < 0 || wanted_shift <= shift || wanted_shift > 32 || wanted_shift - shift > kDigitBits)
     refuse("count_digits: a digit must have from 1 to 11 of 32 bits");
+  const Call call;
   std::vector<ScoreTable> tables = score_tables(scored_tensors(gpu, scores, nullptr), nullptr);
   auto* to = static_cast<int64_t*>(array_on(gpu.device(), view_tensor(counts.ptr()), kCodeInt, 64, kDigits, "counts"));
   auto* flag = static_cast<uint8_t*>(array_on(gpu.device(), view_tensor(nan.ptr()), kCodeUInt, 8, 1, "nan"));
@@ -115,6 +115,7 @@ void count_digits_on_gpu(const GpuKernels& gpu, const py::list& scores, bool lar
 
 void launch_mask_pass(const GpuKernels& gpu, size_t kernel, const py::list& scores, bool largest, uint32_t threshold,
                       const py::list& bits, const py::object& ties, uintptr_t stream) {
+  const Call call;
   const std::vector<ScoredTensor> tensors = scored_tensors(gpu, scores, &bits);
   void* to = array_on(gpu.device(), view_tensor(ties.ptr()), kCodeInt, 32, tie_counts(tensors), "ties");
   std::vector<ScoreTable> tables = score_tables(tensors, static_cast<int32_t*>(to));

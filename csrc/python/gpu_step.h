@@ -10,7 +10,7 @@
 #include "cuda/device_plan.h"
 #include "cuda/driver_api.h"
 #include "cuda/launch_plan.h"
-#include "python/step_items.h"
+#include "python/step_groups.h"
 #include "python/tensor_view.h"
 
 namespace childtune {
@@ -59,33 +59,46 @@ class GpuKernels {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 
-  // Steps parameters that are on the GPU, and whose step counts are on the CPU.
-  void step(const py::list& groups, uintptr_t stream) {
-    Workspace& w = collect(groups, Counter::kHost);
-    LaunchPlan& plan = plan_step(w, nullptr, nullptr);
-    const py::gil_scoped_release no_gil;
-    launch_writes({}, plan, stream);
-    write_steps(w);
+  // Steps parameters that are on the GPU, and whose step counts are on the CPU. `checked` and `undo` are those of a
+  // step on the CPU, and so is what is returned.
+  uint64_t step(const py::list& groups, uintptr_t stream, uint64_t checked, const py::object& undo) {
+    check_undo(undo);
+    const Step step(groups, device_, Counter::kHost, checked);
+    LaunchPlan& plan = plan_step(step.items(), nullptr, nullptr);
+    {
+      const py::gil_scoped_release no_gil;
+      launch_writes({}, plan, stream);
+      write_steps(step.items());
+    }
+    forget_undo(undo);
+    return step.written();
   }
 
   // Steps parameters that are on the GPU, and whose step counts are there too; clips if a group says so. The host waits
   // for nothing. `memory_of(bytes)` must return a uint8 tensor on the GPU of at least that size, which must live until
   // the GPU has done the step. `grad_scale` and `found_inf` are float32 tensors on the GPU, or None.
-  void counted_step(const py::list& groups, uintptr_t stream, const py::object& memory_of, const py::object& grad_scale,
-                    const py::object& found_inf) {
+  uint64_t counted_step(const py::list& groups, uintptr_t stream, const py::object& memory_of,
+                        const py::object& grad_scale, const py::object& found_inf, uint64_t checked,
+                        const py::object& undo) {
     thread_local DevicePlan prelude;
-    Workspace& w = collect(groups, Counter::kGpu);
+    check_undo(undo);
+    const Step step(groups, device_, Counter::kGpu, checked);
+    const Workspace& w = step.items();
     const DeviceScaler scaler{scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
     const int64_t bytes = prelude.build(w.items, w.groups, scaler);
     const py::object memory = memory_of(bytes);
     prelude.place(place_of(memory, bytes));
     LaunchPlan& plan = plan_step(w, prelude.constants(), scaler.found_inf);
-    const py::gil_scoped_release no_gil;
-    for (const NormTable& table : prelude.norm_tables()) launch(kNormChunks, &table, norm_blocks(table), stream);
-    for (const NormTable& table : prelude.norm_tables())
-      launch(kNormTensors, &table, static_cast<unsigned>(table.count), stream);
-    if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
-    launch_writes(prelude.constants_tables(), plan, stream);
+    {
+      const py::gil_scoped_release no_gil;
+      for (const NormTable& table : prelude.norm_tables()) launch(kNormChunks, &table, norm_blocks(table), stream);
+      for (const NormTable& table : prelude.norm_tables())
+        launch(kNormTensors, &table, static_cast<unsigned>(table.count), stream);
+      if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
+      launch_writes(prelude.constants_tables(), plan, stream);
+    }
+    forget_undo(undo);
+    return step.written();
   }
 
   int device() const { return device_; }
@@ -105,13 +118,6 @@ class GpuKernels {
   }
 
  private:
-  Workspace& collect(const py::list& groups, Counter counter) const {
-    Workspace& w = workspace();
-    for (const py::handle& group : groups) add_group(group, device_, counter, &w);
-    w.place_layouts();
-    return w;
-  }
-
   const float* scalar(const py::object& tensor, const char* name) const {
     if (tensor.is_none()) return nullptr;
     return static_cast<const float*>(number_on(device_, view_tensor(tensor.ptr()), name));

@@ -1,6 +1,6 @@
-// Turns the groups of a step into StepItems, and checks everything that memory safety rests on. Included by
+// Checks everything that memory safety rests on, and turns tensors into the arrays of StepItems. Included by
 // bindings.cpp only, so that pybind11's headers are compiled once. The sentences that users see for wrong tensors are
-// written in childtune_fast/ops/step_group.py, which also defines the groups.
+// written in childtune_fast/ops/step_group.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,13 +18,10 @@ namespace py = pybind11;
 namespace childtune {
 namespace {
 
-// Who counts the steps: the host, or the GPU that takes them, which then computes the constants too.
-enum class Counter { kHost, kGpu };
-
-// Kept between steps, so that a step allocates nothing.
+// Kept between steps, so that a step allocates little.
 struct Workspace {
   std::vector<StepItem> items;
-  std::vector<DeviceGroup> groups;   // with Counter::kGpu
+  std::vector<DeviceGroup> groups;   // where a GPU counts the steps
   std::vector<void*> step_counters;  // where each item's step count is stored
   std::vector<bool> step_is_double;
   std::vector<int64_t> layouts;        // of arrays that are not contiguous
@@ -37,7 +34,6 @@ struct Workspace {
     step_is_double.clear();
     layouts.clear();
     layout_starts.clear();
-    forget_views();
   }
 
   // Growing `layouts` moves it, so pointers into it are set last.
@@ -48,6 +44,7 @@ struct Workspace {
   }
 };
 
+// The thread's workspace, empty; ask for it in a Call alone.
 Workspace& workspace() {
   thread_local Workspace w;
   w.clear();
@@ -55,27 +52,6 @@ Workspace& workspace() {
 }
 
 [[noreturn]] void refuse(const std::string& what) { throw py::value_error(what); }
-
-// Returns the group's list. It must be a list: then the group holds it, so its tensors outlive the step, which the
-// items of another iterable need not do.
-py::list list_of(const py::handle& group, const char* name) {
-  const py::object value = group.attr(name);
-  if (!PyList_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a list");
-  return py::reinterpret_borrow<py::list>(value);
-}
-
-// One of a group's lists: `name` must hold a tensor for each parameter.
-struct TensorList {
-  py::list list;
-  const char* name;
-
-  TensorList(const py::handle& group, const char* name_) : list(list_of(group, name_)), name(name_) {}
-
-  TensorView at(size_t i) const {
-    if (i >= list.size()) refuse(std::string(name) + " must have an entry for each parameter");
-    return view_tensor(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
-  }
-};
 
 DType param_dtype(const TensorView& t) {
   if (t.is(kCodeFloat, 32)) return DType::kFloat32;
@@ -177,6 +153,12 @@ const void* number_on(int device, const TensorView& t, const char* name, bool ma
   return t.data;
 }
 
+double* count_on(int device, const TensorView& t) {
+  if (!t.is(kCodeFloat, 64) || t.numel() != 1 || t.device != device)
+    refuse("step must be one float64 on the device of the step");
+  return static_cast<double*>(t.data);
+}
+
 // Writes the step counts of the steps that have been taken.
 void write_steps(const Workspace& w) {
   for (size_t i = 0; i < w.items.size(); ++i) {
@@ -186,81 +168,6 @@ void write_steps(const Workspace& w) {
     } else {
       *static_cast<float*>(w.step_counters[i]) = static_cast<float>(step);
     }
-  }
-}
-
-HyperParams hyper_params(const py::handle& group) {
-  const auto number = [&](const char* name) { return group.attr(name).cast<double>(); };
-  return {number("lr"),
-          number("beta1"),
-          number("beta2"),
-          number("eps"),
-          number("weight_decay"),
-          number("grad_factor"),
-          number("keep_threshold") / kKeepAll,
-          group.attr("published_code").cast<bool>()};
-}
-
-DeviceGroup device_group(const py::handle& group, int device, const HyperParams& h) {
-  DeviceGroup result{};
-  result.hyper = h;
-  const py::object lr = group.attr("lr_on_device"), max_grad_norm = group.attr("max_grad_norm");
-  if (!lr.is_none()) {
-    const TensorView view = view_tensor(lr.ptr());
-    result.lr = number_on(device, view, "lr", true);
-    result.lr_is_double = view.bits == 64;
-  }
-  result.clips = !max_grad_norm.is_none();
-  result.child_norm = group.attr("child_norm").cast<bool>();
-  if (result.clips) result.max_grad_norm = max_grad_norm.cast<double>();
-  return result;
-}
-
-MaskSlice mask_slice(const py::object& slices, size_t i, int64_t numel) {
-  if (slices.is_none()) return {};
-  const auto entry = py::list(slices)[i].cast<py::tuple>();
-  const MaskSlice slice{entry[0].cast<uint64_t>(), entry[1].cast<int64_t>(), entry[2].cast<uint64_t>()};
-  if (slice.run < 0 || (slice.run > 0 && numel % slice.run != 0)) refuse("a slice must hold whole runs");
-  return slice;
-}
-
-void add_group(const py::handle& group, int device, Counter counter, Workspace* w) {
-  const TensorList params(group, "params"), grads(group, "grads"), exp_avgs(group, "exp_avgs"),
-      exp_avg_sqs(group, "exp_avg_sqs"), max_exp_avg_sqs(group, "max_exp_avg_sqs"), steps(group, "steps"),
-      bits(group, "child_bits"), offsets(group, "child_offsets");
-  const py::list indices(group.attr("indices")), counts(group.attr("child_counts"));
-  const py::object slices = group.attr("slices");
-  const bool amsgrad = group.attr("amsgrad").cast<bool>();
-  const bool decay_outside = group.attr("decay_outside").cast<bool>();
-  const uint32_t keep_threshold = group.attr("keep_threshold").cast<uint32_t>();
-  const uint64_t seed = group.attr("seed").cast<uint64_t>();
-  const HyperParams h = hyper_params(group);
-  if (counter == Counter::kGpu) w->groups.push_back(device_group(group, device, h));
-  uint64_t constants_step = 0;  // parameters of a group mostly share their step count, so its constants too
-  AdamWConstants<double> constants{};
-  for (size_t i = 0; i < params.list.size(); ++i) {
-    TensorView views[kStreams] = {params.at(i), grads.at(i), exp_avgs.at(i), exp_avg_sqs.at(i), {}};
-    if (amsgrad) views[kMaxExpAvgSq] = max_exp_avg_sqs.at(i);
-    StepItem item{};
-    if (bits.list.size() > 0) {
-      const auto count = counts[i].cast<int64_t>();
-      item.child = packed_mask(bits.at(i), offsets.at(i), count, views[kParam].numel(), device);
-    }
-    set_arrays(views, amsgrad ? 5 : 4, device, w, &item);
-    if (counter == Counter::kGpu) {
-      item.counter = const_cast<float*>(static_cast<const float*>(number_on(device, steps.at(i), "step")));
-      item.group = static_cast<uint32_t>(w->groups.size() - 1);
-    } else if (const uint64_t step = next_step(steps.at(i), w); step != constants_step) {
-      constants = step_constants(h, step);
-      constants_step = step;
-    }
-    item.constants = constants;
-    item.masked = keep_threshold < kKeepAll;
-    item.keep_threshold = keep_threshold;
-    item.key = {seed, static_cast<uint32_t>(constants_step), indices[i].cast<uint32_t>()};
-    item.slice = mask_slice(slices, i, item.numel);
-    item.decay_outside = decay_outside;
-    w->items.push_back(item);
   }
 }
 

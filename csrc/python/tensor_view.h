@@ -38,12 +38,20 @@ struct TensorView {
 
 constexpr uint8_t kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBFloat = 4, kCodeOther = 255;
 
-// Reads `tensor`; throws with TypeError set for anything but a torch.Tensor with memory of its own.
-TensorView view_tensor(PyObject* tensor);
+// One call of this module, on one thread, that reads tensors; its views are valid until it ends. A call that begins
+// within another one, as when Python code that the other runs calls the module again, throws with RuntimeError set: it
+// might take away what the other has read.
+class Call {
+ public:
+  Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  ~Call();
+};
 
-// Frees the shapes that earlier calls of view_tensor read from attributes, which their views point to. Call it before
-// the first view of a step, or of another operation.
-void forget_views();
+// Reads `tensor`, in a Call. Throws with TypeError set for anything but a torch.Tensor with memory of its own, and with
+// ValueError set if its storage has become smaller than its elements need, as `untyped_storage().resize_` makes it.
+TensorView view_tensor(PyObject* tensor);
 
 // Returns how tensors are read: "DLPack C exchange API" or "tensor attributes". Tests can force the attributes.
 const char* tensor_access();

@@ -100,7 +100,7 @@ void test_mixed_steps(bool child_norm) {
   const double max_norm = 0.5;
   std::deque<Child<float>> children[2];
   std::deque<Arrays<float>> whole[2];
-  std::vector<float> counters[2] = {std::vector<float>(tensors, 4.0f), std::vector<float>(tensors, 4.0f)};
+  std::vector<double> counters[2] = {std::vector<double>(tensors, 4.0), std::vector<double>(tensors, 4.0)};
   std::vector<StepItem> items[2];
   for (int side = 0; side < 2; ++side) {
     for (int i = 0; i < tensors; ++i) {

@@ -28,7 +28,7 @@ struct Model {
   std::deque<Arrays<double>> doubles;
   std::deque<Arrays<BFloat16>> brains;
   std::vector<StepItem> items;
-  std::vector<float> counters;
+  std::vector<double> counters;
   std::vector<HyperParams> hypers;
 
   Model(int tensors, int groups, uint32_t index_stride) : counters(tensors) {
@@ -43,7 +43,7 @@ struct Model {
       item.group = static_cast<uint32_t>(i / per_group);
       // The norm must be summed in the order of the parameters' numbers in the optimizer: here, from the last on.
       item.key = {9, 0, static_cast<uint32_t>(tensors - i) * index_stride};
-      counters[i] = static_cast<float>(i % 7 == 0 ? 70000 : i % 5);
+      counters[i] = i % 7 == 0 ? 70000 : i % 5;
     }
     for (int g = 0; g < groups; ++g) {
       hypers.push_back({1e-3 * (1 + g), 0.9, 0.999 - 1e-3 * g, 1e-8, 0.1, -1.0, 1.0, g % 3 == 1});
@@ -75,7 +75,7 @@ void step_on_host(Model* m, const Case& c) {
     h.grad_factor = host_factor(c, c.max_grad_norm > 0 && item.group % 2 == 0, squares);
     item.key.step = static_cast<uint32_t>(m->counters[i]) + 1;
     item.constants = step_constants(h, item.key.step);
-    m->counters[i] = static_cast<float>(item.key.step);
+    m->counters[i] = item.key.step;
   }
   step_cpu(m->items, 1);
 }

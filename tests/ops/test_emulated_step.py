@@ -3,6 +3,7 @@ loops on the CPU.
 """
 
 import contextlib
+import itertools
 import os
 
 import pytest
@@ -63,6 +64,13 @@ COUNTED = {  # options, a GradScaler's scale and what it found, the learning rat
 }
 
 
+def counted_on_gpu(groups):
+    """The groups, with their step counts as a GPU that counts them has them."""
+    for count in itertools.chain.from_iterable(group.steps for group in groups):
+        count.data = count.double()
+    return groups
+
+
 def check_counted_steps():
     kernels = load.load_native().GpuKernels(-1, IMAGE)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -74,7 +82,7 @@ def check_counted_steps():
             for _ in range(3):
                 for run in runs:
                     set_grads(run.param_groups[0]["params"], 1)
-                on_native = groups_of(runs[0])
+                on_native = counted_on_gpu(groups_of(runs[0]))
                 on_native[0].lr_on_device = lr
                 kernels.counted_step(on_native, STREAM, bytes_of_memory, grad_scale, found_inf)
                 if lr is not None:
@@ -97,7 +105,7 @@ def check_child_steps():
                     groups = groups_of(runs[0])
                     assert any(group.child_bits for group in groups)
                     if counted:
-                        kernels.counted_step(groups, STREAM, bytes_of_memory, None, None)
+                        kernels.counted_step(counted_on_gpu(groups), STREAM, bytes_of_memory, None, None)
                     else:
                         kernels.step(groups, STREAM)
                     runs[1].step()
@@ -134,7 +142,7 @@ def check_a_step_that_is_not_taken():
     for run in runs:
         set_grads(run.param_groups[0]["params"], 0)
         run.step()
-    on_native = groups_of(runs[0])
+    on_native = counted_on_gpu(groups_of(runs[0]))
     for found_inf in (1.0, float("inf"), float("nan")):
         kernels.counted_step(on_native, STREAM, bytes_of_memory, None, torch.tensor(found_inf))
     assert_same_run(*runs)
@@ -154,12 +162,12 @@ def check_refusals_of_counted_steps():
         ({"grad_scale": torch.tensor(1.0, dtype=torch.float64)}, "grad_scale must be one number"),
         ({"found_inf": torch.tensor(1)}, "found_inf must be one number"),
         ({"lr": torch.tensor(1.0, dtype=torch.bfloat16)}, "lr must be one number"),
-        ({"step": torch.tensor(0)}, "step must be one number"),
-        ({"step": torch.tensor(0.0, dtype=torch.float64)}, "step must be one number"),
+        ({"step": torch.tensor(0)}, "step must be one float64"),
+        ({"step": torch.tensor(0.0)}, "step must be one float64"),
     ]
     for wrong, message in broken:
         param.grad = torch.ones(4, 6)
-        on_native = groups_of(run)
+        on_native = counted_on_gpu(groups_of(run))
         on_native[0].lr_on_device = wrong.pop("lr", None)
         if "step" in wrong:
             on_native[0].steps[0] = wrong.pop("step")
@@ -229,7 +237,7 @@ def check_a_launch_that_fails():
         params = make_params([(9,)], torch.float32) + make_params([(9,)], torch.float64)
         set_grads(params, 0)
         optimizer = ChildAdamW(params, backend="native")
-        groups = groups_of(optimizer)
+        groups = counted_on_gpu(groups_of(optimizer)) if counted else groups_of(optimizer)
         step, more = (kernels.counted_step, (bytes_of_memory, None, None)) if counted else (kernels.step, ())
         with failing("cuLaunchKernel", first, first, 700), pytest.raises(CudaError, match="illegal memory") as caught:
             step(groups, STREAM, *more)

@@ -41,10 +41,10 @@ def refusing(gpu, monkeypatch):
     kernels = gpu_kernels.find(1).kernels
     step = kernels.step
 
-    def refusing_step(groups, stream):
+    def refusing_step(*arguments):
         if errors:
             raise errors.pop()
-        step(groups, stream)
+        return step(*arguments)
 
     monkeypatch.setattr(kernels, "step", refusing_step)
     return errors

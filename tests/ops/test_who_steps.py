@@ -12,6 +12,7 @@ from childtune_fast.native import BackendError
 from childtune_fast.native import gpu as gpu_kernels
 from childtune_fast.ops import reference, trust
 from childtune_fast.ops import step as op
+from childtune_fast.ops.clip import clip, unscale
 from childtune_fast.ops.packed_mask import PackedMask
 
 
@@ -35,20 +36,28 @@ def gpu(monkeypatch):
     """Kernels for every GPU, which note how they are called and step in torch; what is "there" is on the CPU."""
     calls = []
 
-    def step(groups, stream):
+    def step(groups, stream, checked, undo):
         calls.append(("step", groups, stream))
         reference.step(groups)
+        return taken(undo)
 
-    def counted_step(groups, stream, memory_of, grad_scale, found_inf):
+    def counted_step(groups, stream, memory_of, grad_scale, found_inf, checked, undo):
         for group in groups:
             if group.lr_on_device is not None:
                 group.lr = group.lr_on_device.item()
         assert (memory_of(100) is memory_of(50)) != gpu_kernels.is_capturing(1)
         calls.append(("counted_step", groups, stream))
         if found_inf is None or not found_inf.item():
-            op._unscale(groups, grad_scale)
-            op._clip(None, [], groups)
+            unscale(groups, 1.0 if grad_scale is None else grad_scale)
+            if any(group.max_grad_norm is not None for group in groups):
+                clip(None, [], groups)
             reference.step(groups)
+        return taken(undo)
+
+    def taken(undo):
+        if undo is not None:  # None: other kernels write too
+            undo.clear()
+        return 1
 
     kernels = SimpleNamespace(step=step, counted_step=counted_step)
     monkeypatch.setenv("CHILDTUNE_GPU", "off")  # nothing is proved here; test_proof.py has that

@@ -242,9 +242,9 @@ def state_without_step(saved):
 
 
 BAD = {
-    "no tensor": (state_with(exp_avg=[1.0]), "state 'exp_avg' must be a tensor"),
+    "no tensor": (state_with(exp_avg=[1.0]), "state 'exp_avg' of parameter 3 must be a tensor"),
     "step is no number": (state_with(step="x"), "could not convert|must be"),
-    "two steps": (state_with(step=torch.ones(2)), "state 'step' must be one number"),
+    "two steps": (state_with(step=torch.ones(2)), "state 'step' of parameter 3 must be one number"),
     "no step": (state_without_step, "step"),
     "mask version": (group_with(mask_version=2), "masks are of version 2, those of this childtune_fast of version 1"),
     "reserve_p": (group_with(reserve_p=1.5), "must lie in"),

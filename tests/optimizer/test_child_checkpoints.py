@@ -168,7 +168,7 @@ def test_a_damaged_state_is_refused(damage, error):
     state_dict = copy.deepcopy(opt.state_dict())
     state_dict["state"][0].update(damage)
     fresh = ChildAdamW(Model().parameters())
-    with pytest.raises(error, match=f"load_state_dict: state '{next(iter(damage))}' must"):
+    with pytest.raises(error, match=f"load_state_dict: state '{next(iter(damage))}'.* must"):
         fresh.load_state_dict(state_dict)
     assert not fresh.child_masks
 

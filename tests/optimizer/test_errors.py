@@ -148,12 +148,16 @@ def without_memory(p):
 
 BAD_GRADIENTS = {
     "sparse": (sparse, RuntimeError, "does not support sparse gradients, please consider SparseAdam instead"),
-    "complex": (of_dtype(torch.complex64), TypeError, "pass torch.view_as_real of them"),
+    "complex": (
+        of_dtype(torch.complex64),
+        TypeError,
+        "hold a complex one as torch.nn.Parameter(torch.view_as_real(x))",
+    ),
     "integers": (of_dtype(torch.int32), TypeError, "must be float32, float64, bfloat16 or float16 (got torch.int32"),
     "float8": (of_dtype(torch.float8_e4m3fn), TypeError, "(got torch.float8_e4m3fn for parameter 1 of shape (4, 3))"),
     "another dtype": (gradient_of_dtype, TypeError, "the gradient of parameter 1 of shape (4, 3) must be"),
     "another shape": (gradient_of_shape, ValueError, "must have the shape (2, 2) (got (4, 3))"),
-    "freed memory": (without_memory, ValueError, "its storage was resized to 0"),
+    "freed memory": (without_memory, ValueError, "its storage was freed or shrunk"),
 }
 
 
