@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import re
-import warnings
 from decimal import Decimal
 
 import numpy as np
@@ -23,16 +21,10 @@ from helpers import (
     train,
 )
 from torch.optim import lr_scheduler
+from torch_suite import INFO
 
 from childtune_fast import ChildAdamW
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ImportWarning)  # that hypothesis is not there
-    from torch.testing._internal.common_optimizers import optim_db
-
-INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
-# differentiable=True and capturable=True are refused by design (test_errors.py); torch lists such inputs on CUDA only.
-INPUTS = [i for i in INFO.optim_inputs_func(device="cpu") if not {"differentiable", "capturable"} & i.kwargs.keys()]
 EXTRA_INPUTS = {
     "tensor lr": {"lr": torch.tensor(0.01)},
     "tensor betas": {"betas": (torch.tensor([[0.8]]), torch.tensor(0.99))},
@@ -41,11 +33,7 @@ EXTRA_INPUTS = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-ALL_INPUTS = {**{i.desc: i.kwargs for i in INPUTS}, **EXTRA_INPUTS}
-
-
-def test_torch_lists_the_inputs_this_file_counts_on():
-    assert {"default", "maximize", "amsgrad"} <= {i.desc for i in INPUTS}
+ALL_INPUTS = {**{i.desc: i.kwargs for i in INFO.optim_inputs_func(device="cpu")}, **EXTRA_INPUTS}
 
 
 @both_backends
@@ -66,23 +54,6 @@ def test_equals_adamw_at_reserve_p_1(kwargs, dtype, backend):
             error, torchs = (max(np.ravel(abs(decimals(x) - exact))) for x in (a, b))
             # The contract's budget: no further from the truth than torch is, plus one ulp of the largest element.
             assert error <= torchs + Decimal(torch.finfo(dtype).eps) * max(np.ravel(abs(exact)))
-
-
-@pytest.mark.parametrize("case", INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32))
-def test_errors_are_torch_s(case):
-    given = case.optimizer_error_input
-    params = make_params() if given.params is None else given.params
-    if case.error_type is UserWarning:  # one parameter twice in a group: torch warns, then steps it twice; we refuse
-        with (
-            pytest.warns(UserWarning, match=case.error_regex),
-            pytest.raises(ValueError, match="must not share memory"),
-        ):
-            ChildAdamW(params, **given.kwargs)
-        return
-    with pytest.raises(case.error_type, match=case.error_regex) as theirs:
-        torch.optim.AdamW(copy.deepcopy(params), **given.kwargs)
-    with pytest.raises(case.error_type, match="^" + re.escape(str(theirs.value)) + "$"):
-        ChildAdamW(params, **given.kwargs)
 
 
 def test_is_an_adamw_with_its_defaults():
