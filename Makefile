@@ -5,6 +5,8 @@
 #   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
 #   make types   mypy
 #   make bench   the benchmarks
+#   make fuzz    a million calls with nonsense; `make fuzz-asan` fewer, of a module built with the sanitizers, and
+#                `make fuzz-guided` for ten minutes, or ARGS=-max_total_time=60, by libFuzzer
 #
 # PYTHON=python3.12 chooses the interpreter, TORCH and PIP_FLAGS which torch and from where, VENV another environment:
 # `make test TORCH=torch==2.14.1 VENV=.venv-2.14`.
@@ -20,10 +22,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 # Another torch than the pinned one brings its own NVRTC.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),constraints.txt,$(VENV)/constraints.txt)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-CPP := $(NATIVE) $(wildcard tests/cpp/* tests/standin/*.cpp benchmarks/*.cpp)
+CPP := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/threads/* tests/standin/*.cpp benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core cuda lint headers types format bench clean
+.PHONY: demo test test-core test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -71,6 +73,46 @@ $(OUT)/test_core: $(CORE)
 $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
+
+# The CPU driver from several threads at once, under the thread sanitizer.
+THREADS := $(patsubst %.cpp,$(OUT)/threads/%.o,$(wildcard tests/cpp/threads/*.cpp csrc/cpu/*.cpp))
+test-threads: $(OUT)/test_threads
+	$(OUT)/test_threads
+$(OUT)/test_threads: $(THREADS)
+	$(CXX) -fsanitize=thread $^ -ldl -lpthread -o $@
+$(THREADS): $(OUT)/threads/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off -fsanitize=thread -g -O1 -Icsrc -Itests/cpp -c $< -o $@
+
+# Nonsense from Python; what fails is printed with the command that repeats it. ARGS="--seed 2" for other nonsense.
+fuzz: $(VENV)/.native
+	$(BIN)/python tests/fuzz/fuzz.py --calls 1000000 $(ARGS)
+
+# The same with a module that is built just in time, by a compiler that adds the sanitizers; torch has none. Alignment is
+# not checked, as it is not in torch: x86 and ARM read a float at any address. FUZZ_COMPILER's last flags win over ours.
+FUZZ_COMPILER := $(abspath $(OUT))/fuzz/c++
+fuzz-asan: $(VENV)/.native
+	mkdir -p $(dir $(FUZZ_COMPILER))
+	printf '#!/bin/sh\nunset LD_PRELOAD\nexec $(CXX) "$$@" $(SANITIZE) -fno-sanitize=alignment\n' >$(FUZZ_COMPILER)
+	chmod +x $(FUZZ_COMPILER)
+	CXX=$(FUZZ_COMPILER) CHILDTUNE_FORCE_JIT=1 CHILDTUNE_CACHE=$(dir $(FUZZ_COMPILER)) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/fuzz/fuzz.py --calls 50000 $(ARGS)
+
+# The same calls of the compiled module, guided by its coverage: libFuzzer is atheris's, and GCC's coverage is told to it.
+GUIDED := $(abspath $(OUT))/guided
+fuzz-guided: $(VENV)/.atheris
+	mkdir -p $(GUIDED)/corpus
+	$(CC) -O2 -fPIC -c tests/fuzz/coverage.c -o $(GUIDED)/coverage.o
+	printf '%s\n' '#!/bin/sh' 'unset LD_PRELOAD' 'case " $$* " in' \
+	  '*" -shared "*) exec $(CXX) "$$@" $(GUIDED)/coverage.o -Wl,-Bsymbolic-functions;;' \
+	  '*" -c "*) exec $(CXX) "$$@" -O1 -fsanitize-coverage=trace-pc,trace-cmp;;' \
+	  'esac' 'exec $(CXX) "$$@"' >$(GUIDED)/c++
+	chmod +x $(GUIDED)/c++
+	CXX=$(GUIDED)/c++ CHILDTUNE_FORCE_JIT=1 CHILDTUNE_CACHE=$(GUIDED) \
+	  LD_PRELOAD=$$($(BIN)/python -c "import atheris; print(atheris.path())")/ubsan_with_fuzzer.so \
+	  $(BIN)/python tests/fuzz/guided.py -max_len=600 -len_control=0 -max_total_time=600 \
+	  -artifact_prefix=$(GUIDED)/ $(ARGS) $(GUIDED)/corpus
 
 # The device code without a GPU, with the flags and for the architectures that are shipped: the core headers, which must
 # stay free of whatever a GPU lacks, cuda/warp.h alone, and the kernels, whose PTX tests/support/check_device_code.py
@@ -127,6 +169,10 @@ $(VENV)/.test: $(VENV)/.native
 $(VENV)/.nvrtc: $(VENV)/.created
 	$(PIP) --no-deps --target $(VENV)/nvrtc-13.0 \
 	  "nvidia-cuda-nvrtc==13.0.88; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	touch $@
+
+$(VENV)/.atheris: $(VENV)/.native
+	$(PIP) atheris==3.0.0
 	touch $@
 
 $(VENV)/.cuda: $(VENV)/.created $(CONSTRAINTS)

@@ -60,11 +60,11 @@ def alive(pid):
         return False
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=60, every=0.02):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def cause_of_failure():
