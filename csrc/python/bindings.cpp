@@ -105,8 +105,6 @@ int64_t select_top(const List& scores, const List& bits, Arg<int64_t> count, Arg
     if (!to.is(kCodeUInt, 8) || !to.contiguous()) refuse("select_top: bits must be uint8 and contiguous");
     if (to.numel() != mask_bytes(from.numel()))
       refuse("select_top: bits must have 128 bytes for each 1024 scores begun");
-    if (from.numel() > 0 && (from.data == nullptr || to.data == nullptr))
-      refuse("select_top: every tensor must have memory");
     tensors.push_back({static_cast<const float*>(from.data), static_cast<uint8_t*>(to.data), from.numel()});
     total += from.numel();
   }
@@ -124,8 +122,6 @@ bool accumulate_squares(const py::object& score, const py::object& grad, Arg<dou
   if (!scores.is(kCodeFloat, 32) || !scores.contiguous()) refuse("score must be float32 and contiguous");
   if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
   SquaresItem item{grads.data, static_cast<float*>(scores.data), grads.numel(), nullptr, param_dtype(grads)};
-  if (item.numel > 0 && (item.score == nullptr || item.grad == nullptr))
-    refuse("every tensor must have memory of its own");
   std::vector<int64_t> layout;
   if (!grads.contiguous()) {
     layout.push_back(grads.ndim);

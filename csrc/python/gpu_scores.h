@@ -19,8 +19,7 @@ namespace {
 
 // Returns the memory of a tensor, after checking that it is contiguous, on the device, and of this dtype and size.
 void* array_on(int device, const TensorView& t, uint8_t code, uint8_t bits, int64_t numel, const char* name) {
-  if (!t.is(code, bits) || t.device != device || !t.contiguous() || t.numel() != numel ||
-      (numel > 0 && t.data == nullptr))
+  if (!t.is(code, bits) || t.device != device || !t.contiguous() || t.numel() != numel)
     refuse(std::string(name) + " must be contiguous, on the device of the kernels, of the right dtype and size");
   return t.data;
 }
@@ -39,7 +38,7 @@ void accumulate_squares_on_gpu(const GpuKernels& gpu, const py::object& score, c
   SquaresArgument argument{};
   argument.dtype = param_dtype(grads);
   argument.numel = grads.numel();
-  if (grads.device != gpu.device() || !grads.contiguous() || (argument.numel > 0 && grads.data == nullptr))
+  if (grads.device != gpu.device() || !grads.contiguous())
     refuse("grad must be contiguous and on the device of the kernels");
   if (!grads.same_shape(scores)) refuse("score and grad must have one shape");
   argument.grad = grads.data;

@@ -62,8 +62,7 @@ DType param_dtype(const TensorView& t) {
 }
 
 bool is_vector_of(const TensorView& t, uint8_t code, uint8_t bits, int64_t numel, int device) {
-  return t.is(code, bits) && t.device == device && t.ndim == 1 && t.numel() == numel && t.contiguous() &&
-         (numel == 0 || t.data != nullptr);
+  return t.is(code, bits) && t.device == device && t.ndim == 1 && t.numel() == numel && t.contiguous();
 }
 
 // The bits of a child network's mask, after checking that they are those of `numel` weights, as far as the host can
@@ -114,7 +113,6 @@ void set_arrays(const TensorView* views, int streams, int device, Workspace* w, 
     if (!compact && !t.same_shape(param)) refuse("param, grad and state must have one shape");
     const bool right = s <= kGrad ? t.is(param.type_code, param.bits) : t.is(kCodeFloat, state_bits);
     if (!right) refuse("grad must have the dtype of param, and the state that of the computation");
-    if (t.data == nullptr && t.numel() > 0) refuse("every tensor must have memory of its own");
     contiguous = contiguous && (compact || t.contiguous());
     item->data[s] = t.data;
   }
@@ -132,7 +130,7 @@ void set_arrays(const TensorView* views, int streams, int device, Workspace* w, 
 // Notes where the step count is stored, and returns the number of the step now taken.
 uint64_t next_step(const TensorView& t, Workspace* w) {
   const bool is_double = t.is(kCodeFloat, 64);
-  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu() || t.data == nullptr) {
+  if (!(is_double || t.is(kCodeFloat, 32)) || t.numel() != 1 || !t.on_cpu()) {
     refuse("step must be one float32 or float64 on the CPU");
   }
   const double value = is_double ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
@@ -148,7 +146,7 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
 // float64.
 const void* number_on(int device, const TensorView& t, const char* name, bool may_be_double = false) {
   const bool is_number = t.is(kCodeFloat, 32) || (may_be_double && t.is(kCodeFloat, 64));
-  if (!is_number || t.numel() != 1 || t.device != device || t.data == nullptr)
+  if (!is_number || t.numel() != 1 || t.device != device)
     refuse(std::string(name) + " must be one number on the device of the step");
   return t.data;
 }

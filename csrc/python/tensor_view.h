@@ -50,7 +50,8 @@ class Call {
 };
 
 // Reads `tensor`, in a Call. Throws with TypeError set for anything but a torch.Tensor with memory of its own, and with
-// ValueError set if its storage has become smaller than its elements need, as `untyped_storage().resize_` makes it.
+// ValueError set if its storage has become smaller than its elements need, as `untyped_storage().resize_` makes it: a
+// view of elements has their memory.
 TensorView view_tensor(PyObject* tensor);
 
 // Returns how tensors are read: "DLPack C exchange API" or "tensor attributes". Tests can force the attributes.
