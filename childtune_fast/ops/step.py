@@ -254,7 +254,7 @@ def _explaining(groups: list[StepGroup]) -> Iterator[None]:
         yield
     except (CudaError, StepInterrupted):
         raise
-    except (TypeError, ValueError, RuntimeError, BufferError):
+    except (TypeError, ValueError, RuntimeError, BufferError, MemoryError):  # the last by a gradient expanded too far
         for group in groups:
             check_group(group)
         raise

@@ -18,7 +18,7 @@ _STEP_LIMITS = {
     torch.float32: (2**24, "2**24, as far as float32 counts, or a float64 tensor to go on"),
     torch.float64: (2**32 - 1, "2**32 - 1"),
 }
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")  # those of a StepGroup that say where it is masked
 
@@ -105,7 +105,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             f"ChildAdamW does not support sparse gradients, please consider SparseAdam instead, or sparse=False in the "
             f"embedding (got a gradient of layout {grad.layout} for {name})"
         )
-    if param.dtype not in _DTYPES:
+    if param.dtype not in DTYPES:
         raise TypeError(
             f"ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got {param.dtype} for {name}); "
             "hold a complex one as torch.nn.Parameter(torch.view_as_real(x))"

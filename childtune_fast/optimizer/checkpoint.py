@@ -15,6 +15,7 @@ from ..native.load import Backend
 from ..ops.packed_mask import Masks, PackedMask, fingerprint
 from ..ops.random_mask import MASK_VERSION
 from ..ops.step import StepMemory
+from ..ops.undisturbed import undisturbed
 from .collect import OWN_OPTIONS, check_options, settle_options
 from .groups import check_groups, check_numbers, check_states
 from .masks import MaskBook, of_rank
@@ -48,12 +49,13 @@ class CheckpointedAdamW(torch.optim.AdamW):
         try:
             yield
         except BaseException:
-            self.state, self.param_groups = state, param_groups
-            param_groups[:] = groups
-            for mapping, content in contents:
-                mapping.clear()
-                mapping.update(content)
-            self._book.become(book)
+            with undisturbed():
+                self.state, self.param_groups = state, param_groups
+                param_groups[:] = groups
+                for mapping, content in contents:
+                    mapping.clear()
+                    mapping.update(content)
+                self._book.become(book)
             raise
 
     def _masks(self, *, anew: bool = False) -> Masks | None:

@@ -11,9 +11,8 @@ from ..arguments import PLAIN_TENSORS, is_sharded, shown
 from ..child import ChildNetwork
 from ..ops.memory import check_apart
 from ..ops.packed_mask import Masks
+from ..ops.step_group import DTYPES
 from .groups import check_once
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str) -> None:
@@ -156,7 +155,7 @@ def _called_from(module: str) -> bool:
 def _check_dtypes(params: list[Tensor]) -> None:
     """Raises TypeError for a parameter that could have a gradient, and is of a dtype that no step takes."""
     for param in params:
-        if param.requires_grad and param.dtype not in _DTYPES:
+        if param.requires_grad and param.dtype not in DTYPES:
             raise TypeError(
                 "ChildAdamW: parameters must be float32, float64, bfloat16 or float16 (got one of "
                 f"{param.dtype} and shape {tuple(param.shape)}); freeze it, or hold a complex one as "
