@@ -30,6 +30,7 @@ def handler():
     before = signal.signal(signal.SIGUSR1, interrupt)
     yield interrupt
     signal.signal(signal.SIGUSR1, before)
+    torch.set_grad_enabled(True)  # which torch.no_grad leaves off if it is interrupted while it ends
 
 
 def interrupted_at(bytecode, call):
