@@ -1,9 +1,8 @@
 """The step: kernels on the CPU, kernels on a GPU, or torch take it; before it, the host scales, skips and clips."""
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -162,7 +161,7 @@ def take_step(
         grad_scale = found_inf = None
     for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
-    with _explaining(on_cpu + of_gpus):
+    try:
         clips = over_ranks is not None or any(group.max_grad_norm is not None for group in everything)
         if by_host and clips and clip(kernels.native, on_cpu, of_gpus + on_torch, over_ranks, skip):
             return
@@ -173,22 +172,16 @@ def take_step(
         if kernels.native is not None and on_cpu:
             calls = {"cpu": functools.partial(kernels.native.step, on_cpu, torch.get_num_threads()), **calls}
         if alone and calls:
-            with _keeping(memory, undo):
-                _call_kernels(calls, everything, memory, undo)
+            _call_kernels(calls, everything, memory, undo, alone)
         elif everything:
             _write_in_parts(calls, on_torch, everything, memory, undo)
-    _tell_autograd(on_cpu + of_gpus, everything)
-
-
-@contextlib.contextmanager
-def _keeping(memory: StepMemory, undo: dict[Any, Any]) -> Iterator[None]:
-    """Notes a StepInterrupted, after which the states are neither those of before nor those of after the step."""
-    try:
-        yield
-    except StepInterrupted:
-        memory.interrupted = True
-        undo.clear()
+    except (CudaError, StepInterrupted):
         raise
+    except (TypeError, ValueError, RuntimeError, BufferError, MemoryError):  # the last by a gradient expanded too far
+        for group in on_cpu + of_gpus:
+            check_group(group)  # whose sentence says more than the kernels' short errors
+        raise
+    _tell_autograd(on_cpu + of_gpus, everything)
 
 
 def _write_in_parts(
@@ -200,11 +193,10 @@ def _write_in_parts(
 ) -> None:
     """Takes a step that is more than one call of kernels, and clears `undo` at its end."""
     _check_apart(everything, memory)
-    with undisturbed(), _keeping(memory, undo):
-        _call_kernels(calls, everything, memory, None)
+    with undisturbed():
+        _call_kernels(calls, everything, memory, undo, False)
         if on_torch:
-            with _noticing_torch(on_torch, bool(calls)):
-                foreach.step(on_torch)
+            _step_in_torch(on_torch, bool(calls), memory, undo)
         undo.clear()
 
 
@@ -212,22 +204,40 @@ def _call_kernels(
     calls: Mapping[Where, Callable[..., int]],
     everything: list[StepGroup],
     memory: StepMemory,
-    undo: dict[Any, Any] | None,
+    undo: dict[Any, Any],
+    alone: bool,
 ) -> None:
-    """Calls the kernels' steps, each of which writes all or nothing, and clears `undo` when it has written.
+    """Calls the kernels' steps, each of which writes all or nothing; one that is `alone` clears `undo` as it writes.
 
     A step that writes to other memory than the last one, and cannot tell by its addresses alone that nothing overlaps,
     asks for a closer look.
     """
     begun = False
     for where, call in calls.items():
-        with _noticing(begun):
+        to_clear = undo if alone else None
+        try:
             try:
-                memory.written[where] = call(memory.written.get(where, 0), undo)
+                memory.written[where] = call(memory.written.get(where, 0), to_clear)
             except UnverifiedMemory as doubt:
                 _check_apart(everything, memory)
-                memory.written[where] = call(doubt.digest, undo)
+                memory.written[where] = call(doubt.digest, to_clear)
+        except CudaError as error:
+            if begun or error.begun:
+                raise _interrupted(error, memory, undo) from error
+            raise
         begun = True
+
+
+def _step_in_torch(groups: list[StepGroup], begun: bool, memory: StepMemory, undo: dict[Any, Any]) -> None:
+    """Takes torch's part of a step; raises StepInterrupted where an error, such as of memory, comes after a write."""
+    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs]
+    versions = [exp_avg._version for exp_avg in averages]
+    try:
+        foreach.step(groups)
+    except (RuntimeError, MemoryError) as error:
+        if begun or versions != [exp_avg._version for exp_avg in averages]:
+            raise _interrupted(error, memory, undo) from error
+        raise
 
 
 def _check_apart(groups: list[StepGroup], memory: StepMemory) -> None:
@@ -247,45 +257,11 @@ def _tell_autograd(by_kernels: list[StepGroup], everything: list[StepGroup]) -> 
             increment_version(group.sharded)
 
 
-@contextlib.contextmanager
-def _explaining(groups: list[StepGroup]) -> Iterator[None]:
-    """Replaces the short errors of the kernels by the sentences of `check_group`; those of a driver stay."""
-    try:
-        yield
-    except (CudaError, StepInterrupted):
-        raise
-    except (TypeError, ValueError, RuntimeError, BufferError, MemoryError):  # the last by a gradient expanded too far
-        for group in groups:
-            check_group(group)
-        raise
-
-
-@contextlib.contextmanager
-def _noticing(begun: bool) -> Iterator[None]:
-    """Raises StepInterrupted where a driver's error leaves a step taken in part; `begun`: it was so before already."""
-    try:
-        yield
-    except CudaError as error:
-        if not (begun or error.begun):
-            raise
-        raise _interrupted(error) from error
-
-
-def _interrupted(error: Exception) -> StepInterrupted:
+def _interrupted(error: Exception, memory: StepMemory, undo: dict[Any, Any]) -> StepInterrupted:
+    """Notes that the states are neither those of before nor those of after the step, and returns what to raise."""
+    memory.interrupted = True
+    undo.clear()
     return StepInterrupted(
         f"ChildAdamW: a step was taken in part ({error}), so that parameters and state do not belong together any "
         "more; load the model's and the optimizer's checkpoint before the next step"
     )
-
-
-@contextlib.contextmanager
-def _noticing_torch(groups: list[StepGroup], begun: bool) -> Iterator[None]:
-    """Raises StepInterrupted where an error, such as of memory, ends a step in torch that has written something."""
-    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs]
-    versions = [exp_avg._version for exp_avg in averages]
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if begun or versions != [exp_avg._version for exp_avg in averages]:
-            raise _interrupted(error) from error
-        raise

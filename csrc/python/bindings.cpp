@@ -39,9 +39,9 @@ template <class T>
 struct type_caster<childtune::Arg<T>> {
   PYBIND11_TYPE_CASTER(childtune::Arg<T>, make_caster<T>::name);
 
-  bool load(handle source, bool convert) {
+  bool load(handle source, bool) {
     make_caster<T> caster;
-    if (!caster.load(source, convert))
+    if (!caster.load(source, true))
       throw type_error(std::string("an argument has a wrong kind or range (got ") + Py_TYPE(source.ptr())->tp_name +
                        ")");
     value.value = cast_op<T>(caster);
@@ -157,6 +157,21 @@ std::string compiler() {
 }  // namespace
 }  // namespace childtune
 
+namespace childtune {
+namespace {
+
+// Defines a function, or a method, of which a call with other arguments than it has is told in a few words too.
+template <class Scope, class Function, class... Extra>
+void define(Scope& scope, const char* name, Function function, const Extra&... extra) {
+  scope.def(name, function, extra...);
+  scope.def(name, [name](const py::args&, const py::kwargs&) {
+    throw py::type_error(std::string(name) + ": an argument is missing, unknown or too many");
+  });
+}
+
+}  // namespace
+}  // namespace childtune
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace childtune;
   m.doc() = "Compiled kernels of childtune_fast. The public interface is the Python package.";
@@ -173,28 +188,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;
-  m.def("step", &step, py::arg("groups"), py::arg("threads"), py::arg("checked") = 0, py::arg("undo") = py::none());
-  py::class_<GpuKernels>(m, "GpuKernels")
-      .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"))
-      .def("step", &GpuKernels::step, py::arg("groups"), py::arg("stream"), py::arg("checked") = 0,
-           py::arg("undo") = py::none())
-      .def("counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("checked") = 0, py::arg("undo") = py::none())
-      .def("accumulate_squares", &accumulate_squares_on_gpu, py::arg("score"), py::arg("grad"), py::arg("weight"),
-           py::arg("grad_factor"), py::arg("grad_clip"), py::arg("finite"), py::arg("stream"), py::arg("memory_of"))
-      .def("count_digits", &count_digits_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("wanted"),
-           py::arg("wanted_shift"), py::arg("shift"), py::arg("counts"), py::arg("nan"), py::arg("stream"))
-      .def("write_above", &write_above_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"),
-           py::arg("bits"), py::arg("ties"), py::arg("stream"))
-      .def_static(
-          "tie_counts", [](int64_t numel) { return tie_counts({{nullptr, nullptr, numel}}); }, py::arg("numel"))
-      .def("add_ties", &add_ties_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"), py::arg("bits"),
-           py::arg("ties"), py::arg("stream"));
-  m.def("sums_of_squares", &sums_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
-  m.def("select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
-        py::arg("threads"));
-  m.def("accumulate_squares", &accumulate_squares, py::arg("score"), py::arg("grad"), py::arg("weight"),
-        py::arg("grad_factor"), py::arg("threads"));
+  define(m, "step", &step, py::arg("groups"), py::arg("threads"), py::arg("checked") = 0, py::arg("undo") = py::none());
+  py::class_<GpuKernels> gpu(m, "GpuKernels");
+  gpu.def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"));
+  define(gpu, "step", &GpuKernels::step, py::arg("groups"), py::arg("stream"), py::arg("checked") = 0,
+         py::arg("undo") = py::none());
+  define(gpu, "counted_step", &GpuKernels::counted_step, py::arg("groups"), py::arg("stream"), py::arg("memory_of"),
+         py::arg("grad_scale"), py::arg("found_inf"), py::arg("checked") = 0, py::arg("undo") = py::none());
+  define(gpu, "accumulate_squares", &accumulate_squares_on_gpu, py::arg("score"), py::arg("grad"), py::arg("weight"),
+         py::arg("grad_factor"), py::arg("grad_clip"), py::arg("finite"), py::arg("stream"), py::arg("memory_of"));
+  define(gpu, "count_digits", &count_digits_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("wanted"),
+         py::arg("wanted_shift"), py::arg("shift"), py::arg("counts"), py::arg("nan"), py::arg("stream"));
+  define(gpu, "write_above", &write_above_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"),
+         py::arg("bits"), py::arg("ties"), py::arg("stream"));
+  define(gpu, "add_ties", &add_ties_on_gpu, py::arg("scores"), py::arg("largest"), py::arg("threshold"),
+         py::arg("bits"), py::arg("ties"), py::arg("stream"));
+  gpu.def_static("tie_counts", [](int64_t numel) { return tie_counts({{nullptr, nullptr, numel}}); }, py::arg("numel"));
+  define(m, "sums_of_squares", &sums_of_squares, py::arg("tensors"), py::arg("child_bits"), py::arg("threads"));
+  define(m, "select_top", &select_top, py::arg("scores"), py::arg("bits"), py::arg("k"), py::arg("largest"),
+         py::arg("threads"));
+  define(m, "accumulate_squares", &accumulate_squares, py::arg("score"), py::arg("grad"), py::arg("weight"),
+         py::arg("grad_factor"), py::arg("threads"));
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"));
   m.def("instruction_set", &instruction_set);
   m.def("supported_instruction_sets", &supported_instruction_sets);

@@ -135,7 +135,7 @@ for saving in ("random", "child", "torch"):
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("loading", ["random", "child"])
 @pytest.mark.parametrize("saving", SAVED)
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
 def test_loads_or_refuses(saving, loading, data):
     checkpoint = containers_copied(SAVED[saving])
