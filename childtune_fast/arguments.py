@@ -78,7 +78,7 @@ def has_memory(tensor: Tensor) -> bool:
     A tensor of zeros that autograd has not made yet (`torch._efficientzerotensor`) has none.
     """
     if tensor.numel() == 0:
-        return True
+        return not tensor._is_zerotensor()
     storage = tensor.untyped_storage()
     if (tensor.storage_offset() + reach(tensor)) * tensor.element_size() > storage.nbytes():
         return False
@@ -93,6 +93,14 @@ def lost_memory(value: Any) -> bool:
     if type(value) not in PLAIN_TENSORS or value.layout != strided or value.is_meta:
         return False
     return not has_memory(value)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Returns a tensor without lazy negation, which leaves the negated values in memory.
+
+    One whose values cannot be read any more is returned as it is, so that whoever looks at its memory refuses it.
+    """
+    return tensor.resolve_neg() if tensor.is_neg() and not lost_memory(tensor) else tensor
 
 
 def reach(tensor: Tensor) -> int:

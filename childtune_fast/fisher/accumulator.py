@@ -89,11 +89,15 @@ class FisherAccumulator:
 
         Raises:
             ValueError: an argument is not above 0 or not finite, no parameter has a gradient, or a gradient is not
-                finite, be it on another rank. In the last case the sums hold a part of it: `scores()` raises until
-                `reset()`.
+                finite, be it on another rank, or has no memory any more. In the last two cases, and after an interrupt,
+                the sums hold a part of this: `scores()` raises until `reset()`.
         """
+        weight, grad_scale = (
+            as_float(f"FisherAccumulator.update: {name}", value)
+            for name, value in (("weight", weight), ("grad_scale", grad_scale))
+        )
         for name, value in (("weight", weight), ("grad_scale", grad_scale)):
-            if not 0 < as_float(f"FisherAccumulator.update: {name}", value) < math.inf:
+            if not 0 < value < math.inf:
                 raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {shown(value)})")
         self._check_usable("update")
         present = [name for name, param in self._sums.params.items() if param.grad is not None]
@@ -103,11 +107,12 @@ class FisherAccumulator:
             )
         kernels = self._sums.kernels()
         finite = {}
-        for name in present:
-            grad = self._sums.gradient(name)
-            if grad is not None:
-                finite[name] = self._sums.add(kernels, name, grad, weight, 1.0 / grad_scale)
-        self._sums.close(finite, weight, "FisherAccumulator.update: ")
+        with self._sums.adding():
+            for name in present:
+                grad = self._sums.gradient(name)
+                if grad is not None:
+                    finite[name] = self._sums.add(kernels, name, grad, weight, 1.0 / grad_scale)
+            self._sums.close(finite, weight, "FisherAccumulator.update: ")
 
     def scores(self) -> dict[str, Tensor]:
         """Returns {parameter name: mean of its squared gradient}, new float32 tensors of the parameters' shapes.
@@ -140,10 +145,11 @@ class FisherAccumulator:
             self._check_usable("merge")
             other._check_usable("merge")
             self._check_matches(added, other.grad_clip, "merge")
-        for name, tensor in added.items():
-            sums = self._sums.sums[name]
-            sums += self._sums.part_of(name, tensor).to(sums.device)
-        self._sums.weight += other._sums.weight
+        with self._sums.adding():
+            for name, tensor in added.items():
+                sums = self._sums.sums[name]
+                sums += self._sums.part_of(name, tensor).to(sums.device)
+            self._sums.weight += other._sums.weight
 
     @torch.no_grad()
     def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -189,9 +195,10 @@ class FisherAccumulator:
         with self._sums.ranks.agreeing():
             self._check_loadable(state_dict)
         self.reset()
-        for name, tensor in state_dict["sums"].items():
-            self._sums.sums[name].copy_(self._sums.part_of(name, tensor))
-        self._sums.weight = float(state_dict["weight"])
+        with self._sums.adding():
+            for name, tensor in state_dict["sums"].items():
+                self._sums.sums[name].copy_(self._sums.part_of(name, tensor))
+            self._sums.weight = float(state_dict["weight"])
 
     def _check_loadable(self, state_dict: Any) -> None:
         check_type("FisherAccumulator.load_state_dict: state_dict", state_dict, Mapping, "a mapping")
@@ -219,7 +226,7 @@ class FisherAccumulator:
         if self._sums.damaged:
             raise ValueError(
                 f"FisherAccumulator.{method}: the sums must be whole (they hold a part of a gradient that was not "
-                "finite); call reset() and begin anew"
+                "finite, or of an addition that did not come to its end); call reset() and begin anew"
             )
 
     def _check_matches(self, sums: dict[str, Tensor], grad_clip: float | None, method: str) -> None:

@@ -36,11 +36,12 @@ def add_over_ranks(sums: SquareSums, group: "dist.ProcessGroup | None") -> None:
     dist.all_gather_object(parts, here, group=group)
     for rank, part in enumerate(parts):
         _check_part(part, parts[0], rank)
-    for tensor in sums.sums.values():
-        total = tensor.to(_device_for(tensor, group))
-        dist.all_reduce(total, group=group)  # with the same bits on every rank
-        tensor.copy_(total)
-    sums.weight = sum(part.weight for part in parts)
+    with sums.adding():
+        for tensor in sums.sums.values():
+            total = tensor.to(_device_for(tensor, group))
+            dist.all_reduce(total, group=group)  # with the same bits on every rank
+            tensor.copy_(total)
+        sums.weight = sum(part.weight for part in parts)
 
 
 def _check_part(part: _Part, first: _Part, rank: int) -> None:
@@ -52,8 +53,8 @@ def _check_part(part: _Part, first: _Part, rank: int) -> None:
         )
     if part.damaged:
         raise ValueError(
-            f"{_WHAT}the sums must be whole (those of rank {rank} hold a part of a gradient that was not finite); call "
-            "reset() there and begin anew"
+            f"{_WHAT}the sums must be whole (those of rank {rank} hold a part of a gradient that was not finite, or of "
+            "an addition that did not come to its end); call reset() there and begin anew"
         )
     if part.shapes != first.shapes:
         wrong = min(name for name, _ in part.shapes.items() ^ first.shapes.items())

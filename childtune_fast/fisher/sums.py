@@ -1,11 +1,13 @@
 """The running sums of squared gradients that FisherAccumulator and estimate_fisher both add to."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Selector, is_sharded, shown
+from ..arguments import Selector, is_sharded, lost_memory, resolved, shown
 from ..ops.reference import clip_factor, numbers
 from ..ops.squares import SquareKernels
 from .scored import inner_model, scored_parameters
@@ -27,7 +29,7 @@ class SquareSums:
         offload: device that keeps the sums; None keeps each sum on its parameter's device.
         sums: {parameter name: float32 tensor of the shape of what this rank holds of the parameter}.
         weight: total weight of the gradients whose squares are in the sums.
-        damaged: whether the sums hold a part of a gradient that was not finite.
+        damaged: whether the sums hold a part of a gradient that was not finite, or of an addition that did not end.
         kept: None, or after `stage` the sums of what was added before the last `keep`; `sums` then has the rest.
     """
 
@@ -127,8 +129,11 @@ class SquareSums:
 
         Returns:
             Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
+
+        Raises:
+            ValueError: the gradient has no memory any more. Nothing has been added then.
         """
-        grad = _readable(grad)
+        grad = _readable(name, grad)
         if self.offload is not None:
             grad = grad.to(self.offload)
         elif self.sums[name].device != grad.device:  # the model has moved
@@ -186,14 +191,20 @@ class SquareSums:
         Raises:
             ValueError: a gradient was not finite, on any rank. The sums are then marked as damaged.
         """
-        try:
+        with self.adding():
             finite = {**finite, **self._add_held()}
             with self.ranks.agreeing():
                 _check_finite(finite, where)
-        except Exception:
+            self.weight += weight
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Marks the sums as damaged if the block, which writes them, does not come to its end."""
+        try:
+            yield
+        except BaseException:
             self.damaged = True
             raise
-        self.weight += weight
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns {parameter name: its sums}, those in use; of a sharded parameter a DTensor placed as it is."""
@@ -249,11 +260,13 @@ def check_grad_clip(grad_clip: float | None) -> None:
         )
 
 
-def _readable(grad: Tensor) -> Tensor:
+def _readable(name: str, grad: Tensor) -> Tensor:
     """Returns the gradient in the form that the kernels can read: dense, and not lazily negated."""
+    if lost_memory(grad):
+        raise ValueError(f"the gradient of '{name}' must have memory for its values (got one whose storage was freed)")
     if grad.layout != torch.strided:
         return grad.to_dense()
-    return grad.resolve_neg() if grad.is_neg() else grad
+    return resolved(grad)
 
 
 def _mean(sums: Tensor, weight: float) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from ..arguments import Selector, check_seed, predicate
+from ..arguments import Selector, check_seed, predicate, shown
 from ..child.choice import Scope
 from ..fisher.estimation import OnNonfinite
 from ..ops.random_mask import keep_threshold
@@ -82,22 +82,24 @@ class ChildTuningConfig:
             predicate(self.maskable, "ChildTuningConfig: maskable")
         for name in ("per_example", "train_mode"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"ChildTuningConfig: {name} must be True or False (got {getattr(self, name)!r})")
+                raise TypeError(f"ChildTuningConfig: {name} must be True or False (got {shown(getattr(self, name))})")
         if self.fisher_batches is not None and not (_is_number(self.fisher_batches, int) and self.fisher_batches >= 1):
             raise ValueError(
                 "ChildTuningConfig: fisher_batches must be a whole number above 0, or None for the whole training set "
-                f"(got {self.fisher_batches!r})"
+                f"(got {shown(self.fisher_batches)})"
             )
         if self.grad_clip is not None and not (_is_number(self.grad_clip, (int, float)) and self.grad_clip > 0):
             raise ValueError(
                 "ChildTuningConfig: grad_clip must be a number above 0, or None for no clipping of the gradients that "
-                f"are squared (got {self.grad_clip!r})"
+                f"are squared (got {shown(self.grad_clip)})"
             )
 
     def _check_choice(self, name: str, *choices: str | None) -> None:
         value = getattr(self, name)
         if not any(value == choice for choice in choices):
-            raise ValueError(f"ChildTuningConfig: {name} must be {' or '.join(map(repr, choices))} (got {value!r})")
+            raise ValueError(
+                f"ChildTuningConfig: {name} must be {' or '.join(map(repr, choices))} (got {shown(value)})"
+            )
 
     def _check_options_of_mode(self) -> None:
         foreign = _ONLY_D if self.mode == "F" else _ONLY_F
@@ -107,7 +109,7 @@ class ChildTuningConfig:
                 other = "D" if self.mode == "F" else "F"
                 raise ValueError(
                     f"ChildTuningConfig: {field.name} must be left out with mode={self.mode!r}, which does not use it "
-                    f"(got {value!r}); mode={other!r} does"
+                    f"(got {shown(value)}); mode={other!r} does"
                 )
         if self.mode == "F" and self.decay == "child":
             raise ValueError("ChildTuningConfig: decay='child' needs mode='D' (got mode='F'); use decay='all'")

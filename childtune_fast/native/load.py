@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
+from ..arguments import shown
 from . import BackendError, build
 
 Backend = Literal["auto", "native", "torch"]
@@ -145,7 +146,7 @@ def _load_prebuilt() -> ModuleType:
 def check(choice: str, what: str) -> Backend:
     """Returns `choice`, or raises ValueError if it is no backend; the error begins with `what`."""
     if choice not in CHOICES:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, CHOICES))} (got {choice!r})")
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, CHOICES))} (got {shown(choice)})")
     return cast(Backend, choice)
 
 

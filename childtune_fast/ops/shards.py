@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
+from ..arguments import resolved
 from .packed_mask import PackedMask
 
 Run = tuple[int, int]  # (first index, length) of neighbouring indices
@@ -200,7 +201,7 @@ def local_gradient(param: DTensor, grad: Tensor) -> Tensor:
     local = grad._local_tensor
     if type(local) is not Tensor and hasattr(local, "wait"):  # its values are still on their way
         local = local.wait()
-    return local.resolve_neg() if local.is_neg() else local
+    return resolved(local)
 
 
 def dtensor_like(local: Tensor, param: DTensor) -> DTensor:

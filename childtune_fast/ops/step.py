@@ -156,8 +156,7 @@ def take_step(
     if by_host:
         if skip and over_ranks is None:
             return
-        if grad_scale is not None:
-            unscale(everything, grad_scale)
+        unscale(everything, grad_scale)
         grad_scale = found_inf = None
     for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
@@ -171,10 +170,7 @@ def take_step(
         }
         if kernels.native is not None and on_cpu:
             calls = {"cpu": functools.partial(kernels.native.step, on_cpu, torch.get_num_threads()), **calls}
-        if alone and calls:
-            _call_kernels(calls, everything, memory, undo, alone)
-        elif everything:
-            _write_in_parts(calls, on_torch, everything, memory, undo)
+        _write(calls, on_torch, everything, memory, undo)
     except (CudaError, StepInterrupted):
         raise
     except (TypeError, ValueError, RuntimeError, BufferError, MemoryError):  # the last by a gradient expanded too far
@@ -184,14 +180,19 @@ def take_step(
     _tell_autograd(on_cpu + of_gpus, everything)
 
 
-def _write_in_parts(
+def _write(
     calls: Mapping[Where, Callable[..., int]],
     on_torch: list[StepGroup],
     everything: list[StepGroup],
     memory: StepMemory,
     undo: dict[Any, Any],
 ) -> None:
-    """Takes a step that is more than one call of kernels, and clears `undo` at its end."""
+    """Writes a step, and clears `undo` with its last write: one call of kernels, or several parts, undisturbed."""
+    if len(calls) == 1 and not on_torch:
+        _call_kernels(calls, everything, memory, undo, True)
+        return
+    if not everything:
+        return
     _check_apart(everything, memory)
     with undisturbed():
         _call_kernels(calls, everything, memory, undo, False)

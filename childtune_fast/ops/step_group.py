@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..arguments import has_memory
+from ..arguments import has_memory, shown
 from .packed_mask import PackedMask
 
 # A float32 counts no further: 2**24 + 1 rounds to 2**24, and F would draw the same mask from then on.
@@ -132,8 +132,8 @@ def _check_like(
             "move the model before the backward pass, and load_state_dict after moving it"
         )
     _check_memory(name, what, tensor)
-    if what != "the gradient" and tensor.is_neg():
-        raise ValueError(f"ChildAdamW: {what} of {name} must not be a lazily negated view; assign resolve_neg() of it")
+    if what != "the gradient":
+        _check_not_negated(name, what, tensor)
 
 
 def _check_memory(name: str, what: str, tensor: Tensor) -> None:
@@ -144,11 +144,17 @@ def _check_memory(name: str, what: str, tensor: Tensor) -> None:
         )
 
 
+def _check_not_negated(name: str, what: str, tensor: Tensor) -> None:
+    if tensor.is_neg():
+        raise ValueError(f"ChildAdamW: {what} of {name} must not be a lazily negated view; assign resolve_neg() of it")
+
+
 def _check_step(name: str, step: Tensor) -> None:
     if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
-        got = f"one of {step.numel()} {step.dtype}" if isinstance(step, Tensor) else repr(step)
+        got = f"one of {step.numel()} {step.dtype}" if isinstance(step, Tensor) else shown(step)
         raise TypeError(f"ChildAdamW: state 'step' of {name} must be a tensor of one float32 or float64 (got {got})")
     _check_memory(name, "state 'step'", step)
+    _check_not_negated(name, "state 'step'", step)
     value = step.item()
     limit, words = _STEP_LIMITS[step.dtype]
     if not 0 <= value < limit or value != int(value):

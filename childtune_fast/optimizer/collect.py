@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
-from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, shown
+from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, resolved, shown
 from ..ops.packed_mask import Masks
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
@@ -117,13 +117,13 @@ def _rows(
         if type(param) is not Parameter and is_sharded(param):
             sharded.append((param, grad, i))
             continue
-        if grad.is_neg():  # a lazily negated view, whose memory holds the negated values
-            grad = grad.resolve_neg()
+        if grad.is_neg():
+            grad = resolved(grad)
         state = states.get(param)
         mask = masks.get(param) if masks else None
         # The first tests save most calls.
         if state is None or ((amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad)):
-            undo[param] = dict(states[param]) if param in states else None
+            undo.setdefault(param, dict(states[param]) if param in states else None)
             state = states[param]
             mask = begin(state, param, masks, amsgrad)
         try:
@@ -267,5 +267,5 @@ def settle_options(group: dict[str, Any], masked: bool) -> None:
     """Makes the options of a group with a child network show what its steps do: no reserve_p, and no "auto" decay."""
     if masked:
         group.pop("reserve_p", None)
-        if group["decay"] == "auto":
+        if group.get("decay") == "auto":
             group["decay"] = "child"

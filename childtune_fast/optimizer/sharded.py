@@ -52,7 +52,7 @@ def add_rows(
         state = states.get(param)
         mask = masks.get(param) if masks else None
         if state is None or ((amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad)):
-            undo[param] = dict(states[param]) if param in states else None
+            undo.setdefault(param, dict(states[param]) if param in states else None)
             state = states[param]
             mask = begin(state, param, masks, amsgrad)
         try:

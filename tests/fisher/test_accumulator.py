@@ -8,6 +8,7 @@ from fisher_models import estimate, loss_fn, make_batches, make_model
 from helpers import both_backends, every_dtype, same_bits
 
 from childtune_fast import FisherAccumulator
+from childtune_fast.fisher.sums import SquareSums
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,55 @@ def test_wrong_calls():
         p.requires_grad_(False)
     with pytest.raises(ValueError, match=r"at least one parameter that requires a gradient \(got none of 0: none\)"):
         FisherAccumulator(model)
+
+
+def test_a_weight_may_be_any_number():
+    model, batches = make_model(), make_batches()
+    fisher, whole = FisherAccumulator(model), FisherAccumulator(model)
+    accumulate(fisher, model, batches[:1], weight=2.0**70)
+    accumulate(whole, model, batches[:1], weight=2**70)  # which fits no integer of torch's
+    assert_same_scores(fisher.scores(), whole.scores())
+
+
+@pytest.mark.parametrize("negated", [False, True])
+def test_a_gradient_without_memory(negated):
+    """Its squares cannot be added, and those of the gradients before it are not a whole."""
+    model, batches = make_model(), make_batches()
+    fisher = accumulate(FisherAccumulator(model), model, batches[:1])
+    grad = list(model.parameters())[1].grad
+    lost = torch.ones(grad.shape)
+    list(model.parameters())[1].grad = torch._neg_view(lost) if negated else lost
+    lost.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the gradient of '.*' must have memory for its values"):
+        fisher.update()
+    with pytest.raises(ValueError, match="or of an addition that did not come to its end"):
+        fisher.scores()
+    fisher.reset()
+    assert_same_scores(accumulate(fisher, model, batches[:1]).scores(), estimate(model, batches[:1]))
+
+
+@pytest.mark.parametrize("method", ["update", "merge", "load_state_dict"])
+def test_an_interrupt_amid_the_sums_is_not_forgotten(method, monkeypatch):
+    model, batches = make_model(), make_batches()
+    fisher, other = (accumulate(FisherAccumulator(model), model, batches[:1]) for _ in range(2))
+    asked = iter([False, True])
+
+    def interrupted(whole):
+        def call(*arguments, **options):
+            if next(asked):
+                raise KeyboardInterrupt
+            return whole(*arguments, **options)
+
+        return call
+
+    name = "add" if method == "update" else "part_of"
+    monkeypatch.setattr(SquareSums, name, interrupted(getattr(SquareSums, name)))
+    given = {"merge": [other], "load_state_dict": [other.state_dict()]}.get(method, [])
+    with pytest.raises(KeyboardInterrupt):
+        getattr(fisher, method)(*given)
+    for call in (fisher.scores, fisher.update, fisher.state_dict, lambda: other.merge(fisher)):
+        with pytest.raises(ValueError, match="or of an addition that did not come to its end"):
+            call()
 
 
 def test_sparse_and_strided_gradients():

@@ -66,3 +66,12 @@ def test_something_else_is_refused():
     optimizer = ChildAdamW(Tiny().parameters())
     with pytest.raises(TypeError, match=r"replace_child: child must be a ChildNetwork \(got str\)"):
         optimizer.replace_child("child.safetensors")
+
+
+def test_a_group_that_lacks_decay_is_named_by_the_step():
+    model = Tiny()
+    optimizer = ChildAdamW(model.parameters(), child=child_of(model))
+    del optimizer.param_groups[0]["decay"]
+    optimizer.replace_child(another_child(model))
+    with pytest.raises(ValueError, match="'decay' is missing in a group"):
+        train(optimizer, [0])

@@ -5,6 +5,7 @@ import torch
 from helpers import both_backends, same_snapshot, snapshot
 
 from childtune_fast import ChildAdamW
+from childtune_fast.integrations.config import ChildTuningConfig
 
 
 def begun(backend, shape=(8, 8), **options):
@@ -182,3 +183,78 @@ def test_a_step_looks_again_only_where_memory_has_changed(monkeypatch):
     params[0].data = params[0].data.clone()
     optimizer.step()
     assert looked == [8, 8]
+
+
+# ---- Errors that would read lost memory ----------------------------------------------------------------------------
+
+
+def freed(tensor):
+    """The tensor, after its storage was freed: torch crashes when it prints it, or computes with it."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@both_backends
+def test_a_lazily_negated_gradient_without_memory(backend):
+    optimizer, params = begun(backend)
+    grad, params[1].grad = params[1].grad, freed(torch._neg_view(torch.ones(8, 8)))
+    assert params[1].grad.is_neg()
+
+    def undo():
+        params[1].grad = grad
+
+    assert_refused(optimizer, "the gradient of parameter 1 .* has no memory any more", undo)
+
+
+@both_backends
+def test_a_step_count_that_holds_such_a_tensor(backend):
+    optimizer, params = begun(backend)
+    state = optimizer.state[params[1]]
+    state["step"] = [freed(torch.ones(3))]
+    with pytest.raises(TypeError, match=r"state 'step' of parameter 1 .* must be a tensor .* \(got list\)"):
+        optimizer.step()
+
+
+def test_arguments_that_are_such_tensors():
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"backend must be one of .* \(got a tensor of shape \(3,\), torch.float32\)"):
+        ChildAdamW([param], backend=freed(torch.ones(3)))
+    for name, value in (("decay", "all"), ("grad_clip", 1.0), ("train_mode", False)):
+        with pytest.raises((TypeError, ValueError), match=r"\(got a tensor of shape \(3,\), torch.float32\)"):
+            ChildTuningConfig(mode="D", **{name: freed(torch.full((3,), float("nan")))})
+        ChildTuningConfig(mode="D", **{name: value})
+
+
+def test_a_state_of_no_elements_that_torch_does_not_write():
+    """torch refuses to write tensors of zeros that it has not made, though there be nothing to write."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 0)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = ChildAdamW(params, backend="torch")
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = torch._efficientzerotensor(0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 1 .* has no memory"):
+        optimizer.step()
+    assert same_snapshot(before, snapshot(optimizer))
+
+
+@both_backends
+def test_a_parameter_in_two_groups_leaves_no_state(backend):
+    """Of which the second would extend what the first has begun."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = ChildAdamW([{"params": [param]}, {"params": [], "amsgrad": True}], backend=backend)
+    optimizer.param_groups[1]["params"].append(param)
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="every parameter must be in the groups once"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+def test_a_lazily_negated_state_is_refused_by_a_step_in_torch(name):
+    optimizer, params = begun("torch")
+    state = optimizer.state[params[1]]
+    value = state[name]
+    state[name] = torch._neg_view(-value)
+    assert_refused(optimizer, f"state '{name}' of parameter 1 .* lazily negated", lambda: state.update({name: value}))
