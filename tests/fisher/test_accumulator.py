@@ -179,7 +179,7 @@ def test_a_gradient_without_memory(negated):
     lost = torch.ones(grad.shape)
     list(model.parameters())[1].grad = torch._neg_view(lost) if negated else lost
     lost.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="the gradient of '.*' must have memory for its values"):
+    with pytest.raises(ValueError, match=r"the gradient of '.*' must have memory for its values"):
         fisher.update()
     with pytest.raises(ValueError, match="or of an addition that did not come to its end"):
         fisher.scores()

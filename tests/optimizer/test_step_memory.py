@@ -234,7 +234,7 @@ def test_a_state_of_no_elements_that_torch_does_not_write():
     optimizer.step()
     optimizer.state[params[1]]["exp_avg"] = torch._efficientzerotensor(0)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 1 .* has no memory"):
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of parameter 1 .* has no memory"):
         optimizer.step()
     assert same_snapshot(before, snapshot(optimizer))
 
