@@ -88,9 +88,17 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Returns whether a tensor is of a class that computes in its own way, such as DTensor, mostly with other tensors.
+
+    What it says of its own memory means nothing then.
+    """
+    return type(tensor) not in PLAIN_TENSORS and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def lost_memory(value: Any) -> bool:
-    """Returns whether a value is a tensor of one of torch's own classes whose values cannot be read any more."""
-    if type(value) not in PLAIN_TENSORS or value.layout != strided or value.is_meta:
+    """Returns whether a value is a tensor with memory of its own whose values cannot be read any more."""
+    if not isinstance(value, Tensor) or is_wrapper(value) or value.layout != strided or value.is_meta:
         return False
     return not has_memory(value)
 

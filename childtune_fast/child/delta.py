@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import FilePath, is_sharded
+from ..arguments import FilePath, is_sharded, lost_memory
 from ..ops.packed_mask import PackedMask
 from ..ops.tensor_parts import REBUILT, kind_of, overwrite, parts, raw, same_bits
 from ..ops.undisturbed import undisturbed
@@ -52,6 +52,8 @@ def save(
             )
     packed = renamed(packed, tuned)
     before = renamed(_tensors(base) if isinstance(base, nn.Module) else base, tuned)
+    for what, tensors in (("model", tuned), ("base", {name: before[name] for name in tuned if name in before})):
+        _check_values(f"save_delta: the {what}", tensors)
     _check_memory(packed, tuned, before)
     _check_outside(packed, tuned, before)
     left_out = _left_out({name: tensor for name, tensor in tuned.items() if name not in packed}, before)
@@ -87,6 +89,7 @@ def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     check_shapes(path, renamed(shapes, tensors), tensors)
     if unknown := next((name for name in tensors if name not in entries), None):
         raise ValueError(f"'{os.fspath(path)}' is for a model without '{unknown}'; it is of another model")
+    _check_values("apply_delta: the base model", tensors)
     params = dict(base_model.named_parameters())
     for name, tensor in tensors.items():
         if entries[name].mask is not None and name not in params:
@@ -120,6 +123,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _first_sharded(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if is_sharded(tensor)), None)
+
+
+def _check_values(whose: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a tensor has lost the memory of its values: torch would crash as it reads or writes it."""
+    for name, tensor in tensors.items():
+        if lost_memory(tensor) or any(map(lost_memory, parts(tensor).values() if _readable(tensor) else ())):
+            raise ValueError(f"{whose} must have memory for its values (got '{name}', whose storage was freed)")
 
 
 def _check_memory(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from .ranks import NormOverRanks
 
 
-def unscale(groups: list[StepGroup], grad_scale: Tensor | float | None) -> None:
-    """Divides the groups' `grad_factor` by a GradScaler's scale, unless there is none; raises ValueError if it is 0."""
-    if grad_scale is None:
-        return
+def unscale(groups: list[StepGroup], grad_scale: Tensor | float) -> None:
+    """Divides the groups' `grad_factor` by a GradScaler's scale; raises ValueError if that is 0."""
     scale = as_float("grad_scale", grad_scale)
     if scale == 0:
         raise ValueError("ChildAdamW: grad_scale, which a GradScaler sets, must not be 0; construct the scaler anew")

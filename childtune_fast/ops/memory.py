@@ -9,8 +9,10 @@ from ..arguments import PLAIN_TENSORS, has_memory, reach
 
 
 def places(tensors: Iterable[Tensor]) -> tuple[object, ...]:
-    """Returns what changes if one of the tensors gets another place in memory, or other strides."""
-    return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors if type(tensor) in PLAIN_TENSORS)
+    """Returns what changes if one of the tensors gets another place in memory, or another shape or strides."""
+    return tuple(
+        (tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors if type(tensor) in PLAIN_TENSORS
+    )
 
 
 def check_apart(tensors: Iterable[Tensor], what: str) -> None:

@@ -152,11 +152,10 @@ def take_step(
     alone = bool(on_cpu) + len(on_gpus) + bool(on_torch) == 1
     # A GPU that steps everything scales, skips and clips without the host, unless other ranks have parts of the norm.
     by_host = over_ranks is not None or not (on_gpus and alone)
-    skip = bool(by_host and found_inf is not None and as_float("found_inf", found_inf))
+    skip = by_host and _scale_on_host(everything, grad_scale, found_inf)
+    if skip and over_ranks is None:
+        return
     if by_host:
-        if skip and over_ranks is None:
-            return
-        unscale(everything, grad_scale)
         grad_scale = found_inf = None
     for group in on_torch if alone else on_torch + of_gpus:  # kernels check only their own groups before they write
         check_group(group)
@@ -178,6 +177,16 @@ def take_step(
             check_group(group)  # whose sentence says more than the kernels' short errors
         raise
     _tell_autograd(on_cpu + of_gpus, everything)
+
+
+def _scale_on_host(
+    groups: list[StepGroup], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
+) -> bool:
+    """Divides the groups' `grad_factor` by a GradScaler's scale; returns whether the step is to be skipped instead."""
+    skip = found_inf is not None and as_float("found_inf", found_inf) != 0
+    if grad_scale is not None and not skip:
+        unscale(groups, grad_scale)
+    return skip
 
 
 def _write(
@@ -231,7 +240,7 @@ def _call_kernels(
 
 def _step_in_torch(groups: list[StepGroup], begun: bool, memory: StepMemory, undo: dict[Any, Any]) -> None:
     """Takes torch's part of a step; raises StepInterrupted where an error, such as of memory, comes after a write."""
-    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs]
+    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs if not exp_avg.is_inference()]
     versions = [exp_avg._version for exp_avg in averages]
     try:
         foreach.step(groups)

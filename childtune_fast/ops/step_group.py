@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..arguments import has_memory, shown
+from ..arguments import is_wrapper, lost_memory, shown
 from .packed_mask import PackedMask
 
 # A float32 counts no further: 2**24 + 1 rounds to 2**24, and F would draw the same mask from then on.
@@ -120,6 +120,11 @@ def _check_like(
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"ChildAdamW: {what} of {name} must be a tensor (got {type(tensor).__name__})")
+    if is_wrapper(tensor):  # kernels would read its own memory, and torch might step it otherwise than its class means
+        raise TypeError(
+            f"ChildAdamW: {what} of {name} must be a plain tensor or a DTensor (got {type(tensor).__name__}, which "
+            "computes in its own way); freeze it, or step it by another optimizer"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"ChildAdamW: {what} of {name} must be a strided tensor (got {tensor.layout})")
     if tensor.dtype != dtype:
@@ -137,7 +142,7 @@ def _check_like(
 
 
 def _check_memory(name: str, what: str, tensor: Tensor) -> None:
-    if not has_memory(tensor):
+    if lost_memory(tensor):
         raise ValueError(
             f"ChildAdamW: {what} of {name} has no memory any more, or not enough: its storage was freed or shrunk, as "
             "that of flattened parameters is between their uses; step when it is there"

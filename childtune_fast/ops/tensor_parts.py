@@ -162,6 +162,7 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
     with (
         torch.inference_mode(tensor.is_inference()),
         torch.no_grad(),
+        torch._C.DisableTorchFunctionSubclass(),  # which may refuse it, amid the tensors that are written
     ):  # in this order: leaving a mode enables gradients
         if kind in _COMPRESSED:  # which ignore what is assigned to .data
             tensor.resize_as_sparse_(values).copy_(values)

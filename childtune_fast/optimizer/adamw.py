@@ -26,6 +26,7 @@ from .checks import (
 from .collect import Decay, NormOf, Variant, check_options, collect, norm_over_ranks, settle_options
 from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_numbers, check_states, explain
 from .masks import MaskBook
+from .state import incomplete
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
@@ -194,8 +195,11 @@ class ChildAdamW(CheckpointedAdamW):
                 check_new_group(param_group)
                 raise
             group = self.param_groups[-1]
-            check_options(group, self.defaults["seed"])
-            check_numbers(group)
+            try:
+                check_options(group, self.defaults["seed"])
+                check_numbers(group)
+            except KeyError as error:
+                raise incomplete(error) from error
             check_params(self.param_groups, self._book.active)
             if self._book.active and group.get("reserve_p", 1.0) != 1.0:
                 refuse_reserve_p(group["reserve_p"], " in a group")

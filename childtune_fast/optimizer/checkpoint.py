@@ -41,22 +41,24 @@ class CheckpointedAdamW(torch.optim.AdamW):
 
     @contextlib.contextmanager
     def _whole_or_not(self) -> Iterator[None]:
-        """Makes the optimizer what it was if an exception ends the context, an interrupt included."""
+        """Makes the optimizer what it was if an exception ends the context, in which signals' handlers wait."""
+        check_type("ChildAdamW: defaults", self.defaults, MutableMapping, "a dict")
         state, param_groups, book = self.state, self.param_groups, copy.copy(self._book)
         groups = list(param_groups)
         mappings = (self.defaults, *groups, self.state)
         contents = [(mapping, dict(mapping)) for mapping in mappings if isinstance(mapping, MutableMapping)]
-        try:
-            yield
-        except BaseException:
-            with undisturbed():
+        with undisturbed():
+            try:
+                yield
+            except BaseException:
                 self.state, self.param_groups = state, param_groups
-                param_groups[:] = groups
+                if isinstance(param_groups, list):
+                    param_groups[:] = groups
                 for mapping, content in contents:
                     mapping.clear()
                     mapping.update(content)
                 self._book.become(book)
-            raise
+                raise
 
     def _masks(self, *, anew: bool = False) -> Masks | None:
         """Returns the masks of the parameters in the groups, as `MaskBook.read` does; None without a child network."""
@@ -201,8 +203,13 @@ class CheckpointedAdamW(torch.optim.AdamW):
     def _complete_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns the saved groups, completed by the present ones with what a checkpoint lacks or does not decide."""
         groups: list[dict[str, Any]] = []
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"load_state_dict: the optimizer must have as many parameter groups as the checkpoint (got "
+                f"{len(self.param_groups)} and {len(saved_groups)}); make it with the groups that it was saved with"
+            )
         for i, saved in enumerate(saved_groups):
-            present = self.param_groups[min(i, len(self.param_groups) - 1)]
+            present = self.param_groups[i]
             kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
             saved = copied(saved, f"param_groups[{i}]")
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}

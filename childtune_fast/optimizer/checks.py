@@ -118,7 +118,7 @@ def check_params(param_groups: list[dict[str, Any]], masked: bool) -> None:
     _check_dtypes(params)
     plain = [param for param in params if type(param) in PLAIN_TENSORS]
     _check_no_lazy_negation(plain)
-    check_apart(plain, "parameters")
+    check_apart((param for param in plain if param.requires_grad), "parameters")  # a step looks at what it writes
     for param in params:
         if is_sharded(param):
             from ..ops.shards import local_part

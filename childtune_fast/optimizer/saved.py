@@ -40,7 +40,7 @@ def check_checkpoint(state_dict: Any) -> None:
             )
     for options in (*state_dict["param_groups"], *state_dict["state"].values()):
         for name, value in options.items() if isinstance(options, dict) else ():
-            if lost_memory(value):
+            if any(map(lost_memory, value if isinstance(value, (list, tuple)) else (value,))):
                 raise ValueError(f"load_state_dict: {shown(name)} must have memory for its values; {_DAMAGED}")
     for number, state in states_of_params(state_dict).items():
         _check_state(state, f"of parameter {shown(number)}")

@@ -12,6 +12,7 @@
 #include "core/step_item.h"
 #include "cuda/device_constants.h"
 #include "python/tensor_view.h"
+#include "python/written_memory.h"
 
 namespace py = pybind11;
 
@@ -21,17 +22,15 @@ namespace {
 // Kept between steps, so that a step allocates little.
 struct Workspace {
   std::vector<StepItem> items;
-  std::vector<DeviceGroup> groups;   // where a GPU counts the steps
-  std::vector<void*> step_counters;  // where each item's step count is stored
-  std::vector<bool> step_is_double;
-  std::vector<int64_t> layouts;        // of arrays that are not contiguous
-  std::vector<int64_t> layout_starts;  // of each item in `layouts`, or -1
+  std::vector<DeviceGroup> groups;         // where a GPU counts the steps
+  std::vector<StepCounter> step_counters;  // of each item
+  std::vector<int64_t> layouts;            // of arrays that are not contiguous
+  std::vector<int64_t> layout_starts;      // of each item in `layouts`, or -1
 
   void clear() {
     items.clear();
     groups.clear();
     step_counters.clear();
-    step_is_double.clear();
     layouts.clear();
     layout_starts.clear();
   }
@@ -137,8 +136,7 @@ uint64_t next_step(const TensorView& t, Workspace* w) {
   const double limit = is_double ? 4294967295.0 : 16777216.0;  // a float32 counts no further: 2^24 + 1 rounds to 2^24
   if (!(value >= 0 && value < limit) || value != std::floor(value))
     refuse("step must be a whole number that can be counted up: below 2^32 - 1, or 2^24 for a float32");
-  w->step_counters.push_back(t.data);
-  w->step_is_double.push_back(is_double);
+  w->step_counters.push_back({t.data, is_double});
   return static_cast<uint64_t>(value) + 1;
 }
 
@@ -161,10 +159,11 @@ double* count_on(int device, const TensorView& t) {
 void write_steps(const Workspace& w) {
   for (size_t i = 0; i < w.items.size(); ++i) {
     const double step = w.items[i].key.step;
-    if (w.step_is_double[i]) {
-      *static_cast<double*>(w.step_counters[i]) = step;
+    const StepCounter& counter = w.step_counters[i];
+    if (counter.is_double) {
+      *static_cast<double*>(counter.at) = step;
     } else {
-      *static_cast<float*>(w.step_counters[i]) = static_cast<float>(step);
+      *static_cast<float*>(counter.at) = static_cast<float>(step);
     }
   }
 }

@@ -17,6 +17,12 @@ struct UnverifiedMemory {
   uint64_t digest;
 };
 
+// Where the host finds a parameter's step count: a float64 or a float32.
+struct StepCounter {
+  void* at;
+  bool is_double;
+};
+
 inline bool is_compact(const StepItem& item, int stream) { return stream > kGrad && item.child.bits != nullptr; }
 
 inline int64_t elements_of(const StepItem& item, int stream) {
@@ -46,7 +52,7 @@ inline const int64_t* strides_of(const StepItem& item, int stream) {
 }
 
 // A number that is another one, but for a chance of 2^-64, if a step writes elsewhere.
-inline uint64_t digest_of_written(const std::vector<StepItem>& items, const std::vector<void*>& step_counters) {
+inline uint64_t digest_of_written(const std::vector<StepItem>& items, const std::vector<StepCounter>& step_counters) {
   uint64_t digest = 1;
   const auto mix = [&](uint64_t value) {
     digest = (digest ^ value) * 0x9e3779b97f4a7c15u;
@@ -56,11 +62,13 @@ inline uint64_t digest_of_written(const std::vector<StepItem>& items, const std:
     mix(reinterpret_cast<uintptr_t>(item.data[stream]));
     mix(static_cast<uint64_t>(elements_of(item, stream) * element_size(item, stream)));
     if (const int64_t* strides = strides_of(item, stream)) {
-      for (int64_t d = 0; d < item.layout[0]; ++d) mix(static_cast<uint64_t>(strides[d]));
+      const int64_t ndim = item.layout[0];
+      for (int64_t d = 0; d < ndim; ++d) mix(static_cast<uint64_t>(item.layout[1 + d]));
+      for (int64_t d = 0; d < ndim; ++d) mix(static_cast<uint64_t>(strides[d]));
     }
   });
   for (const StepItem& item : items) mix(reinterpret_cast<uintptr_t>(item.counter));
-  for (const void* counter : step_counters) mix(reinterpret_cast<uintptr_t>(counter));
+  for (const StepCounter& counter : step_counters) mix(reinterpret_cast<uintptr_t>(counter.at) + counter.is_double);
   return digest;
 }
 
@@ -85,7 +93,7 @@ inline int64_t reach(const StepItem& item, int stream) {
 
 // Returns whether no two elements that a step writes share memory, as far as can be told from where each array begins
 // and ends; false says nothing.
-inline bool lie_apart(const std::vector<StepItem>& items, const std::vector<void*>& step_counters) {
+inline bool lie_apart(const std::vector<StepItem>& items, const std::vector<StepCounter>& step_counters) {
   std::vector<std::pair<uintptr_t, uintptr_t>> spans;  // where an array begins and ends
   bool apart = true;
   for_each_written(items, [&](const StepItem& item, int stream) {
@@ -99,7 +107,9 @@ inline bool lie_apart(const std::vector<StepItem>& items, const std::vector<void
     if (count != nullptr) spans.emplace_back(begin, begin + size);
   };
   for (const StepItem& item : items) add_count(item.counter, sizeof(double));
-  for (const void* counter : step_counters) add_count(counter, sizeof(float));
+  for (const StepCounter& counter : step_counters) {
+    add_count(counter.at, counter.is_double ? sizeof(double) : sizeof(float));
+  }
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i) apart = apart && spans[i - 1].second <= spans[i].first;
   return apart;

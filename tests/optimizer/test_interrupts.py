@@ -1,6 +1,7 @@
 """An exception at any moment, such as Ctrl-C's: what is no step is done whole or not at all, and nothing is lost."""
 
 import copy
+import signal
 import sys
 from pathlib import Path
 
@@ -110,3 +111,59 @@ def test_whole_or_not_at_all(name, with_child):
         set_grads([p for group in optimizer.param_groups for p in group["params"]], 2)
         optimizer.step()
     assert interrupts > 10
+
+
+class Signalled(Interrupted):
+    """Sends a signal, whose handler raises, after a number of bytecodes of what runs in this package and contextlib."""
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE) and not frame.f_code.co_filename.endswith("contextlib.py"):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGUSR1)
+        return self
+
+
+PACKAGE = str(Path(optimizer.__file__).parents[1])
+FAILING = {
+    "load_state_dict": lambda model, opt, checkpoint: opt.load_state_dict(checkpoint),
+    "add_param_group": lambda model, opt, checkpoint: opt.add_param_group(
+        {"params": list(model[2].parameters()), "variant": "nonsense"}
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signal")
+@pytest.mark.parametrize("name", FAILING)
+def test_an_interrupt_amid_the_undoing_of_a_call_that_fails(name):
+    def handler(number, frame):
+        raise Interrupt
+
+    def refuse(optimizer):
+        raise ValueError("a hook refuses")
+
+    before, checkpoint, interrupts = signal.signal(signal.SIGUSR1, handler), saved(True), 0
+    try:
+        ended = False
+        while not ended:
+            model, optimizer = ready(True)
+            optimizer.register_load_state_dict_post_hook(refuse)
+            was = everything(model, optimizer)
+            sys.settrace(Signalled(1 + 2 * STRIDE * interrupts))
+            try:
+                FAILING[name](model, optimizer, checkpoint)
+            except Interrupt:
+                interrupts += 1
+            except ValueError:
+                ended = True
+            finally:
+                sys.settrace(None)
+            assert everything(model, optimizer) == was, interrupts
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert interrupts > 5
