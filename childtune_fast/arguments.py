@@ -98,9 +98,9 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 def lost_memory(value: Any) -> bool:
     """Returns whether a value is a tensor with memory of its own whose values cannot be read any more."""
-    if not isinstance(value, Tensor) or is_wrapper(value) or value.layout != strided or value.is_meta:
+    if not isinstance(value, Tensor) or is_wrapper(value):
         return False
-    return not has_memory(value)
+    return value.layout == strided and not (value.is_meta or value.is_nested or has_memory(value))
 
 
 def resolved(tensor: Tensor) -> Tensor:

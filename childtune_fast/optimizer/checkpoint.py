@@ -205,8 +205,8 @@ class CheckpointedAdamW(torch.optim.AdamW):
         groups: list[dict[str, Any]] = []
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"load_state_dict: the optimizer must have as many parameter groups as the checkpoint (got "
-                f"{len(self.param_groups)} and {len(saved_groups)}); make it with the groups that it was saved with"
+                f"load_state_dict: the checkpoint has a different number of parameter groups (got {len(saved_groups)}, "
+                f"for {len(self.param_groups)} of the optimizer); make the optimizer with the groups that were saved"
             )
         for i, saved in enumerate(saved_groups):
             present = self.param_groups[i]
