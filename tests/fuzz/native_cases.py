@@ -94,7 +94,7 @@ def _odd_entry(rng, name, value):
         return rng.choice(((1 << 63, 3, 1 << 63), (0, -1, 0), (0,), None, (0, 1 << 62, 5), (0, 1, 1 << 64)))
     if name == "steps" and rng.random() < 0.7:
         return torch.full((), rng.choice((2.0**24, 2.0**32, -1.0, math.nan, 0.5, 2.0**24 - 1)))
-    if name in CHILD and rng.random() < 0.6 and isinstance(value, torch.Tensor) and value.numel():
+    if name in CHILD and rng.random() < 0.6 and isinstance(value, torch.Tensor) and value.dim() and len(value):
         value[rng.randrange(min(len(value), 8))] = 255 if name == "child_bits" else rng.choice(OFFSETS)
         return value
     return odd_tensor(rng, value)
