@@ -54,6 +54,7 @@ def write(path: FilePath, kind: str, tensors: Mapping[str, Tensor], description:
         ValueError: safetensors could not read a name back.
         OSError: the file cannot be written.
     """
+    check_type("path", path, (str, os.PathLike), "a path")  # a number would be a file of the caller's, and be closed
     for name in tensors:
         if name == _RESERVED or not _is_text(name):
             raise ValueError(
@@ -115,7 +116,7 @@ def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     from safetensors import safe_open
 
-    check_type("path", path, (str, os.PathLike), "a path")  # a number would be a file of the caller's, and be closed
+    check_type("path", path, (str, os.PathLike), "a path")
     try:
         # Raises the usual OSError, where safetensors would raise its own. It opens a file twice, by name.
         with open(path, "rb") as opened, safe_open(_name_of(opened, path), framework="pt") as file:
