@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .native import build, gpu, load
+from .native import BackendError, build, gpu, load
 from .ops import proof, prover, trust
 
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
@@ -126,7 +126,10 @@ def _native(native: load.Native) -> Iterator[tuple[str, str]]:
         yield "parallel runtime", module.parallel_runtime()
     for note in native.notes:
         yield "  because", note
-    yield "cache folder", str(jit.cache_folder())
+    try:
+        yield "cache folder", str(jit.cache_folder())
+    except BackendError as error:
+        yield "cache folder", f"none ({error})"
 
 
 def _devices(native: load.Native) -> Iterator[tuple[str, str]]:

@@ -24,13 +24,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from .. import whole_file
 from . import BackendError, build, kept, toolchain
@@ -65,9 +64,9 @@ def _own(cache: Path, compiler: toolchain.Compiler) -> ModuleType:
     if module is not None:
         return module
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o755, parents=True, exist_ok=True)  # whatever the umask, others cannot write there
         _remove_stale(cache)
-        with _locked(cache / f"{key}.lock"):
+        with kept.one_at_a_time(cache / f"{key}.lock", LOCK_TIMEOUT, _say_waiting):
             return _cached(cache, key) or _build_in(cache, key, compiler)
     except OSError as error:
         problem = f"cannot write to the cache folder {cache} ({error.strerror or error})"
@@ -83,10 +82,20 @@ def _own(cache: Path, compiler: toolchain.Compiler) -> ModuleType:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of finished builds: CHILDTUNE_CACHE, else a subfolder of torch's folder for extensions."""
+    """Returns the folder of finished builds: CHILDTUNE_CACHE, else a subfolder of torch's folder for extensions.
+
+    Raises:
+        BackendError: CHILDTUNE_CACHE names no folder: the home or the working directory that it begins in is not known.
+    """
     chosen = os.environ.get("CHILDTUNE_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except (RuntimeError, OSError):
+            raise BackendError(
+                f"the environment variable CHILDTUNE_CACHE must name a folder (got {chosen!r}, which begins in a home "
+                "or working directory that is not known); set it to an absolute path"
+            ) from None
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         from torch.utils.cpp_extension import get_default_build_root
@@ -129,18 +138,20 @@ def _cached(cache: Path, key: str) -> ModuleType | None:
     Args:
         cache: the folder.
         key: what its name begins with, up to its digest; a pattern with "*" leaves alone what others have built, though
-            it does not load here, while damaged and useless ones of this key are deleted.
+            it does not load here, while damaged and useless ones of this key are deleted. One that was to be loaded
+            from a copy may be useful: the copy's place may be at fault.
     """
     for path in sorted(cache.glob(f"{key}-{'[0-9a-f]' * 32}{SUFFIX}"), key=_age):
         content = kept.read(path)
         if content is None:
             _say_not_ours(path)
             continue
-        with contextlib.suppress(OSError):
-            if path.stem.endswith(_digest(content)):  # checked first, because loading a truncated library crashes
-                with contextlib.suppress(ImportError):
-                    return _import_checked(path, content)
-            if "*" not in key:
+        whole = path.stem.endswith(_digest(content))
+        if whole:  # checked first, because loading a truncated library crashes
+            with contextlib.suppress(ImportError, OSError):
+                return _import_checked(path, content)
+        if "*" not in key and not (whole and not kept.only_ours(cache)):
+            with contextlib.suppress(OSError):
                 path.unlink()
     return None
 
@@ -166,8 +177,19 @@ def _import_checked(path: Path, content: bytes) -> ModuleType:
         return _import(path)
     with tempfile.TemporaryDirectory(prefix="childtune_fast-", ignore_cleanup_errors=True) as private:
         copy = Path(private, path.name)
-        copy.write_bytes(content)
-        return _import(copy)
+        try:
+            copy.write_bytes(content)
+            return _import(copy)
+        except (ImportError, OSError):  # the temporary folder may be mounted "noexec", or full
+            if not hasattr(os, "memfd_create"):
+                raise
+            # A new subfolder of the cache would not do: who can write in the cache can put another in its place.
+            with open(os.memfd_create(path.stem), "wb") as file:
+                file.write(content)
+                file.flush()
+                link = Path(private, f"memory{SUFFIX}")  # dlopen takes two files of one name for the same library
+                link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+                return _import(link)
 
 
 def _build_in(folder: Path, key: str, compiler: toolchain.Compiler) -> ModuleType:
@@ -210,20 +232,8 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock at `path`; after LOCK_TIMEOUT, continues without it."""
-    lock = FileLock(path)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _say("waiting for another process to build the native backend")
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=LOCK_TIMEOUT)
-        yield
-    finally:
-        lock.release()
+def _say_waiting() -> None:
+    _say("waiting for another process to build the native backend")
 
 
 def _check_space(path: Path) -> None:

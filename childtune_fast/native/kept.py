@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -69,18 +70,26 @@ def write(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock_file: Path, timeout: float) -> Iterator[None]:
+def one_at_a_time(lock_file: Path, timeout: float, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Waits while another process of this machine holds a lock.
 
     Args:
-        lock_file: the lock's file. Where it cannot be made, nobody waits.
+        lock_file: the lock's file. Where it cannot be made, or the file system has no locks, nobody waits.
         timeout: seconds after which this process goes on without the lock.
+        waits: function that is called once before this process waits (default: nothing).
     """
     lock = FileLock(lock_file)
     try:
         with contextlib.suppress(Timeout, OSError, NotImplementedError):
             lock_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock.acquire(timeout=timeout)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # some versions of filelock warn where there are no locks
+                    lock.acquire(timeout=0)
+            except Timeout:
+                waits()
+                lock.acquire(timeout=timeout)
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(OSError, NotImplementedError):  # the work is done, and the lock ends with the process
+            lock.release()
