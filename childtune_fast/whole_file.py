@@ -151,9 +151,7 @@ def replacing(path: Path, mode: int | None, called: str | os.PathLike[str] | Non
 
 def _refusal(error: OSError, path: str | os.PathLike[str]) -> OSError:
     """Returns the same error of the file that the user named, and not of the unfinished one."""
-    text = (
-        f"{error.strerror} (its folder must allow a new file beside it, which then takes its place; use one that does)"
-    )
+    text = f"{error.strerror or error} (its folder must allow a new file beside it, which then takes its place)"
     return OSError(error.errno, text, os.fspath(path))
 
 
