@@ -25,15 +25,21 @@ class Interrupted:
     def __init__(self, after):
         self.left = after
 
+    def counts(self, file):
+        return file.startswith(FOLDERS)
+
+    def interrupt(self):
+        raise Interrupt
+
     def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(FOLDERS):
+        if not self.counts(frame.f_code.co_filename):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
             self.left -= 1
             if self.left == 0:
                 sys.settrace(None)
-                raise Interrupt
+                self.interrupt()
         return self
 
 
@@ -116,16 +122,11 @@ def test_whole_or_not_at_all(name, with_child):
 class Signalled(Interrupted):
     """Sends a signal, whose handler raises, after a number of bytecodes of what runs in this package and contextlib."""
 
-    def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(PACKAGE) and not frame.f_code.co_filename.endswith("contextlib.py"):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            self.left -= 1
-            if self.left == 0:
-                sys.settrace(None)
-                signal.raise_signal(signal.SIGUSR1)
-        return self
+    def counts(self, file):
+        return file.startswith(PACKAGE) or file.endswith("contextlib.py")
+
+    def interrupt(self):
+        signal.raise_signal(signal.SIGUSR1)
 
 
 PACKAGE = str(Path(optimizer.__file__).parents[1])
