@@ -7,6 +7,7 @@ it from the file of a process that lives: the system gives the lock up when its 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -151,7 +152,9 @@ def replacing(path: Path, mode: int | None, called: str | os.PathLike[str] | Non
 
 def _refusal(error: OSError, path: str | os.PathLike[str]) -> OSError:
     """Returns the same error of the file that the user named, and not of the unfinished one."""
-    text = f"{error.strerror or error} (its folder must allow a new file beside it, which then takes its place)"
+    text = error.strerror or str(error)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY):  # the last of a file that is a mount
+        text += " (its folder must allow a new file beside it, which then takes its place; use a folder that does)"
     return OSError(error.errno, text, os.fspath(path))
 
 

@@ -92,13 +92,7 @@ class FisherAccumulator:
                 finite, be it on another rank, or has no memory any more. In the last two cases, and after an interrupt,
                 the sums hold a part of this: `scores()` raises until `reset()`.
         """
-        weight, grad_scale = (
-            as_float(f"FisherAccumulator.update: {name}", value)
-            for name, value in (("weight", weight), ("grad_scale", grad_scale))
-        )
-        for name, value in (("weight", weight), ("grad_scale", grad_scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {shown(value)})")
+        weight, grad_scale = _above_0("weight", weight), _above_0("grad_scale", grad_scale)
         self._check_usable("update")
         present = [name for name, param in self._sums.params.items() if param.grad is not None]
         if not self._sums.ranks.worst(len(present)):
@@ -244,3 +238,11 @@ class FisherAccumulator:
                 f"FisherAccumulator.{method}: both must have one grad_clip (got {self.grad_clip} here, {grad_clip} "
                 "there)"
             )
+
+
+def _above_0(name: str, value: float) -> float:
+    """Returns an argument of `update` as a float; raises ValueError unless it is above 0 and finite."""
+    found = as_float(f"FisherAccumulator.update: {name}", value)
+    if not 0 < found < math.inf:
+        raise ValueError(f"FisherAccumulator.update: {name} must be above 0 and finite (got {found})")
+    return found

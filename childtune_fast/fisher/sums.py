@@ -104,8 +104,16 @@ class SquareSums:
 
         All ranks that hold parts of the parameter must come here, since a gradient that is placed otherwise, such as
         partial sums, is redistributed: it must be whole before it is squared.
+
+        Raises:
+            ValueError: the gradient has no memory any more.
         """
         grad = self.params[name].grad
+        if lost_memory(grad):
+            raise ValueError(
+                f"the gradient of '{name}' must have memory for its values (got one whose storage was freed); score "
+                "before it is freed"
+            )
         if grad is None or name not in self.sharded:
             return grad
         from ..ops.shards import local_gradient
@@ -129,11 +137,8 @@ class SquareSums:
 
         Returns:
             Whether every element of the gradient was finite: a bool, or a tensor of shape [] on the gradient's device.
-
-        Raises:
-            ValueError: the gradient has no memory any more. Nothing has been added then.
         """
-        grad = _readable(name, grad)
+        grad = _readable(grad)
         if self.offload is not None:
             grad = grad.to(self.offload)
         elif self.sums[name].device != grad.device:  # the model has moved
@@ -260,10 +265,8 @@ def check_grad_clip(grad_clip: float | None) -> None:
         )
 
 
-def _readable(name: str, grad: Tensor) -> Tensor:
+def _readable(grad: Tensor) -> Tensor:
     """Returns the gradient in the form that the kernels can read: dense, and not lazily negated."""
-    if lost_memory(grad):
-        raise ValueError(f"the gradient of '{name}' must have memory for its values (got one whose storage was freed)")
     if grad.layout != torch.strided:
         return grad.to_dense()
     return resolved(grad)

@@ -199,9 +199,8 @@ def local_gradient(param: DTensor, grad: Tensor) -> Tensor:
         with torch.no_grad():
             grad = grad.redistribute(param.device_mesh, param.placements)
     local = grad._local_tensor
-    if type(local) is not Tensor and hasattr(local, "wait"):  # its values are still on their way
-        local = local.wait()
-    return resolved(local)
+    # The values of a tensor that waits are still on their way.
+    return resolved(local.wait() if type(local) is not Tensor and hasattr(local, "wait") else local)
 
 
 def dtensor_like(local: Tensor, param: DTensor) -> DTensor:

@@ -222,9 +222,8 @@ def _call_kernels(
     A step that writes to other memory than the last one, and cannot tell by its addresses alone that nothing overlaps,
     asks for a closer look.
     """
-    begun = False
+    begun, to_clear = False, undo if alone else None
     for where, call in calls.items():
-        to_clear = undo if alone else None
         try:
             try:
                 memory.written[where] = call(memory.written.get(where, 0), to_clear)

@@ -54,11 +54,9 @@ def test_a_delta_onto_a_tensor_without_memory(find, tuned, tmp_path):
     child.save_delta(tmp_path / "delta", model, base)
     lost = find(base)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items() if not tensor.is_sparse}
-    address = lost.untyped_storage().data_ptr()
     freed(lost)
     with pytest.raises(ValueError, match="apply_delta: the base model must have memory for its values"):
         child.apply_delta(tmp_path / "delta", base)
-    assert address
     for name, tensor in base.state_dict().items():
         if not tensor.is_sparse and tensor.untyped_storage().nbytes():
             assert torch.equal(tensor, before[name])

@@ -269,8 +269,8 @@ def test_a_folder_that_keeps_a_new_file_out_is_named_by_the_users_path(open_fold
     assert set(os.listdir(open_folder)) == {"file", "link"}
 
 
-@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
-def test_a_file_that_cannot_be_replaced_stays_and_no_other_is_left(path, child, monkeypatch, code):
+@pytest.mark.parametrize(("code", "advised"), [(errno.EBUSY, True), (errno.ENOSPC, False)])
+def test_a_file_that_cannot_be_replaced_stays_and_no_other_is_left(path, child, monkeypatch, code, advised):
     """As a single file that is mounted into a container."""
     path.write_bytes(b"old")
 
@@ -281,6 +281,7 @@ def test_a_file_that_cannot_be_replaced_stays_and_no_other_is_left(path, child, 
     with pytest.raises(OSError, match=os.strerror(code)) as caught:
         child.save(path)
     assert (caught.value.errno, caught.value.filename) == (code, str(path))
+    assert ("use a folder that does" in str(caught.value)) == advised
     assert "unfinished" not in str(caught.value)
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]

@@ -12,6 +12,7 @@ from helpers import child_adamw, set_grads, train
 from childtune_fast import ChildNetwork, optimizer
 
 FOLDERS = (str(Path(optimizer.__file__).parent), str(Path(torch.optim.__file__).parent))
+PACKAGE = str(Path(optimizer.__file__).parents[1])
 STRIDE = 61  # every so many bytecodes; a prime, so that loops are interrupted at different ones
 
 
@@ -129,7 +130,6 @@ class Signalled(Interrupted):
         signal.raise_signal(signal.SIGUSR1)
 
 
-PACKAGE = str(Path(optimizer.__file__).parents[1])
 FAILING = {
     "load_state_dict": lambda model, opt, checkpoint: opt.load_state_dict(checkpoint),
     "add_param_group": lambda model, opt, checkpoint: opt.add_param_group(
