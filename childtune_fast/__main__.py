@@ -1,4 +1,7 @@
-"""`python -m childtune_fast` prints the facts for a bug report and checks the native backend against pure torch."""
+"""`python -m childtune_fast` prints the facts for a bug report and checks the native backend against pure torch.
+
+With "prove" it proves the kernels of GPUs, with "spectra" it analyses models.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ COMMAND = "`python -m childtune_fast prove`"
 
 
 def main(*arguments: str) -> int:
-    """Prints the report, or with the argument "prove" proves the kernels of all GPUs.
+    """Prints the report; with "prove" it proves the kernels of all GPUs, with "spectra" it prints models' spectra.
 
     Args:
         arguments: those of the command line.
@@ -30,8 +33,12 @@ def main(*arguments: str) -> int:
     Returns:
         0; 1 if a self-check or a proof fails; 2 if an argument or an environment variable is invalid.
     """
+    if arguments[:1] == ("spectra",):
+        from .spectra import command
+
+        return command.main(arguments[1:])
     if arguments not in ((), ("prove",)):
-        print(f"usage: python -m childtune_fast [prove] (got {' '.join(arguments)})")
+        print(f"usage: python -m childtune_fast [prove | spectra MODEL ...] (got {' '.join(arguments)})")
         return 2
     try:
         if arguments:

@@ -19,9 +19,10 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 OPEN = {"arguments", "whole_file"}  # to all folders
 # A folder, and the folders that it may import.
 BELOW = {
-    "integrations": {"optimizer", "child", "fisher", "ops"},
+    "integrations": {"optimizer", "spectra", "child", "fisher", "ops"},
     "optimizer": {"child", "ops", "native"},
     "fisher": {"ops"},
+    "spectra": {"child", "ops"},
     "child": {"ops"},
     "ops": {"native"},
     "native": set(),

@@ -27,8 +27,9 @@ from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
 from .scores import fisher_scores, is_fsdp2
+from .spectra import SpectraCallback
 
-__all__ = ["CHILD_FILE", "ChildTuningConfig", "ChildTuningTrainer"]
+__all__ = ["CHILD_FILE", "ChildTuningConfig", "ChildTuningTrainer", "SpectraCallback"]
 
 CHILD_FILE = "child.safetensors"  # name of the child network's file in the folder of a checkpoint or a saved model
 
