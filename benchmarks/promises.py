@@ -113,6 +113,25 @@ def _choice_ratio(results: Results) -> Record:
     return _judged(noted["ratios"]["percentile"], noted)
 
 
+def _spectra_ratio(ours: str) -> Callable:
+    def read(results: Results) -> Record:
+        noted = results.cost("spectra")
+        return _judged(noted["ratios"][ours], noted)
+
+    return read
+
+
+def _spectra_memory(layer: str, parts: dict[str, int]) -> Callable:
+    """Returns a function that reads a layer's extra memory in float64, by so many times its yardsticks together."""
+
+    def read(results: Results) -> float:
+        noted = results.cost("spectra_memory")
+        sizes = noted["yardsticks"][layer]
+        return noted["extra_bytes"][layer]["float64"] / sum(times * sizes[part] for part, times in parts.items())
+
+    return read
+
+
 def _unit(unit: str, digits: int = 1) -> Callable[[float], str]:
     return lambda value: f"{value:.{digits}f} {unit}"
 
@@ -187,6 +206,25 @@ PROMISES = [
         0.34,
         "{:.3f}".format,
         lambda results: results.cost("delta_file")["ratio"],
+    ),
+    Promise(
+        "spectra of MiniLM's 39 layers in float64, CPU time on 1 thread: to weightwatcher 0.7.7",
+        0.45,
+        _plain,
+        _spectra_ratio("float64"),
+    ),
+    Promise("the same in float32", 0.25, _plain, _spectra_ratio("float32")),
+    Promise(
+        "their memory beside a model of 8192 x 2048, float64: to the layer in float64 and its Gram matrix",
+        1.00,
+        _plain,
+        _spectra_memory("8192 x 2048", {"layer": 1, "gram": 1}),
+    ),
+    Promise(
+        "the same, 4096 x 4096: to these and the eigensolver's copy of the Gram matrix",
+        1.00,
+        _plain,
+        _spectra_memory("4096 x 4096", {"layer": 1, "gram": 2}),
     ),
     Promise(
         "memory that torch allocates in a step after the first",

@@ -20,12 +20,26 @@ CHOICE_TITLES = {
     "ours": "ChildNetwork.from_scores, masks included",
     "percentile": "np.percentile(np.concatenate(...)), no masks yet",
 }
+SPECTRA_TITLES = {
+    "float64": "spectra.analyze in float64",
+    "float32": "spectra.analyze in float32",
+    "weightwatcher": "WeightWatcher.analyze, 0.7.7",
+}
 
 
 def measured(results: Results) -> list[str]:
     """Returns the tables of all benchmarks that were run, each under its heading."""
     times = (times_table(results, workload) for workload in WORKLOAD_TITLES)
-    others = (fisher_table, pass_table, child_table, choice_table, saving_table, memory_table)
+    others = (
+        fisher_table,
+        pass_table,
+        child_table,
+        choice_table,
+        saving_table,
+        memory_table,
+        spectra_table,
+        spectra_memory_table,
+    )
     return [table for table in (*times, *(make(results) for make in others)) if table]
 
 
@@ -161,3 +175,29 @@ def memory_table(results: Results) -> str:
         ])  # fmt: skip
     head = ["", "bytes allocated by torch, per weight", "growth of resident memory, MB", "Python's heap, per tensor"]
     return "## Memory of one step after the first, fp32, BERT-base\n\n" + markdown(head, rows)
+
+
+def spectra_table(results: Results) -> str:
+    """Returns the table of CPU time for a model's spectra; "" if it was not measured."""
+    noted = results.find("spectra")
+    if not noted:
+        return ""
+    rows = []
+    for name, title in SPECTRA_TITLES.items():
+        ratio = noted["ratios"].get(name)
+        rows.append([title, f"{noted['cpu_s'][name]['median']:.2f}", f"{ratio['median']:.2f}" if ratio else ""])
+    heading = f"## Spectra of MiniLM's {noted['layers']} layers, 1 thread, each in a process of its own"
+    return heading + "\n\n" + markdown(["", "seconds of CPU time", "to weightwatcher"], rows)
+
+
+def spectra_memory_table(results: Results) -> str:
+    """Returns the table of memory for the spectrum of one big layer; "" if it was not measured."""
+    noted = results.find("spectra_memory")
+    if not noted:
+        return ""
+    rows = []
+    for layer, extra in noted["extra_bytes"].items():
+        sizes = [f"{noted['yardsticks'][layer][part] / 1e6:.0f}" for part in ("layer", "gram")]
+        rows += [[f"{SPECTRA_TITLES[name]}: {layer}", f"{taken / 1e6:.0f}", *sizes] for name, taken in extra.items()]
+    head = ["", "memory beside the model, MB", "the layer in float64, MB", "its Gram matrix, MB"]
+    return "## Memory of the spectrum of one float32 layer\n\n" + markdown(head, rows)
