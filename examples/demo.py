@@ -6,6 +6,7 @@ nothing.
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 NEEDED = ("torch", "transformers", "sklearn", "matplotlib", "tqdm", "childtune_fast")
+SPECTRA = ("f", "d")  # methods of which it is shown what they moved
 QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 
 
@@ -88,7 +90,8 @@ def compare(experiment, methods, seeds):
         for seed in range(seeds):
             for method in methods:
                 bar.set_description(f"{method}, seed {seed}")
-                runs.append(experiment.run(method, seed, bar.update))
+                look = functools.partial(experiment.look, method) if seed == 0 and method in SPECTRA else None
+                runs.append(experiment.run(method, seed, bar.update, afterwards=look))
                 scores = ", ".join(f"{key} {100 * value:.1f}" for key, value in runs[-1]["curve"][-1][1].items())
                 bar.write(f"{method:>13}, seed {seed}: {scores} after {runs[-1]['seconds']:.0f} s")
     return sorted(runs, key=lambda run: methods.index(run["method"]))
@@ -107,6 +110,7 @@ def main(arguments):
 
     from benchmarks.finetune import report
     from benchmarks.finetune.data import UserError
+    from childtune_fast import spectra
 
     options, started = parse(arguments), time.perf_counter()
     if options.threads:
@@ -118,11 +122,15 @@ def main(arguments):
         return 2
     runs = compare(experiment, options.methods, options.seeds)
     settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(options).items()}
-    child = experiment.children.get("d")
-    report.save(options.out, settings, runs, experiment.task, model, child)
+    child, moved = experiment.children.get("d"), experiment.spectra
+    base = spectra.analyze(experiment.backbone, null=1)
+    report.save(options.out, settings, runs, experiment.task, model, child, base, moved)
     print(f"\n{report.table(runs)}\n\n{report.caveats(runs, experiment.task)}")
     if child is not None:
         print(f"\nchild network of d, first seed: {child!r}; {options.out}/child.png shows where it lies")
+    print(f"\n{model} before fine-tuning:\n{base}")
+    if moved and len(base):
+        print(f"{options.out}/spectra.png shows what {' and '.join(moved)} moved in it, first seed")
     print(f"{time.perf_counter() - started:.0f} s in all; table, pictures and raw numbers are in {options.out}/")
     return 0
 

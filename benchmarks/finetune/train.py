@@ -28,6 +28,7 @@ class Experiment:
 
     Attributes:
         children: {method: the child network of its first run}, for methods that have one.
+        spectra: {method: spectra of the transformer after a run, beside the pretrained one}, where `look` was called.
     """
 
     def __init__(self, tokenizer, backbone, task, settings, device):
@@ -45,6 +46,7 @@ class Experiment:
         self.features = None
         self.fisher = None  # (seed, scores, seconds) of the last Fisher pass
         self.children = {}
+        self.spectra = {}
 
     @property
     def steps(self):
@@ -115,6 +117,21 @@ class Experiment:
         cost = {"fisher_seconds": seconds, "selection_seconds": self.clock() - before}
         self.children.setdefault(name, child)
         return child, cost
+
+    def look(self, name, model):
+        """Takes the spectra of what the first run of a method trained, and returns nothing for its record.
+
+        Raises:
+            ValueError: a weight outside of the method's child network has moved.
+        """
+        from childtune_fast import spectra
+
+        child = self.children.get(name)
+        found = spectra.analyze(model.encoder.backbone, base=self.backbone, child=child, progress=False)
+        if child is not None:
+            found.check()
+        self.spectra[name] = found
+        return {}
 
     def _fisher_scores(self, model, seed):
         """Returns the Fisher scores of a fresh model and the seconds they took; methods with one seed share them."""

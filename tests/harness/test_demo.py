@@ -110,10 +110,30 @@ def test_the_demo_runs_every_method(tmp_path):
     assert state["d"] == state["d-random"] == state["d-lowest"]
     # Of 22.57 M trained weights 10.65 M are in the layers: 70 % of those lose 8 bytes, all of them gain one bit.
     assert 58.2e6 < state["f"] - state["d"] < 58.4e6
-    for picture in ("curves.png", "child.png"):
+    for picture in ("curves.png", "child.png", "spectra.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert "child.png" in done.stdout
     assert (tmp_path / "table.md").read_text().rstrip().split("\n\n")[1] in done.stdout
+    check_spectra(results["spectra"], runs["d"]["density"], done.stdout)
+
+
+def check_spectra(found, density, printed):
+    """What F and D moved is what they may move, and the pretrained model's table is printed."""
+    pretrained, f, d = (found[name]["rows"] for name in ("pretrained", "f", "d"))
+    names = [row["longname"] for row in pretrained]
+    assert len(names) == 39
+    assert names == [row["longname"] for row in f] == [row["longname"] for row in d]
+    table = printed.partition("before fine-tuning:\n")[2].splitlines()
+    assert [line.split()[0] for line in table[1:40]] == names
+    assert [f"{row['alpha']:.3f}" in line for line, row in zip(table[1:40], pretrained, strict=True)] == [True] * 39
+    assert [row["rand_spikes"] is not None for row in pretrained] == [True] * 39
+    layers = [i for i, row in enumerate(d) if row["child_density"] is not None]
+    assert [names[i].split(".")[0] for i in layers] == ["encoder"] * 36
+    assert 0 < sum(d[i]["moved"] for i in layers) <= sum(kept for *_, kept, _ in density)
+    assert all(0 < d[i]["moved"] / (d[i]["N"] * d[i]["M"]) <= d[i]["child_density"] for i in layers)
+    assert all(f[i]["moved"] > 0.99 * f[i]["N"] * f[i]["M"] for i in layers)
+    assert set(found["d"]["outside"].values()) == {0}
+    assert found["f"]["outside"] is None
 
 
 @needs_model
@@ -125,6 +145,8 @@ def test_the_demo_runs_a_regression_on_pairs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Pearson" in done.stdout
     assert not (tmp_path / "child.png").exists()
+    assert "spectra.png shows what f moved in it" in done.stdout
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

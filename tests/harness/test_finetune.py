@@ -1,6 +1,7 @@
 """The fine-tuning harness: metrics, tasks, and every method on a few examples."""
 
 import importlib.util
+import json
 import math
 import sys
 import types
@@ -154,6 +155,38 @@ def test_every_method_trains(experiment, name):
     assert (record["density"] is not None) == (methods.METHODS[name].child is not None)
     after = experiment.backbone.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())  # each run has a copy
+
+
+@needs_model
+def test_spectra_tell_what_a_method_moved(experiment):
+    trained = {}
+
+    def look(network):
+        trained.update({name: param.detach().clone() for name, param in network.encoder.backbone.named_parameters()})
+        return experiment.look("d", network)
+
+    record = experiment.run("d", seed=0, afterwards=look)
+    assert "spectra" not in record
+    assert json.dumps(record)
+    masks = experiment.children["d"].masks()
+    for row in experiment.spectra["d"]:
+        name = f"{row.longname}.weight"
+        moved = trained[name] != experiment.backbone.get_parameter(name)
+        assert row.moved == moved.sum()
+        mask = masks.get(f"encoder.backbone.{name}")
+        assert row.child_density == (None if mask is None else pytest.approx(mask.double().mean().item()))
+    assert len(experiment.spectra["d"]) == 39
+
+
+@needs_model
+def test_a_weight_that_moved_outside_of_the_child_network_is_told(experiment):
+    def look(network):
+        with torch.no_grad():
+            network.encoder.backbone.encoder.layer[0].output.dense.weight.add_(1)
+        return experiment.look("d", network)
+
+    with pytest.raises(ValueError, match=r"outside of the child network .*'encoder\.layer\.0\.output\.dense\.weight'"):
+        experiment.run("d", seed=0, afterwards=look)
 
 
 @needs_model
