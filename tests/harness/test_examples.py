@@ -152,7 +152,7 @@ def test_spectra_of_models_that_are_named(monkeypatch, tmp_path, capsys):
         ("{folder}/nowhere", "picture.svg", "must be a file, a folder or the name of a model on the Hub"),
         ("{folder}", "picture.svg", "must hold a model as safetensors files (got no such files)"),
         ("{model}", "missing/picture.svg", "No such file or directory"),
-        ("{model}", "picture.nonsense", "Format 'nonsense' is not supported"),
+        ("{model}", "picture.nonsense", "a picture's name must end with its format"),
     ],
 )
 def test_errors_of_spectra_are_one_line(monkeypatch, tmp_path, capsys, model, out, message):
