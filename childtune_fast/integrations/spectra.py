@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..arguments import FilePath, check_type
 from ..spectra import Spectra, analyze, plot_alpha
+from ..spectra.layers import of_module
 from ..spectra.pictures import check_picture
 
 _PICTURE = "alpha.png"
@@ -48,6 +49,12 @@ class SpectraCallback(TrainerCallback):
         self.found: dict[int, Spectra] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        source = of_module(kwargs["model"], split_fused=False)
+        if not source.layers:  # raised on all processes, for the others would wait for the first
+            name, reason = next(iter(source.skipped.items()), ("all", "none has two dimensions"))
+            raise ValueError(
+                f"SpectraCallback: the model must have a layer that can be analysed (got '{name}': {reason})"
+            )
         self.found = {}
         self._look(state, kwargs["model"])
 
@@ -72,11 +79,6 @@ class SpectraCallback(TrainerCallback):
         if state.global_step in self.found or not state.is_world_process_zero:
             return
         spectra = analyze(model, dtype=torch.float32, null=self.null, progress=False)
-        if not spectra.rows:
-            name, reason = next(iter(spectra.skipped.items()), ("all", "none has two dimensions"))
-            raise ValueError(
-                f"SpectraCallback: the model must have a layer that can be analysed (got '{name}': {reason})"
-            )
         self.found[state.global_step] = spectra
         self.folder.mkdir(parents=True, exist_ok=True)
         spectra.to_json(self.folder / f"step-{state.global_step:06}.json")

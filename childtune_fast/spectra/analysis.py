@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..arguments import FilePath, brief, check_type
 from ..child import ChildNetwork
-from ..child.names import renamed
 from ..ops.packed_mask import PackedMask
 from .layers import Layer, Source, of_module, of_state_dict
 from .names import matched
@@ -140,9 +139,8 @@ def _masks(source: Source, child: ChildNetwork | None) -> dict[str, PackedMask]:
     if child is None:
         return {}
     check_type("analyze: child", child, ChildNetwork, "a ChildNetwork or None")
-    found = renamed(child.packed, source.shapes)
-    names = matched(found, source.shapes)
-    masks = {names.get(name, name): mask for name, mask in found.items()}
+    names = matched(child.packed, source.shapes)
+    masks = {names.get(name, name): mask for name, mask in child.packed.items()}
     for name, mask in masks.items():
         if source.shapes.get(name) != mask.shape:
             got = f"shape {source.shapes[name]}" if name in source.shapes else "no such parameter"

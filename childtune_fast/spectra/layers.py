@@ -1,7 +1,7 @@
 """Which layers a model has, and which matrices each of them is: out of its modules, or out of names in a file."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Source(NamedTuple):
     read: Callable[[str], Tensor]
 
 
-def whole(tensor: Tensor) -> list[Tensor]:
+def _whole(tensor: Tensor) -> list[Tensor]:
     """Cuts a matrix into itself."""
     return [tensor]
 
@@ -77,7 +77,7 @@ def _slices(kernel: Tensor) -> list[Tensor]:
     return list(kernel.flatten(2).unbind(2))
 
 
-def layers_in(name: str, shape: tuple[int, ...], layer_type: str, split_fused: bool) -> "Iterator[Layer] | str":
+def layers_in(name: str, shape: tuple[int, ...], layer_type: str, split_fused: bool) -> list[Layer] | str:
     """Returns the layers that a parameter holds, or the reason why it holds none.
 
     Args:
@@ -105,20 +105,18 @@ def layers_in(name: str, shape: tuple[int, ...], layer_type: str, split_fused: b
             for i, p in enumerate(names)
         ]
     else:
-        found = [Layer(longname, layer_type, name, whole, (shape[0], shape[1]))]
+        found = [Layer(longname, layer_type, name, _whole, (shape[0], shape[1]))]
     count = min(found[0].shape) * found[0].slices if found else 0
-    if not MIN_EVALS <= count <= MAX_EVALS:
-        return f"{count} eigenvalues, which are {'fewer' if count < MIN_EVALS else 'more'} than {_limit(count)}"
-    return iter(found)
+    if count < MIN_EVALS:
+        return f"{count} eigenvalues, which are fewer than {MIN_EVALS}"
+    if count > MAX_EVALS:
+        return f"{count} eigenvalues, which are more than {MAX_EVALS}"
+    return found
 
 
 def _longname(parameter: str) -> str:
     """Returns a layer's name out of its parameter's, in wrappers or not."""
     return plain_name(parameter).removesuffix(".weight")
-
-
-def _limit(count: int) -> int:
-    return MIN_EVALS if count < MIN_EVALS else MAX_EVALS
 
 
 # ---- Out of modules ------------------------------------------------------------------------------------------------

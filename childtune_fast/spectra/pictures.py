@@ -192,9 +192,9 @@ def _bare(axes: "Axes") -> None:
 
 def _saved(figure: "Figure", path: FilePath | None) -> "Figure":
     """Returns a figure; if there is a path, writes it, whole or not at all. Equal figures have equal bytes."""
-    from matplotlib import rc_context
-
     if path is not None:
+        from matplotlib import rc_context
+
         check_type("path", path, (str, os.PathLike), "a path")
         check_picture(path)
         kind, picture = _format(path), io.BytesIO()

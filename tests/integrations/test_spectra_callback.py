@@ -59,8 +59,10 @@ def test_only_the_first_process_writes(tmp_path):
 
 def test_a_model_without_whole_weights_is_refused(tmp_path):
     message = "SpectraCallback: the model must have a layer that can be analysed (got 'weight': on the meta device"
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        SpectraCallback(tmp_path).on_train_begin(None, TrainerState(), None, model=nn.Linear(32, 32, device="meta"))
+    for first in (True, False):  # every process, for the others would wait for the first
+        state = TrainerState(is_world_process_zero=first)
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            SpectraCallback(tmp_path).on_train_begin(None, state, None, model=nn.Linear(32, 32, device="meta"))
 
 
 @pytest.mark.parametrize("every", ["step", 0, -3, True, 1.5, None])
