@@ -129,8 +129,9 @@ def main(arguments):
     if child is not None:
         print(f"\nchild network of d, first seed: {child!r}; {options.out}/child.png shows where it lies")
     print(f"\n{model} before fine-tuning:\n{base}")
-    if moved and len(base):
-        print(f"{options.out}/spectra.png shows what {' and '.join(moved)} moved in it, first seed")
+    for method, found in moved.items():
+        if len(found):
+            print(f"{options.out}/spectra-{method}.png shows what {method} moved in it, first seed")
     print(f"{time.perf_counter() - started:.0f} s in all; table, pictures and raw numbers are in {options.out}/")
     return 0
 

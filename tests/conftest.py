@@ -33,6 +33,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def one_thread():
+    """So small problems gain little by a second thread, and lose much where other tests keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def native():
     """The compiled module; whatever a test changes of it is put back."""
     module = load.load_native()

@@ -22,7 +22,6 @@ COLOURS = {
     "lora": "#F0E442",
 }
 COSTS = ["Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
-ALPHA_END = 11.0  # higher alphas are drawn here
 PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -173,61 +172,11 @@ def child_picture(child, task, model, path):
     plt.close(figure)
 
 
-def spectra_picture(base, moved, task, model, path):
-    """Draws what methods moved in the transformer, layer by layer: alpha, the share of the weights, and how far.
-
-    Args:
-        base: `Spectra` of the pretrained transformer.
-        moved: {method: `Spectra` after its first run}.
-        task: the `Task` it was trained on.
-        model: name of the model, for the title.
-        path: file to write.
-    """
-    plt = pyplot()
-    names, height = [row.longname for row in base], min(40, 0.22 * len(base))
-    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(12, 1.6 + height), layout="constrained")
-    alphas = [min(row.alpha, ALPHA_END) for row in base]
-    errors = [row.sigma if row.alpha <= ALPHA_END else math.nan for row in base]
-    axes[0].errorbar(alphas, range(len(base)), xerr=errors, fmt="none", color="#999999", label="before, standard error")
-    for y, row in enumerate(base):
-        if row.alpha > ALPHA_END:
-            axes[0].text(ALPHA_END - 0.3, y, f"{row.alpha:.1f}", va="center", ha="right", fontsize=7)
-    for i, (name, found) in enumerate(moved.items()):
-        _draw_moved(axes, found, (i + 0.5) / len(moved) - 0.5, 0.8 / len(moved), name)
-    for limit in (2, 6):
-        axes[0].axvline(limit, color="#999999", linestyle="--", linewidth=1)
-    axes[0].set(xlabel="alpha", xlim=(1, ALPHA_END + 0.3), ylim=(len(base) - 0.4, -0.6))
-    axes[0].set_yticks(range(len(base)), names, fontsize=8 * height / (0.22 * len(base)))
-    axes[1].set(xlabel="share of the weights that moved", xlim=(0, 1.02))
-    axes[2].set(xlabel="norm of the update / norm before", xlim=(0, None))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    title = f"{model} before and after fine-tuning on {task.name}, first seed"
-    figure.legend(handles.values(), handles, title=title, loc="outside upper center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _draw_moved(axes, found, shift, width, method):
-    """Draws one method into the panels of `spectra_picture`, so far below the middle of each layer's line."""
-    places = [y + shift for y in range(len(found))]
-    look = {"color": COLOURS[method], "label": METHODS[method].title}
-    axes[0].plot([min(row.alpha, ALPHA_END) for row in found], places, "o", ms=4, **look)
-    axes[1].barh(places, [row.moved / row.numel for row in found], width, **look)
-    masked = [(row.child_density, y) for row, y in zip(found, places, strict=True) if row.child_density is not None]
-    if masked:
-        axes[1].plot(*zip(*masked, strict=True), "|", color="black", ms=5, label="its child network")
-    axes[2].plot([row.delta_rel or math.nan for row in found], places, "o", ms=4, **look)
-
-
 def save(folder, settings, runs, task, model, child=None, base=None, moved=None):
     """Writes results.json (every number), table.md and pictures into a folder.
 
-    The pictures are curves.png; child.png, of a child network; and spectra.png, of the transformer's spectra, `base`
-    and `moved`, as `spectra_picture` has them.
+    The pictures are curves.png; child.png, of a child network; and spectra-METHOD.png for each in `moved`, which is
+    {method: `Spectra` of the transformer after its first run, beside the pretrained one}.
     """
     data = {"name": task.name, "fingerprint": task.fingerprint(), "counts": task.counts()}
     result = {"model": model, "settings": settings, "data": data, "versions": versions(), "runs": runs}
@@ -239,5 +188,6 @@ def save(folder, settings, runs, task, model, child=None, base=None, moved=None)
     picture(runs, task, model, folder / "curves.png")
     if child is not None:
         child_picture(child, task, model, folder / "child.png")
-    if moved and len(base):
-        spectra_picture(base, moved, task, model, folder / "spectra.png")
+    for name, found in (moved or {}).items():
+        if len(found):
+            found.plot(folder / f"spectra-{name}.png")

@@ -110,7 +110,7 @@ def test_the_demo_runs_every_method(tmp_path):
     assert state["d"] == state["d-random"] == state["d-lowest"]
     # Of 22.57 M trained weights 10.65 M are in the layers: 70 % of those lose 8 bytes, all of them gain one bit.
     assert 58.2e6 < state["f"] - state["d"] < 58.4e6
-    for picture in ("curves.png", "child.png", "spectra.png"):
+    for picture in ("curves.png", "child.png", "spectra-f.png", "spectra-d.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert "child.png" in done.stdout
     assert (tmp_path / "table.md").read_text().rstrip().split("\n\n")[1] in done.stdout
@@ -145,8 +145,8 @@ def test_the_demo_runs_a_regression_on_pairs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Pearson" in done.stdout
     assert not (tmp_path / "child.png").exists()
-    assert "spectra.png shows what f moved in it" in done.stdout
-    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    assert "spectra-f.png shows what f moved in it" in done.stdout
+    assert (tmp_path / "spectra-f.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,6 @@ def onnx_model():
     return onnx.load(next(file for file in files if file.suffix == ".onnx").locate())
 
 
-@pytest.fixture
-def one_thread():
-    """So small eigenproblems gain little by a second thread, and lose much where other tests keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_spectra(monkeypatch, *arguments):
     """Runs the example as `python -m` does, and returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["spectra", *arguments])

@@ -16,14 +16,6 @@ RESULTS = json.loads(spectra.RESULTS.read_text(encoding="utf-8"))
 FEW = 12  # seeds that are computed anew
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of a small network's steps, more would mostly wait
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", spectra.TABLES)
 def test_the_documented_table_is_the_programs(name):
     begin, end = spectra.marks(name)
