@@ -4,14 +4,13 @@
 #include "core/adamw.h"
 #include "core/dtypes.h"
 #include "core/mask.h"
+#include "cpu/half_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/loops.h"
 
 namespace childtune {
 namespace CHILDTUNE_ISA {
 namespace {
-
-constexpr int kLanes = kMaskCounters;  // elements per inner loop: a whole number of vectors in every set
 
 // Where the arrays of a step lie (enum Stream in core/step_item.h). P is the type that parameters are stored in.
 template <class P>
@@ -34,11 +33,15 @@ CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance =
   }
 }
 
-// Fetches ahead of `count` elements from `at` on, in each array.
+// Fetches ahead of `count` elements from `at` on, in each array; `at` is a multiple of kLanes. A cache line of 16-bit
+// weights is fetched with its first half.
 template <bool kAmsgrad, class P>
 CHILDTUNE_INLINE void fetch_ahead(const Streams<P>& s, int64_t at, int64_t count) {
-  fetch_ahead(s.param + at, count);
-  fetch_ahead(s.grad + at, count);
+  constexpr int64_t kLine = 64 / sizeof(P);
+  if (kLine <= kLanes || at % kLine == 0) {
+    fetch_ahead(s.param + at, count < kLine ? kLine : count);
+    fetch_ahead(s.grad + at, count < kLine ? kLine : count);
+  }
   fetch_ahead(s.exp_avg + at, count);
   fetch_ahead(s.exp_avg_sq + at, count);
   if (kAmsgrad) fetch_ahead(s.max_exp_avg_sq + at, count);
@@ -65,6 +68,23 @@ CHILDTUNE_INLINE void update_lanes(const AdamWConstants<T>& c, const Streams<P>&
     exp_avg[j] = m;
     exp_avg_sq[j] = v;
     if (kAmsgrad) max_exp_avg_sq[j] = vmax;
+  }
+}
+
+// Updates kLanes elements from `at` on, as update_lanes does.
+template <class P, bool kMasked, bool kAmsgrad, class T>
+CHILDTUNE_INLINE void update_all_lanes(const AdamWConstants<T>& c, const Streams<P>& s, int64_t at,
+                                       const uint32_t* words, int half, uint32_t keep_threshold) {
+  if constexpr (sizeof(P) == 2) {
+    float param[kLanes], grad[kLanes];
+    widen_lanes(s.param + at, param);
+    widen_lanes(s.grad + at, grad);
+    const Streams<float> wide{param, grad, s.exp_avg + at, s.exp_avg_sq + at,
+                              kAmsgrad ? s.max_exp_avg_sq + at : nullptr};
+    update_lanes<float, kMasked, kAmsgrad>(c, wide, 0, kLanes, words, half, keep_threshold);
+    narrow_lanes(param, s.param + at);
+  } else {
+    update_lanes<P, kMasked, kAmsgrad>(c, s, at, kLanes, words, half, keep_threshold);
   }
 }
 

@@ -40,7 +40,7 @@ CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Streams<P>&
       [&](auto part) CHILDTUNE_LAMBDA {
         constexpr int k = part.value;
         fetch_ahead<kAmsgrad>(s, kLanes * k, kLanes);
-        update_lanes<P, true, kAmsgrad>(c, s, kLanes * k, kLanes, bits.word[k / 2], k % 2, keep_threshold);
+        update_all_lanes<P, true, kAmsgrad>(c, s, kLanes * k, bits.word[k / 2], k % 2, keep_threshold);
         draw_part<k>(keys, next_block, draw, next);
       },
       Parts());
@@ -58,10 +58,9 @@ CHILDTUNE_OUT_OF_LINE void update_blocks(const AdamWConstants<T>& constants, Str
       update_block<P, kAmsgrad>(c, s, keep_threshold, bits[i % 2], keys, block + i + 1, &bits[(i + 1) % 2]);
     } else {
       // Software prefetch asks for a few lines at a time: for all lines of a block at once, it is slower.
-      constexpr int64_t kPiece = CHILDTUNE_FETCH_AHEAD != 0 ? kLanes : kMaskBlock;
-      for (int64_t at = 0; at < kMaskBlock; at += kPiece) {
-        fetch_ahead<kAmsgrad>(s, at, kPiece);
-        update_lanes<P, false, kAmsgrad>(c, s, at, kPiece, nullptr, 0, 0);
+      for (int64_t at = 0; at < kMaskBlock; at += kLanes) {
+        fetch_ahead<kAmsgrad>(s, at, kLanes);
+        update_all_lanes<P, false, kAmsgrad>(c, s, at, nullptr, 0, 0);
       }
     }
     s.param += kMaskBlock;
