@@ -20,18 +20,57 @@ struct MaskBits {
 
 #if defined(CHILDTUNE_VECTOR_BYTES)
 
+#if defined(CHILDTUNE_NEON)
+
+// A counter in each 32-bit lane: ARM multiplies four, and sorts the halves of the products, in four instructions.
+typedef uint32_t Lanes __attribute__((vector_size(CHILDTUNE_VECTOR_BYTES)));
+constexpr int kWide = CHILDTUNE_VECTOR_BYTES / 4;  // counters in a vector
+constexpr int kLaneStep = 1, kSecond = kWide;      // two vectors hold neighbouring counters, one after the other
+
+CHILDTUNE_INLINE Lanes broadcast(uint64_t x) { return Lanes{} + static_cast<uint32_t>(x); }
+
+CHILDTUNE_INLINE void multiply(Lanes a, uint32_t multiplier, Lanes* lower, Lanes* upper) {
+  const uint32x4_t begin = vreinterpretq_u32_u64(vmull_u32(vget_low_u32((uint32x4_t)a), vdup_n_u32(multiplier)));
+  const uint32x4_t end = vreinterpretq_u32_u64(vmull_high_u32((uint32x4_t)a, vdupq_n_u32(multiplier)));
+  *lower = (Lanes)vuzp1q_u32(begin, end);
+  *upper = (Lanes)vuzp2q_u32(begin, end);
+}
+
+// Stores a word of the counters in two vectors, in order.
+CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
+  memcpy(to, &first, sizeof first);
+  memcpy(to + kWide, &second, sizeof second);
+}
+
+#else
+
 // A counter in each 64-bit lane, in the low half: the product of the low halves of 64-bit lanes is the one widening
 // product that every x86 set has, and the high halves may hold anything, because only low halves are multiplied and
 // stored.
 typedef uint64_t Lanes __attribute__((vector_size(CHILDTUNE_VECTOR_BYTES)));
 constexpr int kWide = CHILDTUNE_VECTOR_BYTES / 8;  // counters in a vector
-constexpr int kRounds = 10;
+constexpr int kLaneStep = 2, kSecond = 1;          // even counters in one vector, odd ones in the other
 
 CHILDTUNE_INLINE Lanes broadcast(uint64_t x) { return Lanes{} + x; }
 
-CHILDTUNE_INLINE Lanes multiply_low(Lanes a, Lanes b) {
-  return (Lanes)CHILDTUNE_MULTIPLY_LOW((CHILDTUNE_VECTOR)a, (CHILDTUNE_VECTOR)b);
+CHILDTUNE_INLINE void multiply(Lanes a, uint32_t multiplier, Lanes* lower, Lanes* upper) {
+  *lower = (Lanes)CHILDTUNE_MULTIPLY_LOW((CHILDTUNE_VECTOR)a, (CHILDTUNE_VECTOR)broadcast(multiplier));
+#if defined(CHILDTUNE_HIGH_TO_LOW)
+  *upper = (Lanes)CHILDTUNE_HIGH_TO_LOW((CHILDTUNE_VECTOR)*lower);
+#else
+  *upper = *lower >> 32;
+#endif
 }
+
+// Stores a word of the counters in two vectors, in order.
+CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
+  const Lanes merged = (first & 0xFFFFFFFFu) | (second << 32);
+  memcpy(to, &merged, sizeof merged);
+}
+
+#endif
+
+constexpr int kRounds = 10;
 
 // A parameter's key, and its ten round keys.
 struct MaskKeys {
@@ -50,35 +89,30 @@ struct MaskKeys {
 struct Counters {
   Lanes c0, c1, c2, c3;
 
-  // Begins every second counter from `first` on.
-  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t first) {
-    Lanes iota;
-    for (int lane = 0; lane < kWide; ++lane) iota[lane] = 2 * lane;
-    c0 = iota + first;
-    c1 = broadcast(first >> 32);
+  // Begins the counters of `block` from number `first` on that are in one vector.
+  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t block, int first) {
+    Lanes number;
+    for (int lane = 0; lane < kWide; ++lane) number[lane] = first + kLaneStep * lane;
+    c0 = broadcast(block * kMaskCounters) + number;
+    c1 = broadcast(block * kMaskCounters >> 32);  // the same for all counters of a block
     c2 = broadcast(key.step);
     c3 = broadcast(key.param_index);
   }
 
   CHILDTUNE_MEMBER void round(const Lanes* round_key) {
-    const Lanes product0 = multiply_low(c0, broadcast(kPhiloxMultiplier0));
-    const Lanes product1 = multiply_low(c2, broadcast(kPhiloxMultiplier1));
-    c0 = (product1 >> 32) ^ (c1 ^ round_key[0]);
-    c2 = (product0 >> 32) ^ (c3 ^ round_key[1]);
-    c1 = product1;
-    c3 = product0;
+    Lanes lower0, upper0, lower1, upper1;
+    multiply(c0, kPhiloxMultiplier0, &lower0, &upper0);
+    multiply(c2, kPhiloxMultiplier1, &lower1, &upper1);
+    c0 = upper1 ^ (c1 ^ round_key[0]);
+    c2 = upper0 ^ (c3 ^ round_key[1]);
+    c1 = lower1;
+    c3 = lower0;
   }
 };
 
-// Even counters in one vector, odd ones in the other: interleaved, they are in order.
 struct MaskDraw {
-  Counters even, odd;
+  Counters first, second;
 };
-
-CHILDTUNE_INLINE void interleave(Lanes even, Lanes odd, uint32_t* to) {
-  const Lanes merged = (even & 0xFFFFFFFFu) | (odd << 32);
-  memcpy(to, &merged, sizeof merged);
-}
 
 // Does part kPart of drawing the bits of `block`. The part is a template argument, so that its code has no branches and
 // keeps `d` in registers.
@@ -91,16 +125,16 @@ CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw& 
   for (int step = kSteps * kPart / kMaskParts; step < kSteps * (kPart + 1) / kMaskParts; ++step) {
     const int j = step / kRounds * kAtOnce, round = step % kRounds;
     if (round == 0) {
-      d.even.begin(keys.key, block * kMaskCounters + j);
-      d.odd.begin(keys.key, block * kMaskCounters + j + 1);
+      d.first.begin(keys.key, block, j);
+      d.second.begin(keys.key, block, j + kSecond);
     }
-    d.even.round(keys.round[round]);
-    d.odd.round(keys.round[round]);
+    d.first.round(keys.round[round]);
+    d.second.round(keys.round[round]);
     if (round == kRounds - 1) {
-      interleave(d.even.c0, d.odd.c0, bits->word[0] + j);
-      interleave(d.even.c1, d.odd.c1, bits->word[1] + j);
-      interleave(d.even.c2, d.odd.c2, bits->word[2] + j);
-      interleave(d.even.c3, d.odd.c3, bits->word[3] + j);
+      store_word(d.first.c0, d.second.c0, bits->word[0] + j);
+      store_word(d.first.c1, d.second.c1, bits->word[1] + j);
+      store_word(d.first.c2, d.second.c2, bits->word[2] + j);
+      store_word(d.first.c3, d.second.c3, bits->word[3] + j);
     }
   }
 }
