@@ -18,14 +18,14 @@ namespace CHILDTUNE_ISA {
 namespace {
 
 // Updates `count` weights, all of them.
-template <bool kAmsgrad, class T>
-CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Streams<T>& streams, int64_t count) {
+template <bool kAmsgrad, class P, class T>
+CHILDTUNE_OUT_OF_LINE void update_dense(const AdamWConstants<T>& constants, const Streams<P>& streams, int64_t count) {
   const AdamWConstants<T> c = constants;  // a local copy, so that the compiler knows that no store changes it
-  const Streams<T> s = streams;
+  const Streams<P> s = streams;
   const int64_t next_block = count * static_cast<int64_t>(sizeof(T));  // it has about as many values
   fetch_ahead(s.exp_avg, count, next_block);
   fetch_ahead(s.exp_avg_sq, count, next_block);
-  update_lanes<T, false, kAmsgrad>(c, s, 0, count, nullptr, 0, 0);
+  update_lanes<P, false, kAmsgrad>(c, s, 0, count, nullptr, 0, 0);
 }
 
 // Decays `size` weights as if all of them were outside the child network.
@@ -47,7 +47,7 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
   if (offset < 0 || offset > child.count) return;
   offset += count_bits(child.bits + packed_block * (kPackedBlock / 8), begin % kPackedBlock / 8);
   P copied_param[kPackedBlock], copied_grad[kPackedBlock];
-  T child_param[kPackedBlock + kTogether] = {}, child_grad[kPackedBlock + kTogether] = {};
+  ChildBuffers<P> moved;
   for (int64_t at = begin; at < end;) {
     const int64_t left_in_block = kPackedBlock - at % kPackedBlock;
     const int size = static_cast<int>(left_in_block < end - at ? left_in_block : end - at);
@@ -62,14 +62,14 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
       param = copied_param;
       grad = copied_grad;
     }
-    const int64_t n = compress(bits, bytes, param, grad, child_param, child_grad);
+    const int64_t n = moved.compress(bits, bytes, param, grad);
     if (n > child.count - offset) return;
-    Streams<T> s{child_param, child_grad, static_cast<T*>(item.data[kExpAvg]) + offset,
-                 static_cast<T*>(item.data[kExpAvgSq]) + offset,
-                 kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + offset : nullptr};
+    Streams<typename ChildBuffers<P>::Stored> s{moved.param, moved.grad, static_cast<T*>(item.data[kExpAvg]) + offset,
+                                                static_cast<T*>(item.data[kExpAvgSq]) + offset,
+                                                kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + offset : nullptr};
     update_dense<kAmsgrad>(c, s, n);
     if (item.decay_outside) decay_only(c, param, size);
-    expand(bits, bytes, child_param, param, grad);
+    moved.expand(bits, bytes, param, grad);
     if (copied) scatter(item, kParam, at, size, copied_param);
     offset += n;
     at += size;

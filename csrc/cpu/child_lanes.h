@@ -1,12 +1,16 @@
-// How the weights of a child network are moved out from among their neighbours, and back.
+// How the weights of a child network are moved out from among their neighbours, and back: ChildBuffers, by the shortest
+// way that the instruction set has.
 //
 // compress copies the child network's weights and gradients, of 8 * bytes, to the buffers, in order, and returns how
 // many they are. expand writes the child network's weights back, and no others. `bytes` is a multiple of kTogether / 8.
 // Both touch up to kTogether numbers beyond the child network's in the buffers.
 #pragma once
 
+#include <type_traits>
+
 #include "core/dtypes.h"
 #include "core/packed_mask.h"
+#include "cpu/child_places.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/loops.h"
@@ -16,6 +20,10 @@ namespace CHILDTUNE_ISA {
 namespace {
 
 constexpr int kTogether = 16;  // weights
+
+#if defined(CHILDTUNE_AVX2)
+
+#if !defined(CHILDTUNE_AVX512)
 
 // What each byte of a mask does to eight weights. compress[byte][k]: the place of the k-th set bit. expand[byte][i]:
 // how many bits are set below bit i, with the sign bit set if bit i itself is. count[byte]: how many bits are set.
@@ -35,36 +43,9 @@ struct ByteTable {
 };
 constexpr ByteTable kByteTable;
 
-CHILDTUNE_INLINE int64_t bits_in(uint8_t byte) {
-#if defined(CHILDTUNE_AVX2)  // every processor with AVX2 has the popcnt instruction
-  return __builtin_popcount(byte);
-#else
-  return kByteTable.count[byte];
-#endif
-}
-
-CHILDTUNE_INLINE int64_t count_bits(const uint8_t* bits, int64_t bytes) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < bytes; ++i) n += bits_in(bits[i]);
-  return n;
-}
-
 // `index` is a row of ByteTable. compress_eight writes eight weights and eight gradients whatever the mask is.
 // expand_eight writes the weights where the sign in `index` is set; the others keep their bits.
-template <class P, class T>
-CHILDTUNE_INLINE void compress_eight(const int8_t* index, const P* param, const P* grad, T* child_param,
-                                     T* child_grad) {
-  for (int j = 0; j < 8; ++j) child_param[j] = load(param[index[j]]);
-  for (int j = 0; j < 8; ++j) child_grad[j] = load(grad[index[j]]);
-}
-template <class P, class T>
-CHILDTUNE_INLINE void expand_eight(const int8_t* index, const T* child_param, P* param) {
-  for (int j = 0; j < 8; ++j) {
-    if (index[j] < 0) store(param[j], child_param[index[j] + 128]);
-  }
-}
 
-#if defined(CHILDTUNE_AVX2) && !defined(CHILDTUNE_AVX512)
 // Eight indices as the permutation instruction takes them; it reads only the low three bits of each.
 CHILDTUNE_INLINE __m256i eight_indices(const int8_t* index) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
@@ -105,7 +86,6 @@ CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param
   __m128i* at = reinterpret_cast<__m128i*>(param);
   _mm_storeu_si128(at, _mm_blendv_epi8(_mm_loadu_si128(at), now, sign));
 }
-#endif
 
 template <class P, class T>
 CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
@@ -115,7 +95,7 @@ CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const
   for (int64_t i = 0; i < bytes; ++i) {
     const uint8_t byte = bits[i];
     compress_eight(kByteTable.compress[byte], param + 8 * i, grad + 8 * i, child_param + n, child_grad + n);
-    n += bits_in(byte);
+    n += __builtin_popcount(byte);
   }
   return n;
 }
@@ -131,11 +111,11 @@ CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const T* c
       CHILDTUNE_PREFETCH(grad + kPackedBlock + 8 * i);
     }
     expand_eight(kByteTable.expand[byte], child_param, param + 8 * i);
-    child_param += bits_in(byte);
+    child_param += __builtin_popcount(byte);
   }
 }
 
-#if defined(CHILDTUNE_AVX512)
+#else
 
 // AVX-512 has instructions that compress and expand, sixteen at a time. Only the child network's weights are touched in
 // memory.
@@ -190,6 +170,28 @@ CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const floa
   }
 }
 
+#endif
+
+template <class P>
+struct ChildLanes {
+  using Stored = float;
+  float param[kPackedBlock + kTogether] = {}, grad[kPackedBlock + kTogether] = {};
+
+  int64_t compress(const uint8_t* bits, int64_t bytes, const P* from_param, const P* from_grad) {
+    return CHILDTUNE_ISA::compress(bits, bytes, from_param, from_grad, param, grad);
+  }
+
+  void expand(const uint8_t* bits, int64_t bytes, P* to_param, const P* from_grad) const {
+    CHILDTUNE_ISA::expand(bits, bytes, param, to_param, from_grad);
+  }
+};
+// No set moves doubles by lanes.
+template <class P>
+using ChildBuffers = std::conditional_t<sizeof(P) == 8, ChildPlaces<P>, ChildLanes<P>>;
+
+#else
+template <class P>
+using ChildBuffers = ChildPlaces<P>;
 #endif
 
 }  // namespace
