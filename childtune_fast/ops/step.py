@@ -17,6 +17,7 @@ from . import foreach, trust
 from .clip import clip, unscale
 from .memory import check_apart, places
 from .on_gpu import GpuMemory, check_capture, step_on_gpu
+from .packed_mask import Masks
 from .step_group import StepGroup, check_group, written
 from .undisturbed import undisturbed
 
@@ -73,6 +74,10 @@ class StepKernels(NamedTuple):
     def on_cpu(self) -> Where:
         """Who steps a parameter on the CPU: "cpu" or, without the compiled module, None."""
         return None if self.native is None else "cpu"
+
+    def state_reader(self, states: Mapping[Tensor, Any], masks: Masks | None) -> Any:
+        """Returns what reads usual parameters on the CPU, as csrc/python/state_reader.h says; None if nothing does."""
+        return None if self.native is None else self.native.StateReader(states, masks)
 
     def elsewhere(self, tensors: Sequence[Tensor]) -> Where:
         """Returns who steps a parameter that is not on the CPU.
@@ -176,7 +181,7 @@ def take_step(
         for group in on_cpu + of_gpus:
             check_group(group)  # whose sentence says more than the kernels' short errors
         raise
-    _tell_autograd(on_cpu + of_gpus, everything)
+    _tell_autograd(everything)
 
 
 def _scale_on_host(
@@ -257,11 +262,9 @@ def _check_apart(groups: list[StepGroup], memory: StepMemory) -> None:
         memory.written[None] = found
 
 
-def _tell_autograd(by_kernels: list[StepGroup], everything: list[StepGroup]) -> None:
-    """Counts a write to all that kernels wrote, and to the DTensors of which a step writes only the local part."""
-    for group in by_kernels:
-        increment_version([*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs])
-    for group in everything:
+def _tell_autograd(groups: list[StepGroup]) -> None:
+    """Counts a write to the DTensors of which a step writes only the local part; kernels count theirs themselves."""
+    for group in groups:
         if group.sharded:
             increment_version(group.sharded)
 

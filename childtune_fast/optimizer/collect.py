@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
 from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, resolved, shown
-from ..ops.packed_mask import Masks
+from ..ops.packed_mask import Masks, PackedMask
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
 from ..ops.step_group import MASK_FIELDS, StepGroup, check_mask
@@ -33,10 +33,13 @@ _OPTIONS = (
 )
 _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on a GPU can read
 
-# A row holds the entries of one parameter in a StepGroup's lists. These are the names of the lists, in a row's order.
+# A row holds the entries of one parameter in a StepGroup's lists, a column is a list. These are the names of the lists,
+# in a row's order.
 _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
 _NOT_ON_DEVICE = ("steps", "indices")
+# {(who steps them, the fields that they have beside the usual ones): the columns of some parameters of a group}
+_Columns = dict[tuple[Where, tuple[str, ...]], Sequence[Sequence[Any]]]
 
 
 def collect(
@@ -62,7 +65,7 @@ def collect(
         BackendError: there are no kernels for a GPU, and they were asked for.
     """
     by_where: defaultdict[Where, list[StepGroup]] = defaultdict(list)
-    index = itertools.count()
+    reader, first = kernels.state_reader(states, masks), 0
     clips = any(group.get("max_grad_norm") is not None for group in param_groups)
     for group in param_groups:
         try:
@@ -73,26 +76,56 @@ def collect(
                 check_list(params)
         except KeyError as error:
             raise incomplete(error) from error
-        reserve_p = group.get("reserve_p")
-        ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
-        rows, sharded = _rows(params, index, fields, states, masks, kernels, undo, ordered)
-        if sharded:
-            from .sharded import add_rows  # which imports torch.distributed.tensor
-
-            add_rows(rows, sharded, bool(group["amsgrad"]), states, masks, kernels, undo, ordered)
-        for (where, own_fields), of_kind in rows.items():
-            if of_kind:
+        read = None if reader is None else reader.read(params, first, fields is _AMSGRAD_FIELDS)
+        if read is not None:
+            columns = _usual_columns(kernels.on_cpu, *read)
+        else:
+            reserve_p = group.get("reserve_p")
+            ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
+            columns = _columns(params, first, fields, states, masks, kernels, undo, ordered)
+        first += len(params)
+        for (where, own_fields), of_kind in columns.items():
+            if of_kind[0]:
                 target = _options(group, param_groups[0], masks is not None, where)
                 _check_capturable(target, where, kernels, of_kind[0][0])
-                for field, column in zip(fields + own_fields, zip(*of_kind, strict=True), strict=True):
+                for field, column in zip(fields + own_fields, of_kind, strict=True):
                     setattr(target, field, list(column))
                 by_where[where].append(target)
     return by_where
 
 
+def _usual_columns(
+    on_cpu: Where, plain: Sequence[list[Any]], masked: Sequence[list[Any]], masks: list[PackedMask]
+) -> _Columns:
+    """Returns the columns of a group all of whose parameters the compiled reader knows."""
+    for mask, param in zip(masks, masked[0], strict=True):
+        check_mask(mask, param)
+    of_masks = [mask.bits for mask in masks], [mask.offsets for mask in masks], [mask.count for mask in masks]
+    return {(on_cpu, ()): plain, (on_cpu, MASK_FIELDS): (*masked, *of_masks)}
+
+
+def _columns(
+    params: Sequence[Tensor],
+    first: int,
+    fields: tuple[str, ...],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    masks: Masks | None,
+    kernels: StepKernels,
+    undo: dict[Tensor, dict[str, Any] | None],
+    ordered: bool,
+) -> _Columns:
+    """Returns the columns of any group, with the states that this call begins."""
+    rows, sharded = _rows(params, first, fields, states, masks, kernels, undo, ordered)
+    if sharded:
+        from .sharded import add_rows  # which imports torch.distributed.tensor
+
+        add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
+    return {kind: tuple(zip(*of_kind, strict=True)) for kind, of_kind in rows.items() if of_kind}
+
+
 def _rows(
-    params: list[Tensor],
-    index: Iterator[int],
+    params: Sequence[Tensor],
+    first: int,
     fields: tuple[str, ...],
     states: MutableMapping[Tensor, dict[str, Any]],
     masks: Masks | None,
@@ -110,7 +143,7 @@ def _rows(
     plain_rows = rows[on_cpu, ()]
     amsgrad = fields is _AMSGRAD_FIELDS
     sharded: list[tuple[Tensor, Tensor, int]] = []
-    for param, i in zip(params, index):  # noqa: B905 - `index` is endless
+    for i, param in enumerate(params, first):
         grad = param.grad
         if grad is None:
             continue

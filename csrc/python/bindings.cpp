@@ -11,45 +11,16 @@
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/select.h"
+#include "python/argument.h"
 #include "python/gpu_scores.h"
 #include "python/gpu_step.h"
+#include "python/state_reader.h"
 #include "python/step_groups.h"
 #include "python/step_items.h"
 
 #ifndef TORCH_EXTENSION_NAME
 #define TORCH_EXTENSION_NAME _native
 #endif
-
-namespace childtune {
-namespace {
-
-// An argument whose wrong kind is told in a few words. pybind11 itself would print all arguments, and torch cannot
-// print a tensor whose memory was freed.
-template <class T>
-struct Arg {
-  T value;
-};
-
-}  // namespace
-}  // namespace childtune
-
-namespace pybind11::detail {
-
-template <class T>
-struct type_caster<childtune::Arg<T>> {
-  PYBIND11_TYPE_CASTER(childtune::Arg<T>, make_caster<T>::name);
-
-  bool load(handle source, bool) {
-    make_caster<T> caster;
-    if (!caster.load(source, true))
-      throw type_error(std::string("an argument has a wrong kind or range (got ") + Py_TYPE(source.ptr())->tp_name +
-                       ")");
-    value.value = cast_op<T>(caster);
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace childtune {
 namespace {
@@ -67,8 +38,7 @@ uint64_t step(const List& groups, Int threads, Arg<uint64_t> checked, const py::
     step_cpu(step.items().items, threads.value);
     write_steps(step.items());
   }
-  forget_undo(undo);
-  return step.written();
+  return step.taken(undo);
 }
 
 // `bits` has an entry for each tensor: the mask of the elements that count, or None if all do.
@@ -189,6 +159,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.attr("MASK_VERSION") = kMaskVersion;
   define(m, "step", &step, py::arg("groups"), py::arg("threads"), py::arg("checked") = 0, py::arg("undo") = py::none());
+  py::class_<StateReader> reader(m, "StateReader");
+  reader.def(py::init<const py::object&, const py::object&>(), py::arg("states"), py::arg("masks"));
+  define(reader, "read", &StateReader::read, py::arg("params"), py::arg("first"), py::arg("amsgrad"));
   py::class_<GpuKernels> gpu(m, "GpuKernels");
   gpu.def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"));
   define(gpu, "step", &GpuKernels::step, py::arg("groups"), py::arg("stream"), py::arg("checked") = 0,

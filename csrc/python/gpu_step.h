@@ -70,8 +70,7 @@ class GpuKernels {
       launch_writes({}, plan, stream);
       write_steps(step.items());
     }
-    forget_undo(undo);
-    return step.written();
+    return step.taken(undo);
   }
 
   // Steps parameters that are on the GPU, and whose step counts are there too; clips if a group says so. The host waits
@@ -97,8 +96,7 @@ class GpuKernels {
       if (!prelude.norm_tables().empty()) launch(kNormTotal, &prelude.total(), 1, stream);
       launch_writes(prelude.constants_tables(), plan, stream);
     }
-    forget_undo(undo);
-    return step.written();
+    return step.taken(undo);
   }
 
   int device() const { return device_; }

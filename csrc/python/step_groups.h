@@ -107,6 +107,14 @@ struct Group {
   }
 
   bool masked() const { return child_bits.size() > 0; }
+
+  void count_writes() const {
+    const auto count = static_cast<Py_ssize_t>(params.size());  // which add_items has looked at, in each list
+    for (const TensorList* written : {&params, &exp_avgs, &exp_avg_sqs}) {
+      childtune::count_writes(written->tensors.ptr(), count);
+    }
+    if (amsgrad) childtune::count_writes(max_exp_avg_sqs.tensors.ptr(), count);
+  }
 };
 
 DeviceGroup device_group(const Group& group, int device) {
@@ -165,7 +173,14 @@ class Step {
   }
 
   const Workspace& items() const { return items_; }
-  uint64_t written() const { return written_; }
+
+  // Says that the step is taken, which clears `undo`, in one call with it: whatever a signal's handler raises when that
+  // has returned, nothing of the step may be undone any more. Returns which memory the step wrote.
+  uint64_t taken(const py::object& undo) const {
+    if (!undo.is_none()) PyDict_Clear(undo.ptr());
+    for (const Group& group : groups_) group.count_writes();
+    return written_;
+  }
 
  private:
   Call call_;
@@ -173,12 +188,6 @@ class Step {
   std::deque<Group> groups_;  // Groups stay where they are
   uint64_t written_;
 };
-
-// Says that the step is taken, in one call with it: whatever a signal's handler raises when that has returned, nothing
-// of the step may be undone any more.
-void forget_undo(const py::object& undo) {
-  if (!undo.is_none()) PyDict_Clear(undo.ptr());
-}
 
 void check_undo(const py::object& undo) {
   if (!undo.is_none() && !PyDict_Check(undo.ptr())) throw py::type_error("undo must be a dict");

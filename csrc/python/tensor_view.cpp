@@ -1,64 +1,16 @@
-// The two ways to read a torch.Tensor: by the DLPack C exchange API, and by Python attributes.
+// The ways to read a torch.Tensor: by functions of torch's library, by the DLPack C exchange API, and by Python
+// attributes.
 #include "python/tensor_view.h"
 
-#include <cstring>
 #include <deque>
 #include <string>
 #include <utility>
 #include <vector>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
+#include "python/torch_library.h"
 
 namespace childtune {
 namespace {
-
-// Owns a reference to a Python object. Throws PythonError if it is given nullptr, which is how Python says that it
-// raised.
-class Object {
- public:
-  explicit Object(PyObject* owned) : object_(owned) {
-    if (owned == nullptr) throw PythonError();
-  }
-  Object(const Object&) = delete;
-  Object& operator=(const Object&) = delete;
-  ~Object() { Py_XDECREF(object_); }
-
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-  Object attribute(const char* name) const { return Object(PyObject_GetAttrString(object_, name)); }
-  Object call(const char* method) const { return Object(PyObject_CallMethod(object_, method, nullptr)); }
-  Object at(Py_ssize_t i) const { return Object(PySequence_GetItem(object_, i)); }
-
-  int64_t integer() const {
-    const long long value = PyLong_AsLongLong(object_);
-    if (value == -1 && PyErr_Occurred()) throw PythonError();
-    return value;
-  }
-
-  std::string text() const {
-    const Object string(PyObject_Str(object_));
-    const char* utf8 = PyUnicode_AsUTF8(string.object_);
-    if (utf8 == nullptr) throw PythonError();
-    return utf8;
-  }
-
- private:
-  PyObject* object_;
-};
-
-// The part of DLPack's C ABI that is used here: https://dmlc.github.io/dlpack/latest/c_api.html, major version 1.
-struct DlTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t type_code, bits;
-  uint16_t lanes;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
 
 struct DlExchangeApi {
   uint32_t major, minor;
@@ -70,51 +22,21 @@ struct DlExchangeApi {
   void* current_work_stream;
 };
 
-constexpr int32_t kDlCpu = 1, kDlCuda = 2;
-
-// Of torch's C interface for compiled models, which stays the same from release to release: gives a number of the
-// at::Tensor at an address, and returns 0 if it could.
-using TensorNumber = int32_t (*)(void* tensor, int64_t* number);
-
-TensorNumber find_tensor_number(const char* name) {
-#if defined(__unix__) || defined(__APPLE__)
-  for (const char* library : {"libtorch_cpu.so", "@rpath/libtorch_cpu.dylib"}) {
-    void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);  // never closed, so that what is found stays
-    if (loaded != nullptr) return reinterpret_cast<TensorNumber>(dlsym(loaded, name));
-  }
-#endif
-  return nullptr;
-}
-
-// Returns how far from the address of a torch.Tensor object its at::Tensor is, which is one pointer; 0 if it is not
-// found. The object says by its attribute _cdata what that pointer is.
-Py_ssize_t find_tensor_place(PyTypeObject* tensor_type) {
-  PyObject* type = reinterpret_cast<PyObject*>(tensor_type);
-  if (!PyObject_HasAttrString(type, "_cdata")) return 0;
-  PyObject* probe = PyObject_CallNoArgs(type);
-  const Object owner(probe);
-  const auto expected = static_cast<uintptr_t>(owner.attribute("_cdata").integer());
-  for (Py_ssize_t place = sizeof(PyObject); place < tensor_type->tp_basicsize; place += sizeof(void*)) {
-    uintptr_t found;
-    std::memcpy(&found, reinterpret_cast<const char*>(probe) + place, sizeof(found));
-    if (found == expected) return place;
-  }
-  return 0;
+// Returns a class. The reference is never dropped: the class must stay.
+PyTypeObject* find_type(const char* module, const char* name) {
+  return reinterpret_cast<PyTypeObject*>(Object(PyImport_ImportModule(module)).attribute(name).release());
 }
 
 struct Torch {
-  PyTypeObject* tensor_type;
+  PyTypeObject *tensor_type, *parameter_type;
+  const TorchLibrary library;
   const DlExchangeApi* api = nullptr;
-  TensorNumber storage_size = nullptr, storage_offset = nullptr;
-  Py_ssize_t tensor_place = 0;
 
-  Torch() {
-    // Neither reference is ever dropped: `api` and `tensor_type` must stay valid.
-    PyObject* type = Object(PyImport_ImportModule("torch")).attribute("Tensor").release();
-    tensor_type = reinterpret_cast<PyTypeObject*>(type);
-    storage_size = find_tensor_number("aoti_torch_get_storage_size");
-    storage_offset = find_tensor_number("aoti_torch_get_storage_offset");
-    if (storage_size != nullptr && storage_offset != nullptr) tensor_place = find_tensor_place(tensor_type);
+  Torch()
+      : tensor_type(find_type("torch", "Tensor")),
+        parameter_type(find_type("torch.nn", "Parameter")),
+        library(tensor_type) {
+    PyObject* type = reinterpret_cast<PyObject*>(tensor_type);
     if (!PyObject_HasAttrString(type, "__dlpack_c_exchange_api__")) return;
     PyObject* capsule = Object(PyObject_GetAttrString(type, "__dlpack_c_exchange_api__")).release();
     if (!PyCapsule_IsValid(capsule, "dlpack_exchange_api")) return;
@@ -130,9 +52,27 @@ const Torch& torch() {
 
 bool attributes_forced = false;
 
-TensorView view_by_exchange(const DlExchangeApi& api, PyObject* tensor) {
+// The functions of torch's library, or nullptr if there are none.
+const TorchLibrary* torch_library() {
+  return torch().library.found() && !attributes_forced ? &torch().library : nullptr;
+}
+
+// Both ways run the same function of torch. The library's own does not count references, which takes the GIL anew.
+DlTensor read_by_dlpack(const DlExchangeApi& api, PyObject* tensor) {
   DlTensor t;
+  if (const TorchLibrary* library = torch_library()) {
+    try {
+      library->to_dlpack(library->tensor(tensor), &t);
+      return t;
+    } catch (...) {  // the other way raises the error
+    }
+  }
   if (api.dltensor_from_py_object_no_sync(tensor, &t) != 0) throw PythonError();
+  return t;
+}
+
+TensorView view_by_dlpack(const DlExchangeApi& api, PyObject* tensor) {
+  const DlTensor t = read_by_dlpack(api, tensor);
   return {static_cast<char*>(t.data) + t.byte_offset,
           t.shape,
           t.strides,
@@ -189,11 +129,11 @@ struct StoragePlace {
   int64_t offset, bytes;
 };
 
-StoragePlace storage_place(const Torch& torch, PyObject* tensor) {
+StoragePlace storage_place(PyObject* tensor) {
   StoragePlace place;
-  if (torch.tensor_place != 0 && !attributes_forced) {
-    void* at_tensor = reinterpret_cast<char*>(tensor) + torch.tensor_place;
-    if (torch.storage_size(at_tensor, &place.bytes) == 0 && torch.storage_offset(at_tensor, &place.offset) == 0)
+  if (const TorchLibrary* library = torch_library()) {
+    void* at_tensor = library->tensor(tensor);
+    if (library->storage_size(at_tensor, &place.bytes) == 0 && library->storage_offset(at_tensor, &place.offset) == 0)
       return place;
   }
   place.offset = result_of(tensor, "storage_offset").integer();
@@ -201,13 +141,13 @@ StoragePlace storage_place(const Torch& torch, PyObject* tensor) {
   return place;
 }
 
-bool lies_in_storage(const Torch& torch, const TensorView& view, PyObject* tensor) {
+bool lies_in_storage(const TensorView& view, PyObject* tensor) {
   int64_t last = 0;
   for (int32_t d = 0; d < view.ndim; ++d) {
     if (view.shape[d] == 0) return true;
     last += (view.shape[d] - 1) * view.strides[d];
   }
-  const StoragePlace place = storage_place(torch, tensor);
+  const StoragePlace place = storage_place(tensor);
   const int64_t size = view.bits / 8;
   const auto begin = static_cast<uintptr_t>(place.offset * size);
   return (place.offset + last + 1) * size <= place.bytes && reinterpret_cast<uintptr_t>(view.data) != begin;
@@ -257,12 +197,35 @@ TensorView view_tensor(PyObject* tensor) {
     throw PythonError();
   }
   const TensorView view =
-      found.api && !attributes_forced ? view_by_exchange(*found.api, tensor) : view_by_attributes(tensor);
-  if (!lies_in_storage(found, view, tensor)) {
+      found.api && !attributes_forced ? view_by_dlpack(*found.api, tensor) : view_by_attributes(tensor);
+  if (!lies_in_storage(view, tensor)) {
     PyErr_SetString(PyExc_ValueError, "a tensor must have memory for its elements (got one whose storage was freed)");
     throw PythonError();
   }
   return view;
+}
+
+bool is_plain_on_cpu(PyObject* object) {
+  const TorchLibrary* library = torch_library();
+  const PyTypeObject* type = Py_TYPE(object);
+  if (library == nullptr || (type != torch().parameter_type && type != torch().tensor_type)) return false;
+  void* tensor = library->tensor(object);
+  int32_t device_type;
+  return library->device_type(tensor, &device_type) == 0 && device_type == 0 && !library->is_negated(tensor);
+}
+
+void count_writes(PyObject* tensors, Py_ssize_t count) {
+  const TorchLibrary* library = torch_library();
+  if (library == nullptr) {
+    const Object of_torch = Object(PyImport_ImportModule("torch.autograd.graph")).attribute("increment_version");
+    const Object written(PyTuple_GetSlice(tensors, 0, count));
+    Object(PyObject_CallOneArg(of_torch.get(), written.get()));
+    return;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const void* tensor = library->tensor(PyTuple_GET_ITEM(tensors, i));
+    if (!library->is_inference(tensor)) library->count_write(tensor);  // those of torch.inference_mode() have no count
+  }
 }
 
 const char* tensor_access() {

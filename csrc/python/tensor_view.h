@@ -1,17 +1,15 @@
-// Reads what the kernels need to know of a torch.Tensor, without a torch header: through the DLPack C exchange API
-// where torch has it (about 20 ns a tensor), else through the tensor's Python attributes. Either way no address comes
-// from the caller. This includes only Python.h: pybind11's headers take longer to compile than all kernels of an
-// instruction set.
+// Reads what the kernels need to know of a torch.Tensor, without a torch header: through functions of torch's library
+// (torch_library.h) or the DLPack C exchange API where torch has them, else through the tensor's Python attributes.
+// Whichever way, no address comes from the caller.
 #pragma once
 
 #include <Python.h>
 
 #include <cstdint>
 
-namespace childtune {
+#include "python/python_object.h"
 
-// Thrown where Python's error indicator is set.
-struct PythonError {};
+namespace childtune {
 
 constexpr int kCpu = -1, kOtherDevice = -2;
 
@@ -53,6 +51,14 @@ class Call {
 // ValueError set if its storage has become smaller than its elements need, as `untyped_storage().resize_` makes it: a
 // view of elements has their memory.
 TensorView view_tensor(PyObject* tensor);
+
+// Returns whether this is a torch.Tensor or torch.nn.Parameter, of no other class, on the CPU, and no lazily negated
+// view. Says false of everything where torch's library cannot be asked.
+bool is_plain_on_cpu(PyObject* object);
+
+// Tells autograd of a write to each of the first `count` tensors of a tuple, as torch.autograd.graph.increment_version
+// does: where a backward pass needs what was there before, it raises.
+void count_writes(PyObject* tensors, Py_ssize_t count);
 
 // Returns how tensors are read: "DLPack C exchange API" or "tensor attributes". Tests can force the attributes.
 const char* tensor_access();

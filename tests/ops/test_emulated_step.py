@@ -27,6 +27,12 @@ def step_as_a_gpu(kernels, optimizer):
     kernels.step(groups_of(optimizer), STREAM)
 
 
+def assert_written(optimizer, times):
+    """Asserts that autograd knows how often a parameter and its averages were written to."""
+    param, state = next((param, state) for param, state in optimizer.state.items() if param.numel() > 0)
+    assert {t._version for t in (param, *state.values()) if t is not state["step"]} == {times}
+
+
 def groups_of(optimizer):
     """What a step of the optimizer is of, all of it for kernels."""
     groups = collect(optimizer.param_groups, optimizer.state, optimizer._masks(), StepKernels.find("native"), {})
@@ -50,6 +56,7 @@ def check_steps():
                 step_as_a_gpu(kernels, runs[0])
                 runs[1].step()
             assert_same_run(*runs)
+            assert_written(runs[0], times=3)
 
 
 SCALE, FOUND_INF, LR = torch.tensor(3.0), torch.tensor(0.0), torch.tensor(0.1)
@@ -91,6 +98,7 @@ def check_counted_steps():
                     runs[1].grad_scale, runs[1].found_inf = grad_scale, found_inf
                 runs[1].step()
             assert_same_run(*runs)
+            assert_written(runs[0], times=3)
 
 
 def check_child_steps():
