@@ -39,7 +39,7 @@ _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
 _NOT_ON_DEVICE = ("steps", "indices")
 # {(who steps them, the fields that they have beside the usual ones): the columns of some parameters of a group}
-_Columns = dict[tuple[Where, tuple[str, ...]], Sequence[Sequence[Any]]]
+_Columns = dict[tuple[Where, tuple[str, ...]], Sequence[list[Any]]]
 
 
 def collect(
@@ -89,7 +89,7 @@ def collect(
                 target = _options(group, param_groups[0], masks is not None, where)
                 _check_capturable(target, where, kernels, of_kind[0][0])
                 for field, column in zip(fields + own_fields, of_kind, strict=True):
-                    setattr(target, field, list(column))
+                    setattr(target, field, column)
                 by_where[where].append(target)
     return by_where
 
@@ -120,7 +120,7 @@ def _columns(
         from .sharded import add_rows  # which imports torch.distributed.tensor
 
         add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
-    return {kind: tuple(zip(*of_kind, strict=True)) for kind, of_kind in rows.items() if of_kind}
+    return {kind: list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
 
 
 def _rows(

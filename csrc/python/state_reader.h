@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <utility>
+#include <vector>
 
 #include "python/argument.h"
 #include "python/tensor_view.h"
@@ -56,13 +57,29 @@ class OrderedDict {
   Py_ssize_t at_ = 0;
 };
 
+// The entries of a list for Python, which is made when all are known, so that it is never moved.
+struct Column {
+  std::vector<py::object> entries;
+
+  void add(py::object entry) { entries.push_back(std::move(entry)); }
+
+  py::list list() {
+    py::list made(entries.size());
+    for (size_t i = 0; i < entries.size(); ++i) {
+      PyList_SET_ITEM(made.ptr(), static_cast<Py_ssize_t>(i), entries[i].release().ptr());
+    }
+    return made;
+  }
+};
+
 // The lists of a StepGroup for some of its parameters.
 struct Columns {
-  py::list params, grads, indices, states[4], masks;
+  Column params, grads, indices, states[4], masks;
 
-  py::tuple tuple(bool amsgrad) const {
-    if (!amsgrad) return py::make_tuple(params, grads, states[0], states[1], states[2], indices);
-    return py::make_tuple(params, grads, states[0], states[1], states[2], indices, states[3]);
+  py::tuple tuple(bool amsgrad) {
+    const py::tuple usual = py::make_tuple(params.list(), grads.list(), states[0].list(), states[1].list(),
+                                           states[2].list(), indices.list());
+    return amsgrad ? py::tuple(usual + py::make_tuple(states[3].list())) : usual;
   }
 };
 
@@ -87,7 +104,7 @@ class StateReader {
     for (const py::handle& param : held) {
       if (!add(borrowed(param.ptr()), index++, amsgrad.value, &plain, &masked)) return py::none();
     }
-    return py::make_tuple(plain.tuple(amsgrad.value), masked.tuple(amsgrad.value), masked.masks);
+    return py::make_tuple(plain.tuple(amsgrad.value), masked.tuple(amsgrad.value), masked.masks.list());
   }
 
  private:
@@ -103,7 +120,7 @@ class StateReader {
   // Adds a parameter to its columns, if it has a gradient. Returns false if it is unusual.
   bool add(const py::object& param, Py_ssize_t index, bool amsgrad, Columns* plain, Columns* masked) {
     if (!is_plain_on_cpu(param.ptr())) return false;
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), grad_.ptr()));
+    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), grad_.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) {
       states_.next(param);
@@ -111,19 +128,19 @@ class StateReader {
       return true;
     }
     if (!is_plain_on_cpu(grad.ptr())) return false;
-    const py::object state = states_.find(param), mask = masks_.find(param);
+    py::object state = states_.find(param), mask = masks_.find(param);
     if (!state || !PyDict_CheckExact(state.ptr())) return false;
     Columns* columns = mask ? masked : plain;
     const int keys = amsgrad ? 4 : 3;
     for (int k = 0; k < keys; ++k) {
-      const py::object value = OrderedDict::value_of(state, keys_[k]);
+      py::object value = OrderedDict::value_of(state, keys_[k]);
       if (!value) return false;
-      columns->states[k].append(value);
+      columns->states[k].add(std::move(value));
     }
-    columns->params.append(param);
-    columns->grads.append(grad);
-    columns->indices.append(py::int_(index));
-    if (mask) columns->masks.append(mask);
+    columns->params.add(param);
+    columns->grads.add(std::move(grad));
+    columns->indices.add(py::int_(index));
+    if (mask) columns->masks.add(std::move(mask));
     return true;
   }
 

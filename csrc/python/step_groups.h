@@ -33,7 +33,7 @@ struct TensorList {
     if (!tensors) throw py::error_already_set();
   }
 
-  size_t size() const { return tensors.size(); }
+  size_t size() const { return static_cast<size_t>(PyTuple_GET_SIZE(tensors.ptr())); }
 
   TensorView at(size_t i) const {
     if (i >= size()) refuse(std::string(name) + " must have an entry for each parameter");

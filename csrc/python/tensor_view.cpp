@@ -54,8 +54,11 @@ bool attributes_forced = false;
 
 // The functions of torch's library, or nullptr if there are none.
 const TorchLibrary* torch_library() {
-  return torch().library.found() && !attributes_forced ? &torch().library : nullptr;
+  const TorchLibrary& library = torch().library;
+  return library.found() && !attributes_forced ? &library : nullptr;
 }
+
+bool is_torchs_own(const PyTypeObject* type) { return type == torch().parameter_type || type == torch().tensor_type; }
 
 // Both ways run the same function of torch. The library's own does not count references, which takes the GIL anew.
 DlTensor read_by_dlpack(const DlExchangeApi& api, PyObject* tensor) {
@@ -192,7 +195,7 @@ bool TensorView::contiguous() const {
 
 TensorView view_tensor(PyObject* tensor) {
   const Torch& found = torch();
-  if (!PyObject_TypeCheck(tensor, found.tensor_type)) {
+  if (!is_torchs_own(Py_TYPE(tensor)) && !PyObject_TypeCheck(tensor, found.tensor_type)) {
     PyErr_Format(PyExc_TypeError, "a torch.Tensor is required (got %s)", Py_TYPE(tensor)->tp_name);
     throw PythonError();
   }
@@ -207,8 +210,7 @@ TensorView view_tensor(PyObject* tensor) {
 
 bool is_plain_on_cpu(PyObject* object) {
   const TorchLibrary* library = torch_library();
-  const PyTypeObject* type = Py_TYPE(object);
-  if (library == nullptr || (type != torch().parameter_type && type != torch().tensor_type)) return false;
+  if (library == nullptr || !is_torchs_own(Py_TYPE(object))) return false;
   void* tensor = library->tensor(object);
   int32_t device_type;
   return library->device_type(tensor, &device_type) == 0 && device_type == 0 && !library->is_negated(tensor);
