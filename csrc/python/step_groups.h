@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/step_item.h"
+#include "cpu/loops.h"
 #include "cuda/device_constants.h"
 #include "python/step_items.h"
 #include "python/tensor_view.h"
@@ -35,9 +36,17 @@ struct TensorList {
 
   size_t size() const { return static_cast<size_t>(PyTuple_GET_SIZE(tensors.ptr())); }
 
+  PyObject* entry(size_t i) const { return PyTuple_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)); }
+
   TensorView at(size_t i) const {
     if (i >= size()) refuse(std::string(name) + " must have an entry for each parameter");
-    return view_tensor(PyTuple_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
+    return view_tensor(entry(i));
+  }
+
+  // Asks for the memory of tensors that come after entry `i`: a thousand small ones do not fit in a fast cache.
+  void fetch_after(size_t i) const {
+    if (i + 4 < size()) CHILDTUNE_PREFETCH(entry(i + 4));
+    if (i + 2 < size()) fetch_tensor(entry(i + 2));
   }
 };
 
@@ -132,6 +141,9 @@ void add_items(const Group& group, int device, Counter counter, Workspace* w) {
   uint64_t constants_step = 0;  // parameters of a group mostly share their step count, so its constants too
   AdamWConstants<double> constants{};
   for (size_t i = 0; i < group.params.size(); ++i) {
+    for (const TensorList* list : {&group.params, &group.grads, &group.exp_avgs, &group.exp_avg_sqs, &group.steps}) {
+      list->fetch_after(i);
+    }
     TensorView views[kStreams] = {
         group.params.at(i), group.grads.at(i), group.exp_avgs.at(i), group.exp_avg_sqs.at(i), {}};
     if (group.amsgrad) views[kMaxExpAvgSq] = group.max_exp_avg_sqs.at(i);

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/loops.h"
 #include "python/torch_library.h"
 
 namespace childtune {
@@ -206,6 +207,13 @@ TensorView view_tensor(PyObject* tensor) {
     throw PythonError();
   }
   return view;
+}
+
+void fetch_tensor(PyObject* object) {
+  const TorchLibrary* library = torch_library();
+  if (library == nullptr || !is_torchs_own(Py_TYPE(object))) return;
+  const char* in_torch = *static_cast<const char**>(library->tensor(object));  // of 192 bytes, more or less
+  for (int at = 0; at < 192; at += 64) CHILDTUNE_PREFETCH(in_torch + at);
 }
 
 bool is_plain_on_cpu(PyObject* object) {

@@ -52,6 +52,9 @@ class Call {
 // view of elements has their memory.
 TensorView view_tensor(PyObject* tensor);
 
+// Asks for the memory that view_tensor will read, if the object is a tensor.
+void fetch_tensor(PyObject* object);
+
 // Returns whether this is a torch.Tensor or torch.nn.Parameter, of no other class, on the CPU, and no lazily negated
 // view. Says false of everything where torch's library cannot be asked.
 bool is_plain_on_cpu(PyObject* object);

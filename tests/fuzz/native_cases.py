@@ -1,11 +1,14 @@
 """Calls of the compiled module itself, with groups that hold nonsense, or do things when they are looked at."""
 
 import contextlib
+import gc
 import math
+from collections import defaultdict
 
 import torch
 from acting import HARMFUL, Action, Number, act_when_read
 from odd_tensors import DTYPES, LAYOUTS, Buffers, Wrapper, liar, odd_tensor, odd_thing, shape
+from torch.overrides import TorchFunctionMode
 
 from childtune_fast.native import load
 from childtune_fast.ops.packed_mask import pack
@@ -206,6 +209,47 @@ def squares(rng, oracle, native, buffers):
     )
 
 
+class Meddling(TorchFunctionMode):
+    """Changes what is being read, now and then when a function of torch is called."""
+
+    def __init__(self, rng, changes):
+        super().__init__()
+        self.rng, self.changes = rng, changes
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.rng.random() < 0.5:
+            self.rng.choice(self.changes)()
+            gc.collect(0)
+        return function(*args, **(kwargs or {}))
+
+
+def read_states(rng, oracle, native, _):
+    """Reads parameters and their states, whatever these are, while other code changes them."""
+    keys = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(rng.choice((1, 4, 40)))]
+    for param in rng.sample(params, rng.randint(0, len(params))):
+        param.grad = rng.choice((torch.ones(3), torch.ones(3, dtype=torch.cfloat).conj().imag))
+    known = rng.sample(params, len(params)) if rng.random() < 0.5 else list(params)
+    states = defaultdict(dict, {param: {key: torch.ones(3) for key in keys} for param in known})
+    masks = {param: object() for param in known if rng.random() < 0.5}
+    thing, stranger = odd_thing(rng), torch.ones(3)
+    changes = [params.clear, states.clear, masks.clear, lambda: states.update({torch.ones(1): {} for _ in range(50)})]
+    changes += [lambda: states.pop(rng.choice(known), None), lambda: states.__setitem__(rng.choice(known), thing)]
+    changes += [lambda: rng.choice(list(states.values()) or [{}]).clear(), lambda: params.append(stranger)]
+    for change in rng.sample(changes, rng.choice((0, 0, 1))):
+        change()
+    arguments = [states, rng.choice((None, masks)), params, rng.choice((0, 7, 1 << 62)), rng.random() < 0.5]
+    if rng.random() < 0.3:
+        arguments[rng.randrange(5)] = printable(rng, odd_thing(rng))
+
+    def read():
+        reader = native.StateReader(*arguments[:2])
+        with Meddling(rng, changes) if rng.random() < 0.5 else contextlib.nullcontext():
+            return [reader.read(*arguments[2:]) for _ in range(2)]
+
+    oracle.call("StateReader", read, sentences=False)
+
+
 def other(rng, oracle, native, buffers):
     words = [rng.choice((0, 1, 0xFFFFFFFF, 1 << 32, -1, None, "x", 0.5)) for _ in range(rng.choice((4, 4, 2, 0, 5)))]
     things = [printable(rng, odd_thing(rng)) for _ in range(3)]
@@ -233,7 +277,7 @@ def many_threads(rng, oracle, native, _):
     oracle.call("many threads", lambda: native.sums_of_squares([tensor], [None], threads), sentences=False)
 
 
-CALLS = (step,) * 800 + (sums, select, squares, other) * 100 + (many_threads,)
+CALLS = (step,) * 800 + (sums, select, squares, read_states, other) * 100 + (many_threads,)
 
 
 def native_case(rng, oracle):
