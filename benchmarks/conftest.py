@@ -37,7 +37,11 @@ def pytest_benchmark_update_machine_info(machine_info):
     kept = {key: machine_info[key] for key in ("machine", "system", "python_implementation", "python_version")}
     kept["cpu"] = {key: cpu.get(key) for key in ("brand_raw", "family", "model", "stepping", "count", "l3_cache_size")}
     kept["torch"] = torch.__version__
-    kept["native"] = {"compiler": native.compiler(), "instruction_set": native.instruction_set()}
+    kept["native"] = {
+        "compiler": native.compiler(),
+        "instruction_set": native.instruction_set(),
+        "supported_instruction_sets": native.supported_instruction_sets(),
+    }
     machine_info.clear()
     machine_info.update(kept)
 

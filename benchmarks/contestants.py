@@ -1,4 +1,4 @@
-"""The contestants: ChildAdamW, torch's three AdamW, the naive published step, and the roof that memory sets."""
+"""The contestants: ChildAdamW, torch's three AdamW, DeepSpeed's, the naive published step, and the memory's roof."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from torch.nn import Parameter, ParameterList
 from torch.nn.utils import clip_grad_norm_
 
 from childtune_fast import ChildAdamW, ChildNetwork
+from childtune_fast.native import load
 
+from .deepspeed_adam import load_deepspeed_adam
 from .naive import NaiveChildAdamW
 from .roof import make_roof
 from .workloads import Workload
@@ -18,6 +20,7 @@ TITLES = {
     "ours": "ChildAdamW (F, p = 0.3)",
     "ours_p1": "ChildAdamW (p = 1)",
     "fused": "torch AdamW, fused",
+    "deepspeed": "DeepSpeed's CPUAdam, float32 state",
     "foreach": "torch AdamW, foreach",
     "forloop": "torch AdamW, for-loop",
     "naive": "published code, naive",
@@ -51,18 +54,60 @@ class Contestant:
     before: Callable[[], None] | None = None
 
 
-def make_contestants(work: Workload) -> dict[str, Contestant]:
-    """Returns {name in TITLES: contestant}, all on the tensors of `work`, which are on the CPU."""
+def make_contestants(work: Workload, slow: bool = True) -> dict[str, Contestant]:
+    """Returns {name in TITLES: contestant}, all on the tensors of `work`, which are on the CPU.
+
+    Args:
+        work: the tensors.
+        slow: whether those that take several times as long take part too: foreach, for-loop and naive (default: True).
+    """
     params = make_parameters(work, work.grads)
-    return {
+    contestants = {
         "ours": _ours(work, params, 0.3),
         "ours_p1": _ours(work, params, 1.0),
         "fused": _torch(work, params, 1, fused=True),
-        "foreach": _torch(work, params, 4, foreach=True),
-        "forloop": _torch(work, params, 4, foreach=False),
-        "naive": _naive(work),
         "roof": Contestant(make_roof(work)),
     }
+    deepspeed_adam = load_deepspeed_adam()
+    if deepspeed_adam is not None:
+        optimizer = deepspeed_adam(params, **HYPER)
+        contestants["deepspeed"] = Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs, 0).step)
+    if slow:
+        contestants |= {
+            "foreach": _torch(work, params, 4, foreach=True),
+            "forloop": _torch(work, params, 4, foreach=False),
+            "naive": _naive(work),
+        }
+    return contestants
+
+
+def held_to_narrower_sets(contestants: dict[str, Contestant], names: list[str]) -> dict[str, Contestant]:
+    """Returns {"NAME@SET": contestant}, each of `names` in each instruction set that is not this processor's widest.
+
+    They are the same optimizers. They take part in one of three rounds, since the narrowest is several times slower.
+    """
+    native = load.load_native()
+    *narrower, widest = native.supported_instruction_sets()
+
+    def held(step: Callable[[], object], instruction_set: str) -> Callable[[], None]:
+        def run() -> None:
+            native.set_instruction_set(instruction_set)
+            step()
+            native.set_instruction_set(widest)
+
+        return run
+
+    return {
+        f"{name}@{instruction_set}": Contestant(held(contestants[name].step, instruction_set), every=3)
+        for instruction_set in reversed(narrower)
+        for name in names
+    }
+
+
+def title_of(name: str, titles: dict[str, str]) -> str:
+    """Returns the title of a contestant, with the instruction set that "NAME@SET" is held to."""
+    name, _, instruction_set = name.partition("@")
+    return f"{titles[name]}, held to {instruction_set}" if instruction_set else titles[name]
 
 
 def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:

@@ -1,6 +1,8 @@
 // The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
 // the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
-// loop. With a child network m and v are shorter, and its mask is read too.
+// loop. With a child network m and v are shorter, and its mask is read too. Beside it, memory that is only read, or only
+// written.
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/parallel.h"
@@ -74,7 +76,46 @@ void run_slice(void* context, int64_t i) {
   }
 }
 
+constexpr int64_t kSliceWords = 1 << 18;
+
+// Memory that is only read, or only written with `value`.
+struct Stream {
+  uint32_t* words;
+  int64_t count;
+  uint32_t value;
+};
+
+BEST_INSTRUCTION_SET uint32_t read_words(const uint32_t* words, int64_t count) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= words[i];
+  return bits;
+}
+
+BEST_INSTRUCTION_SET void write_words(uint32_t* words, int64_t count, uint32_t value) {
+  for (int64_t i = 0; i < count; ++i) words[i] = value;
+}
+
+int64_t slice_words(const Stream& stream, int64_t i) { return std::min(kSliceWords, stream.count - i * kSliceWords); }
+
+void read_slice(void* context, int64_t i) {
+  const Stream& stream = *static_cast<const Stream*>(context);
+  uint32_t* begin = stream.words + i * kSliceWords;
+  const uint32_t bits = read_words(begin, slice_words(stream, i));
+  if (bits == stream.value) begin[0] = bits;  // what is read is used, or the compiler would leave the loop out
+}
+
+void write_slice(void* context, int64_t i) {
+  const Stream& stream = *static_cast<const Stream*>(context);
+  write_words(stream.words + i * kSliceWords, slice_words(stream, i), stream.value);
+}
+
 }  // namespace
+
+// Reads `count` words, or writes `value` to them.
+extern "C" void stream(uint32_t* words, int64_t count, int write, uint32_t value, int threads) {
+  Stream stream{words, count, value};
+  childtune::parallel_slices(threads, (count + kSliceWords - 1) / kSliceWords, write ? write_slice : read_slice, &stream);
+}
 
 extern "C" void roof(const void* pieces, const int64_t* starts, int64_t slices, int weight_bytes, uint32_t zero,
                      int threads) {

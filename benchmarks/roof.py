@@ -1,4 +1,7 @@
-"""Builds and calls roof.cpp, which does nothing but move the bytes that a step moves: the roof of a step's speed."""
+"""Builds and calls roof.cpp, which does nothing but move the bytes that a step moves: the roof of a step's speed.
+
+It also reads memory alone and writes it alone: what a machine's memory gives, whatever the step.
+"""
 
 import ctypes
 import functools
@@ -74,6 +77,14 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
         function(pieces, starts, slices, weight_bytes, 0, torch.get_num_threads())
 
     return roof
+
+
+def make_stream(words: torch.Tensor, write: bool) -> Callable[[], None]:
+    """Returns a function that reads all of an int32 tensor, or writes it; the caller must keep the tensor."""
+    function = _library().stream
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_int]
+    function.restype = None
+    return lambda: function(words.data_ptr(), words.numel(), write, 0, torch.get_num_threads())
 
 
 def _piece(work: Workload, i: int, mask: PackedMask | None, begin: int, count: int) -> _Piece:

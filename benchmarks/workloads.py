@@ -24,7 +24,7 @@ GPU_WORKLOADS = {
     "1.3B": bert_shapes(2048, 24),  # 1.3 G weights
 }
 LARGE = [(1024, 4096)] * 20  # 84 M weights, and more memory than any cache holds
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -55,7 +55,10 @@ class Workload:
 
 
 def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu") -> Workload:
-    """Returns tensors of pretrained magnitude: weights of about 0.02, gradients of about 0.001, and states of zeros."""
+    """Returns tensors of pretrained magnitude: weights of about 0.02, gradients of about 0.001, and states of zeros.
+
+    In float16 gradients are about 1, as a loss scale makes them: the square of 0.001 is 0 in the peers' float16 state.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: tuple[int, ...], scale: float) -> Tensor:
@@ -65,7 +68,7 @@ def make_workload(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str
         return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
     params = [normal(shape, 2e-2) for shape in shapes]
-    grads = [normal(shape, 1e-3) for shape in shapes]
+    grads = [normal(shape, 1.0 if dtype is torch.float16 else 1e-3) for shape in shapes]
     ours = [states(torch.float32) for _ in range(2)]
     peers = ours if dtype is torch.float32 else [states(dtype) for _ in range(2)]
     return Workload(params, grads, *ours, *peers)
