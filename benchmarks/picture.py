@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from .contestants import TITLES
-from .promises import Results
+from .readings import Results
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito): ours, torch's, the naive code, the roof.
-OURS, TORCH, NAIVE, ROOF = "#D55E00", "#0072B2", "#7f7f7f", "#000000"
-COLOURS = {"ours": OURS, "ours_p1": OURS, "fused": TORCH, "foreach": TORCH, "forloop": TORCH, "naive": NAIVE}
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
+OURS, TORCH, DEEPSPEED, NAIVE, ROOF = "#D55E00", "#0072B2", "#009E73", "#7f7f7f", "#000000"
+COLOURS = {
+    "ours": OURS,
+    "ours_p1": OURS,
+    "fused": TORCH,
+    "deepspeed": DEEPSPEED,
+    "foreach": TORCH,
+    "forloop": TORCH,
+    "naive": NAIVE,
+}
 SCALE = 2.2  # the axis ends at this multiple of the longest bar of ours and torch's fused step; longer bars are cut
 
 
@@ -54,11 +62,12 @@ def _panels(results: Results):
             name: {key: spread[key] / step["weights"] for key in ("q1", "median", "q3")}
             for name, spread in step["times_ns"].items()
         }
-        yield title + (" (our state is float32, torch's bfloat16)" if "bfloat16" in title else ""), times
+        dtype, _, threads = title.partition(", ")
+        yield title if dtype == "float32" else f"{dtype}, our state float32, torch's {dtype}, {threads}", times
 
 
 def _panel(axis, title: str, times: dict[str, dict[str, float]]) -> None:
-    names = list(COLOURS)
+    names = [name for name in COLOURS if name in times]
     end = SCALE * max(times[name]["median"] for name in ("ours", "ours_p1", "fused"))
     for y, name in enumerate(names):
         median, q1, q3 = (times[name][key] for key in ("median", "q1", "q3"))

@@ -1,7 +1,6 @@
 // The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
 // the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
-// loop. With a child network m and v are shorter, and its mask is read too. Beside it, memory that is only read, or only
-// written.
+// loop. With a child network m and v are shorter, and its mask is read too.
 #include <algorithm>
 #include <cstdint>
 
@@ -114,7 +113,8 @@ void write_slice(void* context, int64_t i) {
 // Reads `count` words, or writes `value` to them.
 extern "C" void stream(uint32_t* words, int64_t count, int write, uint32_t value, int threads) {
   Stream stream{words, count, value};
-  childtune::parallel_slices(threads, (count + kSliceWords - 1) / kSliceWords, write ? write_slice : read_slice, &stream);
+  childtune::parallel_slices(threads, (count + kSliceWords - 1) / kSliceWords, write ? write_slice : read_slice,
+                             &stream);
 }
 
 extern "C" void roof(const void* pieces, const int64_t* starts, int64_t slices, int weight_bytes, uint32_t zero,

@@ -1,8 +1,8 @@
 """Makes the tables of a report, as Markdown, one for each group of benchmarks."""
 
-from .contestants import CHILD_TITLES, TITLES
+from .contestants import CHILD_TITLES, TITLES, title_of
 from .markdown import markdown
-from .promises import Record, Results
+from .readings import Record, Results
 
 WORKLOAD_TITLES = {
     "bert-base": "BERT-base, 109 M weights in 199 tensors: ns per weight",
@@ -20,6 +20,8 @@ CHOICE_TITLES = {
     "ours": "ChildNetwork.from_scores, masks included",
     "percentile": "np.percentile(np.concatenate(...)), no masks yet",
 }
+TRAINING_TITLES = {"ours": TITLES["ours"], "child": CHILD_TITLES["ours"], "fused": TITLES["fused"]}
+BANDWIDTH_TITLES = {"reads": "reads alone", "writes": "writes alone", "mix": "a step's mix: 4 reads, 3 writes"}
 SPECTRA_TITLES = {
     "float64": "spectra.analyze in float64",
     "float32": "spectra.analyze in float32",
@@ -31,6 +33,8 @@ def measured(results: Results) -> list[str]:
     """Returns the tables of all benchmarks that were run, each under its heading."""
     times = (times_table(results, workload) for workload in WORKLOAD_TITLES)
     others = (
+        bandwidth_table,
+        training_table,
         fisher_table,
         pass_table,
         child_table,
@@ -49,16 +53,22 @@ def times_table(results: Results, workload: str) -> str:
     if not columns:
         return ""
     rows = []
-    measured_names = set.intersection(*(set(step["times_ns"]) for step in columns.values()))
-    for name in filter(measured_names.__contains__, TITLES):  # some are measured on a GPU alone
-        row = [TITLES[name]]
+    for name in contestants_of(columns, TITLES):
+        row = [title_of(name, TITLES)]
         for step in columns.values():
-            row += [f"{time_per_unit(step, workload, name):.3g}", ratio_to(step, name)]
+            times = name in step["times_ns"]
+            row += [f"{time_per_unit(step, workload, name):.3g}", ratio_to(step, name)] if times else ["", ""]
         rows.append(row)
     head = [""]
     for column in columns:
         head += [column, "F to it"]
     return f"## {WORKLOAD_TITLES[workload]}\n\n" + markdown(head, rows)
+
+
+def contestants_of(columns: dict[str, Record], titles: dict[str, str]) -> list[str]:
+    """Returns the names of all that were timed in any column: in the order of the titles, then those held to a set."""
+    timed = dict.fromkeys(name for step in columns.values() for name in step["times_ns"])
+    return [name for name in titles if name in timed] + [name for name in timed if "@" in name]
 
 
 def time_per_unit(step: Record, workload: str, name: str) -> float:
@@ -71,6 +81,40 @@ def ratio_to(step: Record, name: str) -> str:
     """Returns the ratio of F's time to that of contestant `name`, as text; "" if there is none."""
     ratio = step["ratios"]["ours"].get(name)
     return f"{ratio['median']:.2g}" if ratio else ""
+
+
+def bandwidth_table(results: Results) -> str:
+    """Returns the table of what memory gives; "" if it was not measured."""
+    columns = results.by_threads("bandwidth")
+    if not columns:
+        return ""
+    rows = [
+        [title, *(f"{noted['gb_per_s'][name]:.1f}" for noted in columns.values())]
+        for name, title in BANDWIDTH_TITLES.items()
+    ]
+    return "## Memory: GB/s that a plain loop reads and writes\n\n" + markdown(["", *columns], rows)
+
+
+def training_table(results: Results) -> str:
+    """Returns the table of whole steps of fine-tuning, and the optimizer's share in them; "" if not measured."""
+    sizes = {"minilm": "MiniLM", "bert-base": "BERT-base"}
+    columns = {title: noted for size, title in sizes.items() if (noted := results.find(f"training_step[{size}]"))}
+    if not columns:
+        return ""
+    rows = []
+    for name, title in TRAINING_TITLES.items():
+        row = [title]
+        for noted in columns.values():
+            ratio = noted["ratios"].get(name, {}).get("fused")
+            quartiles = f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]" if ratio else ""
+            share = noted["optimizer_share"][name]["median"]
+            row += [f"{noted['times_ns'][name]['median'] / 1e6:.0f}", quartiles, f"{100 * share:.1f} %"]
+        rows.append(row)
+    head = [""]
+    for title in columns:
+        head += [f"{title}, ms", "to torch's fused", "of it the optimizer"]
+    tokens = next(iter(columns.values()))["tokens"]
+    return f"## Whole steps of fine-tuning, float32, {tokens} tokens, 2 threads\n\n" + markdown(head, rows)
 
 
 def fisher_table(results: Results) -> str:
@@ -116,11 +160,12 @@ def child_table(results: Results) -> str:
     if not columns:
         return ""
     rows = []
-    for name, title in CHILD_TITLES.items():
-        row = [title]
+    for name in contestants_of(columns, CHILD_TITLES):
+        row = [title_of(name, CHILD_TITLES)]
         for step in columns.values():
             row.append(f"{step['times_ns'][name]['median'] / step['weights']:.3g}")
-            row += [f"{ratios[name]['median']:.2f}" if name in ratios else "" for ratios in step["ratios"].values()]
+            ours = (step["ratios"][child] for child in ("ours", "ours_p0.1"))
+            row += [f"{ratios[name]['median']:.2f}" if name in ratios else "" for ratios in ours]
         rows.append(row)
     head = [""]
     for column in columns:

@@ -9,16 +9,16 @@ import os
 import pytest
 import torch
 
-from .contestants import CHILD_TITLES, TITLES, Contestant
+from .contestants import Contestant
 from .costs import TimedCall
 from .race import Race, spread
+from .tables import TRAINING_TITLES
 from .training import CONTESTANTS
 
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 MODELS = {"minilm": MINILM, "bert-base": {}}  # options of BertConfig; its defaults are BERT-base
 ROUNDS = {"minilm": 81, "bert-base": 25}
 EXAMPLES, TOKENS = 4, 32
-TRAINING_TITLES = {"ours": TITLES["ours"], "child": CHILD_TITLES["ours"], "fused": TITLES["fused"]}
 
 
 @pytest.mark.parametrize("size", MODELS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.contestants import TITLES, make_contestants
-from benchmarks.promises import Results
+from benchmarks.readings import Results
 from benchmarks.tables import times_table
 from benchmarks.workloads import make_workload
 

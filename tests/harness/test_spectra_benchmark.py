@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import spectra, spectra_digits
-from benchmarks.promises import PROMISES, Results
+from benchmarks.promises import PROMISES
+from benchmarks.readings import Results
 from benchmarks.spectra_matrices import KINDS, PACKAGED_MODEL, look, matrix, planted
 from benchmarks.spectra_workers import LAYERS, NAMES, yardstick
 from benchmarks.tables import spectra_memory_table, spectra_table
