@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .markdown import markdown
-from .promises import Promise, promised, verdict
+from .promises import PROMISES, Promise, promised, verdict
 from .readings import Ratio, Results
 from .report import machine_name
 
@@ -26,9 +26,21 @@ def table(machines: list[Results]) -> str:
     """Returns a column for each machine with its ratios, as Markdown; a row for each that any machine has."""
     columns = [cells(results) for results in machines]
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    rows = [[name, bounds(name), *(column.get(name, "-") for column in columns)] for name in names]
     head = [f"{machine_name(results)}, {results.instruction_sets[-1]}, {results.date}" for results in machines]
-    return markdown(["", *head], [row for row in rows if any(cell[0].isdigit() for cell in row[1:])])
+    return markdown(["", "at most", *head], [row for row in rows if any(cell[0].isdigit() for cell in row[2:])])
+
+
+def bounds(name: str) -> str:
+    """Returns the bounds of what is promised, also those for narrower instruction sets; "" in the rows of these."""
+    promises = [promise for promise in PROMISES if promise.name == name]
+    if not promises:
+        return ""
+    bounds = [" / ".join(promise.show(promise.at_most) for promise in promises)]
+    for narrower in promises[0].narrower:
+        shown = (promise.show(promise.narrower[narrower]) for promise in promises)
+        bounds.append(f"{narrower} {' / '.join(shown)}")
+    return "; ".join(bounds)
 
 
 def cells(results: Results) -> dict[str, str]:
