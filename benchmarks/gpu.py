@@ -89,7 +89,7 @@ def measure(clock: Clock, device: str, rounds: int, scale: int) -> dict:
         "copy_bytes_per_s": copy_rate(clock, device, (1 << 30) // scale),
         "measured": [],
     }
-    for (workload, shapes), dtype, child in itertools.product(GPU_WORKLOADS.items(), DTYPES, (False, True)):
+    for (workload, shapes), dtype, child in itertools.product(GPU_WORKLOADS.items(), BYTES, (False, True)):
         scaled = [tuple(max(1, size // scale) for size in shape) for shape in shapes]
         work = make_workload(scaled, DTYPES[dtype], device)
         noted = {"workload": workload + ", child network" * child, "dtype": dtype, "child": child}
