@@ -11,6 +11,7 @@
 #include "core/dtypes.h"
 #include "core/packed_mask.h"
 #include "cpu/child_places.h"
+#include "cpu/half_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/loops.h"
@@ -43,24 +44,18 @@ struct ByteTable {
 };
 constexpr ByteTable kByteTable;
 
-// `index` is a row of ByteTable. compress_eight writes eight weights and eight gradients whatever the mask is.
-// expand_eight writes the weights where the sign in `index` is set; the others keep their bits.
-
-// Eight indices as the permutation instruction takes them; it reads only the low three bits of each.
+// A row of ByteTable as the permutation instruction takes it; that reads only the low three bits of each index.
 CHILDTUNE_INLINE __m256i eight_indices(const int8_t* index) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
 }
 CHILDTUNE_INLINE __m256 load_eight(const float* from) { return _mm256_loadu_ps(from); }
-CHILDTUNE_INLINE __m256 load_eight(const BFloat16* from) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-CHILDTUNE_INLINE __m256 load_eight(const Float16* from) {
-  float wide[8];
-  for (int j = 0; j < 8; ++j) wide[j] = load(from[j]);
-  return _mm256_loadu_ps(wide);
+template <class P>
+CHILDTUNE_INLINE __m256 load_eight(const P* from) {
+  return widen(P{}, load_halves(from));
 }
 
+// `index` is a row of ByteTable. compress_eight writes eight weights and eight gradients whatever the mask is.
+// expand_eight writes the weights where the sign in `index` is set; the others keep their bits.
 template <class P>
 CHILDTUNE_INLINE void compress_eight(const int8_t* index, const P* param, const P* grad, float* child_param,
                                      float* child_grad) {
@@ -77,12 +72,9 @@ template <class P>
 CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param, P* param) {
   static_assert(sizeof(P) == 2, "bf16 and fp16");
   const __m256i indices = eight_indices(index);
-  float value[8];
-  P stored[8];
-  _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), indices));
-  for (int j = 0; j < 8; ++j) store(stored[j], value[j]);
+  const __m128i now = narrow(P{}, _mm256_permutevar8x32_ps(_mm256_loadu_ps(child_param), indices));
   const __m128i mask = _mm_packs_epi32(_mm256_castsi256_si128(indices), _mm256_extracti128_si256(indices, 1));
-  const __m128i sign = _mm_srai_epi16(mask, 15), now = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored));
+  const __m128i sign = _mm_srai_epi16(mask, 15);
   __m128i* at = reinterpret_cast<__m128i*>(param);
   _mm_storeu_si128(at, _mm_blendv_epi8(_mm_loadu_si128(at), now, sign));
 }
@@ -103,10 +95,11 @@ CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const
 // Also fetches the next packed block's weights and gradients: the step works in the cache, so memory is idle.
 template <class P, class T>
 CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const T* child_param, P* param, const P* grad) {
+  constexpr int64_t kBytesPerLine = 8 / sizeof(P);  // of the mask, for a cache line of weights
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; ++i) {
     const uint8_t byte = bits[i];
-    if (i % 2 == 0) {
+    if (i % kBytesPerLine == 0) {
       CHILDTUNE_PREFETCH(param + kPackedBlock + 8 * i);
       CHILDTUNE_PREFETCH(grad + kPackedBlock + 8 * i);
     }
@@ -123,20 +116,12 @@ CHILDTUNE_INLINE __m512 load_sixteen(__mmask16 mask, const float* from) { return
 template <class P>
 CHILDTUNE_INLINE __m512 load_sixteen(__mmask16 mask, const P* from) {
   static_assert(sizeof(P) == 2, "bf16 and fp16");
-  P stored[16];
-  float wide[16];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(stored), _mm256_maskz_loadu_epi16(mask, from));
-  for (int j = 0; j < 16; ++j) wide[j] = load(stored[j]);
-  return _mm512_loadu_ps(wide);
+  return widen(P{}, _mm256_maskz_loadu_epi16(mask, from));
 }
 CHILDTUNE_INLINE void store_sixteen(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
 template <class P>
 CHILDTUNE_INLINE void store_sixteen(P* to, __mmask16 mask, __m512 value) {
-  P stored[16];
-  float wide[16];
-  _mm512_storeu_ps(wide, value);
-  for (int j = 0; j < 16; ++j) store(stored[j], wide[j]);
-  _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+  _mm256_mask_storeu_epi16(to, mask, narrow(P{}, value));
 }
 CHILDTUNE_INLINE __mmask16 sixteen_bits(const uint8_t* bits) {
   uint16_t mask;

@@ -7,6 +7,10 @@
 
 #include "cpu/parallel.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 namespace childtune {
 namespace {
 
@@ -15,10 +19,18 @@ constexpr int64_t kWorthThreads = 1 << 18;  // elements: for fewer, waking other
 // different speed to end together.
 constexpr int64_t kLeastSlice = 1 << 15, kMostSlice = 1 << 17, kSlicesPerThread = 16;
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// Returns whether there are the F16C instructions, for which older compilers' __builtin_cpu_supports has no name.
+bool converts_halves() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<CpuKernels> supported_kernels() {
   std::vector<CpuKernels> all{baseline::kernels()};
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx2")) all.push_back(avx2::kernels());
+  if (__builtin_cpu_supports("avx2") && converts_halves()) all.push_back(avx2::kernels());
 #if !defined(CHILDTUNE_NO_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))

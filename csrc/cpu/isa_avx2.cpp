@@ -17,6 +17,8 @@
 #define CHILDTUNE_VECTOR_BYTES 32
 #define CHILDTUNE_VECTOR __m256i
 #define CHILDTUNE_MULTIPLY_LOW _mm256_mul_epu32
+#define CHILDTUNE_LOW_HALVES(a, b) \
+  _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88))  // of 64-bit lanes
 #define CHILDTUNE_AVX2
 #define CHILDTUNE_FETCH_AHEAD 1024
 #include "cpu/isa_kernels.h"

@@ -11,12 +11,16 @@
 #define CHILDTUNE_INDEPENDENT
 #endif
 
+// Unrolls the next loop: four times, or wholly if it is short.
 #if defined(__clang__)
 #define CHILDTUNE_UNROLL_4 _Pragma("unroll 4")
+#define CHILDTUNE_UNROLL _Pragma("unroll 16")
 #elif defined(__GNUC__)
 #define CHILDTUNE_UNROLL_4 _Pragma("GCC unroll 4")
+#define CHILDTUNE_UNROLL _Pragma("GCC unroll 16")
 #else
 #define CHILDTUNE_UNROLL_4
+#define CHILDTUNE_UNROLL
 #endif
 
 // Keeps out of line what is called once per many elements: it compiles sooner and leaves the loops their registers.

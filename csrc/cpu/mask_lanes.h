@@ -1,7 +1,8 @@
 // The random bits of mask blocks, drawn by vectors of counters.
 //
-// Drawing is cut into kMaskParts parts, so that a block's bits can be drawn between the updates of the block before it:
-// the update waits for the divider, the generator needs everything but the divider.
+// The rounds may be taken a few at a time, so that with AVX-512 a block's bits are drawn between the updates of the
+// block before it: the update waits for the divider, the generator needs everything but the divider. The other sets
+// have too few registers for both at once.
 #pragma once
 
 #include "core/mask.h"
@@ -25,7 +26,6 @@ struct MaskBits {
 // A counter in each 32-bit lane: ARM multiplies four, and sorts the halves of the products, in four instructions.
 typedef uint32_t Lanes __attribute__((vector_size(CHILDTUNE_VECTOR_BYTES)));
 constexpr int kWide = CHILDTUNE_VECTOR_BYTES / 4;  // counters in a vector
-constexpr int kLaneStep = 1, kSecond = kWide;      // two vectors hold neighbouring counters, one after the other
 
 CHILDTUNE_INLINE Lanes broadcast(uint64_t x) { return Lanes{} + static_cast<uint32_t>(x); }
 
@@ -35,6 +35,9 @@ CHILDTUNE_INLINE void multiply(Lanes a, uint32_t multiplier, Lanes* lower, Lanes
   *lower = (Lanes)vuzp1q_u32(begin, end);
   *upper = (Lanes)vuzp2q_u32(begin, end);
 }
+
+// Returns which counter is in a lane of the first of two vectors, and of the second.
+CHILDTUNE_INLINE int counter_in(bool second, int lane) { return lane + second * kWide; }
 
 // Stores a word of the counters in two vectors, in order.
 CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
@@ -49,7 +52,6 @@ CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
 // stored.
 typedef uint64_t Lanes __attribute__((vector_size(CHILDTUNE_VECTOR_BYTES)));
 constexpr int kWide = CHILDTUNE_VECTOR_BYTES / 8;  // counters in a vector
-constexpr int kLaneStep = 2, kSecond = 1;          // even counters in one vector, odd ones in the other
 
 CHILDTUNE_INLINE Lanes broadcast(uint64_t x) { return Lanes{} + x; }
 
@@ -62,9 +64,11 @@ CHILDTUNE_INLINE void multiply(Lanes a, uint32_t multiplier, Lanes* lower, Lanes
 #endif
 }
 
-// Stores a word of the counters in two vectors, in order.
+// Pairs of counters alternate between two vectors: so does the shuffle that puts their low halves in order.
+CHILDTUNE_INLINE int counter_in(bool second, int lane) { return lane / 2 * 4 + second * 2 + lane % 2; }
+
 CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
-  const Lanes merged = (first & 0xFFFFFFFFu) | (second << 32);
+  const CHILDTUNE_VECTOR merged = CHILDTUNE_LOW_HALVES((CHILDTUNE_VECTOR)first, (CHILDTUNE_VECTOR)second);
   memcpy(to, &merged, sizeof merged);
 }
 
@@ -89,10 +93,10 @@ struct MaskKeys {
 struct Counters {
   Lanes c0, c1, c2, c3;
 
-  // Begins the counters of `block` from number `first` on that are in one vector.
-  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t block, int first) {
+  // Begins those counters of `block`, `first` and after, that are in the first or the second of two vectors.
+  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t block, int first, bool second) {
     Lanes number;
-    for (int lane = 0; lane < kWide; ++lane) number[lane] = first + kLaneStep * lane;
+    for (int lane = 0; lane < kWide; ++lane) number[lane] = first + counter_in(second, lane);
     c0 = broadcast(block * kMaskCounters) + number;
     c1 = broadcast(block * kMaskCounters >> 32);  // the same for all counters of a block
     c2 = broadcast(key.step);
@@ -110,32 +114,42 @@ struct Counters {
   }
 };
 
+// As many vectors at once as hide each other's latency and have registers.
+constexpr int kVectors = kWide == 8 ? 2 : 4;
+constexpr int kAtOnce = kVectors * kWide;  // counters
+
 struct MaskDraw {
-  Counters first, second;
+  Counters vector[kVectors];
 };
 
-// Does part kPart of drawing the bits of `block`. The part is a template argument, so that its code has no branches and
-// keeps `d` in registers.
-template <int kPart>
-CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw& d, MaskBits* bits) {
-  constexpr int kAtOnce = 2 * kWide, kSteps = kMaskCounters / kAtOnce * kRounds;
-#if defined(__GNUC__)
-#pragma GCC unroll 16
-#endif
-  for (int step = kSteps * kPart / kMaskParts; step < kSteps * (kPart + 1) / kMaskParts; ++step) {
-    const int j = step / kRounds * kAtOnce, round = step % kRounds;
-    if (round == 0) {
-      d.first.begin(keys.key, block, j);
-      d.second.begin(keys.key, block, j + kSecond);
-    }
-    d.first.round(keys.round[round]);
-    d.second.round(keys.round[round]);
-    if (round == kRounds - 1) {
-      store_word(d.first.c0, d.second.c0, bits->word[0] + j);
-      store_word(d.first.c1, d.second.c1, bits->word[1] + j);
-      store_word(d.first.c2, d.second.c2, bits->word[2] + j);
-      store_word(d.first.c3, d.second.c3, bits->word[3] + j);
-    }
+// Takes the rounds kBegin .. kEnd of the counters of `block` from number `j` on: the first round begins them, the last
+// one stores their bits. Template arguments, so that the code has no branches and keeps `d` in registers.
+template <int kBegin, int kEnd>
+CHILDTUNE_INLINE void draw_rounds(const MaskKeys& keys, uint64_t block, int j, MaskDraw& d, MaskBits* bits) {
+  if (kBegin == 0) {
+    CHILDTUNE_UNROLL
+    for (int i = 0; i < kVectors; ++i) d.vector[i].begin(keys.key, block, j + i / 2 * 2 * kWide, i % 2 == 1);
+  }
+  CHILDTUNE_UNROLL
+  for (int round = kBegin; round < kEnd; ++round) {
+    CHILDTUNE_UNROLL
+    for (int i = 0; i < kVectors; ++i) d.vector[i].round(keys.round[round]);
+  }
+  if (kEnd < kRounds) return;
+  CHILDTUNE_UNROLL
+  for (int i = 0; i < kVectors; i += 2) {
+    const Counters &first = d.vector[i], &second = d.vector[i + 1];
+    store_word(first.c0, second.c0, bits->word[0] + j + i * kWide);
+    store_word(first.c1, second.c1, bits->word[1] + j + i * kWide);
+    store_word(first.c2, second.c2, bits->word[2] + j + i * kWide);
+    store_word(first.c3, second.c3, bits->word[3] + j + i * kWide);
+  }
+}
+
+CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
+  for (int j = 0; j < kMaskCounters; j += kAtOnce) {
+    MaskDraw draw;
+    draw_rounds<0, kRounds>(keys, block, j, draw, bits);
   }
 }
 
@@ -147,19 +161,11 @@ struct MaskKeys {
   CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k) : key(k) {}
 };
 
-struct MaskDraw {};
-
-CHILDTUNE_OUT_OF_LINE void draw_counters(const MaskKey& key, uint64_t block, int begin, int end, MaskBits* bits) {
-  for (int j = begin; j < end; ++j) {
-    const Philox4 words = mask_words(key, block, j);
+CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
+  for (int j = 0; j < kMaskCounters; ++j) {
+    const Philox4 words = mask_words(keys.key, block, j);
     for (int word = 0; word < 4; ++word) bits->word[word][j] = words.word[word];
   }
-}
-
-template <int kPart>
-CHILDTUNE_INLINE void draw_part(const MaskKeys& keys, uint64_t block, MaskDraw&, MaskBits* bits) {
-  constexpr int kCounters = kMaskCounters / kMaskParts;
-  draw_counters(keys.key, block, kCounters * kPart, kCounters * (kPart + 1), bits);
 }
 
 #endif

@@ -19,32 +19,53 @@ namespace childtune {
 namespace CHILDTUNE_ISA {
 namespace {
 
-// Calls part(index) with each compile-time index below kMaskParts.
-template <class Part, int... kPart>
-CHILDTUNE_INLINE void for_each_part(Part part, std::integer_sequence<int, kPart...>) {
-  (part(std::integral_constant<int, kPart>{}), ...);
-}
-using Parts = std::make_integer_sequence<int, kMaskParts>;
+#if defined(CHILDTUNE_AVX512)
 
-CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
+// Takes part kPart of updating one masked block, and of drawing the bits of the next one.
+template <class P, bool kAmsgrad, int kPart, class T>
+CHILDTUNE_INLINE void update_part_of_block(const AdamWConstants<T>& c, const Streams<P>& s, uint32_t keep_threshold,
+                                           const MaskBits& bits, const MaskKeys& keys, uint64_t next_block,
+                                           MaskDraw& draw, MaskBits* next) {
+  static_assert(kAtOnce == kMaskCounters, "all counters of a block are drawn at once");
+  fetch_ahead<kAmsgrad>(s, kLanes * kPart, kLanes);
+  update_all_lanes<P, true, kAmsgrad>(c, s, kLanes * kPart, bits.word[kPart / 2], kPart % 2, keep_threshold);
+  draw_rounds<kRounds * kPart / kMaskParts, kRounds*(kPart + 1) / kMaskParts>(keys, next_block, 0, draw, next);
+}
+
+template <class P, bool kAmsgrad, class T, int... kPart>
+CHILDTUNE_INLINE void update_parts(const AdamWConstants<T>& c, const Streams<P>& s, uint32_t keep_threshold,
+                                   const MaskBits& bits, const MaskKeys& keys, uint64_t next_block, MaskBits* next,
+                                   std::integer_sequence<int, kPart...>) {
   MaskDraw draw;
-  for_each_part([&](auto part) CHILDTUNE_LAMBDA { draw_part<part.value>(keys, block, draw, bits); }, Parts());
+  (update_part_of_block<P, kAmsgrad, kPart>(c, s, keep_threshold, bits, keys, next_block, draw, next), ...);
 }
 
 // Updates one masked block, whose bits are `bits`, and meanwhile draws those of the block after it into `next`.
 template <class P, bool kAmsgrad, class T>
 CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Streams<P>& s, uint32_t keep_threshold,
                                    const MaskBits& bits, const MaskKeys& keys, uint64_t next_block, MaskBits* next) {
-  MaskDraw draw;
-  for_each_part(
-      [&](auto part) CHILDTUNE_LAMBDA {
-        constexpr int k = part.value;
-        fetch_ahead<kAmsgrad>(s, kLanes * k, kLanes);
-        update_all_lanes<P, true, kAmsgrad>(c, s, kLanes * k, bits.word[k / 2], k % 2, keep_threshold);
-        draw_part<k>(keys, next_block, draw, next);
-      },
-      Parts());
+  update_parts<P, kAmsgrad>(c, s, keep_threshold, bits, keys, next_block, next,
+                            std::make_integer_sequence<int, kMaskParts>());
 }
+
+#else
+
+// Updates one masked block, whose bits are `bits`, and draws those of the block after it into `next`.
+template <class P, bool kAmsgrad, class T>
+CHILDTUNE_INLINE void update_block(const AdamWConstants<T>& c, const Streams<P>& s, uint32_t keep_threshold,
+                                   const MaskBits& bits, const MaskKeys& keys, uint64_t next_block, MaskBits* next) {
+  draw_block(keys, next_block, next);
+  for (int part = 0; part < kMaskParts; part += 2) {  // the two halves of a word, so that the shift is a constant
+    const uint32_t* words = bits.word[part / 2];
+    const int at = kLanes * part;
+    fetch_ahead<kAmsgrad>(s, at, kLanes);
+    update_all_lanes<P, true, kAmsgrad>(c, s, at, words, 0, keep_threshold);
+    fetch_ahead<kAmsgrad>(s, at + kLanes, kLanes);
+    update_all_lanes<P, true, kAmsgrad>(c, s, at + kLanes, words, 1, keep_threshold);
+  }
+}
+
+#endif
 
 // Updates `blocks` whole blocks, the first of which is mask block `block`.
 template <class P, bool kMasked, bool kAmsgrad, class T>

@@ -100,6 +100,29 @@ static void test_steps() {
   }
 }
 
+// Every 16-bit weight, infinities and NaNs among them, is converted and rounded as by core's scalar functions,
+// whichever number the decay makes of it: by a step of all weights, and by that of a child network.
+template <class P>
+static void test_every_half() {
+  for (double decay : {1.0, 0.99999, 1.0 / 3, 0x1p-14, 1.001}) {
+    for (bool masked : {false, true}) {
+      Arrays<P> fast(65536, 1), plain(65536, 1), child(65536, 1);
+      ChildMask all(65536, 100);
+      for (size_t i = 0; i < 65536; ++i) fast.param[i].bits = plain.param[i].bits = static_cast<uint16_t>(i);
+      child.param = fast.param;
+      StepItem item = plain.item(masked, false, {}), step = fast.item(masked, false, {});
+      StepItem of_child = child.item(false, false, {});
+      of_child.child = all.packed();
+      item.constants.decay_before = step.constants.decay_before = of_child.constants.decay_before = decay;
+      plain_step(item, &plain);
+      step_cpu({step}, 1);
+      step_cpu({of_child}, 1);
+      expect(same_bytes(fast.param, plain.param), "every 16-bit weight", masked);
+      if (!masked) expect(same_bytes(child.param, plain.param), "every 16-bit weight of a child network");
+    }
+  }
+}
+
 // Elements beyond 2^31, in arrays of which only the touched pages exist.
 static void test_large_index() {
   const int64_t n = (1ll << 31) + 5000, begin = (1ll << 31) - 3000, end = (1ll << 31) + 3000;
@@ -197,6 +220,8 @@ int main() {
     test_steps<float>();
     test_steps<double>();
     test_steps<BFloat16>();
+    test_every_half<BFloat16>();
+    test_every_half<Float16>();
     test_child_steps();
     test_selection();
     test_sum_of_squares();
