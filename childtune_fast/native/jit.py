@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._appdirs import user_cache_dir
 
 from .. import whole_file
 from . import BackendError, build, kept, toolchain
@@ -96,11 +97,8 @@ def cache_folder() -> Path:
                 f"the environment variable CHILDTUNE_CACHE must name a folder (got {chosen!r}, which begins in a home "
                 "or working directory that is not known); set it to an absolute path"
             ) from None
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if not root:
-        from torch.utils.cpp_extension import get_default_build_root
-
-        root = get_default_build_root()
+    # As torch.utils.cpp_extension says, which is not asked: to import it prints a line where a GPU's torch finds none.
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.realpath(user_cache_dir("torch_extensions"))
     return Path(root).absolute() / "childtune_fast"
 
 

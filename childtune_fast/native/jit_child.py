@@ -5,6 +5,7 @@ changes of global state away from the parent. If the new binary crashes when it 
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     if hasattr(os, "killpg"):
         threading.Thread(target=die_with_parent, daemon=True).start()
+    logging.disable(logging.WARNING)  # torch's words on a toolkit that is not used would stand in our error
     sys.path[:] = job["sys_path"]  # so that this process imports the same torch as the parent
     try:
         from torch.utils.cpp_extension import load
