@@ -25,7 +25,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/threads/* tests/standin/*.cpp benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench clean
+.PHONY: demo test test-core test-aarch64 test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -74,6 +74,20 @@ $(OUT)/test_core: $(CORE)
 $(CORE): $(OUT)/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
+
+# The core's tests for ARM's instructions, emulated, with the flags that are shipped: no sanitizer runs there.
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+AARCH64_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+AARCH64 := $(CORE:$(OUT)/%=$(OUT)/aarch64/%)
+test-aarch64:
+	@if command -v $(AARCH64_CXX) >/dev/null && command -v $(firstword $(AARCH64_RUN)) >/dev/null; \
+	then $(MAKE) $(OUT)/test_aarch64 && $(AARCH64_RUN) $(OUT)/test_aarch64; \
+	else echo "skipped: $(AARCH64_CXX) or $(firstword $(AARCH64_RUN)) is not installed"; fi
+$(OUT)/test_aarch64: $(AARCH64)
+	$(AARCH64_CXX) $^ -ldl -lpthread -o $@
+$(AARCH64): $(OUT)/aarch64/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
+	mkdir -p $(@D)
+	$(AARCH64_CXX) -Wall -Wextra $(call shipped,UNIX_FLAGS) -Icsrc -c $< -o $@
 
 # The CPU driver from several threads at once, under the thread sanitizer.
 THREADS := $(patsubst %.cpp,$(OUT)/threads/%.o,$(wildcard tests/cpp/threads/*.cpp csrc/cpu/*.cpp))
