@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tune a real transformer and compare methods; ARGS=--quick for one quick run
 #   make test    all tests; ARGS="-k mask" for some
+#   make test-aarch64   those of the core alone with ARM's instructions, emulated, where there are the tools
 #   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
 #   make types   mypy
 #   make bench   the benchmarks

@@ -198,6 +198,7 @@ static void test_integer_power() {
 }
 
 void test_child_steps();
+void test_known_answers();
 void test_selection();
 void test_cuda_plan();
 void test_cuda_steps();
@@ -222,6 +223,7 @@ int main() {
     test_steps<BFloat16>();
     test_every_half<BFloat16>();
     test_every_half<Float16>();
+    test_known_answers();
     test_child_steps();
     test_selection();
     test_sum_of_squares();
