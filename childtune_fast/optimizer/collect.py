@@ -82,7 +82,12 @@ def collect(
         else:
             reserve_p = group.get("reserve_p")
             ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
-            columns = _columns(params, first, fields, states, masks, kernels, undo, ordered)
+            rows, sharded = _rows(params, first, fields, states, masks, kernels, undo, ordered)
+            if sharded:
+                from .sharded import add_rows  # which imports torch.distributed.tensor
+
+                add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
+            columns = {kind: list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
         first += len(params)
         for (where, own_fields), of_kind in columns.items():
             if of_kind[0]:
@@ -102,25 +107,6 @@ def _usual_columns(
         check_mask(mask, param)
     of_masks = [mask.bits for mask in masks], [mask.offsets for mask in masks], [mask.count for mask in masks]
     return {(on_cpu, ()): plain, (on_cpu, MASK_FIELDS): (*masked, *of_masks)}
-
-
-def _columns(
-    params: Sequence[Tensor],
-    first: int,
-    fields: tuple[str, ...],
-    states: MutableMapping[Tensor, dict[str, Any]],
-    masks: Masks | None,
-    kernels: StepKernels,
-    undo: dict[Tensor, dict[str, Any] | None],
-    ordered: bool,
-) -> _Columns:
-    """Returns the columns of any group, with the states that this call begins."""
-    rows, sharded = _rows(params, first, fields, states, masks, kernels, undo, ordered)
-    if sharded:
-        from .sharded import add_rows  # which imports torch.distributed.tensor
-
-        add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
-    return {kind: list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
 
 
 def _rows(

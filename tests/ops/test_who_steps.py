@@ -85,9 +85,7 @@ def test_each_parameter_goes_to_the_kernels_of_its_device(gpu):
     assert_same_run(mixed, expected)
     assert [(name, len(groups), stream) for name, groups, stream in gpu] == [("step", 1, 1001)] * 2
     assert [id(p) for p in gpu[0][1][0].params] == [id(p) for p in gpus]
-    assert (
-        gpus[0]._version == expected.param_groups[0]["params"][-1]._version
-    )  # kernels count what they write themselves
+    assert gpus[0]._version == expected.param_groups[0]["params"][-1]._version  # kernels count their writes
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
