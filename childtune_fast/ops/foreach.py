@@ -20,6 +20,7 @@ from torch import Tensor
 from . import reference
 from .packed_mask import packed_size, unpack
 from .random_mask import BLOCK, KEEP_ALL, Blocks, kept_elements
+from .state_values import is_rounded
 from .step_group import StepGroup, compute_dtype
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _CHUNK_BYTES = 1 << 24  # of one buffer; a chunk has two, or before them what th
 def step(groups: list[StepGroup]) -> None:
     """Takes one step for every parameter of every group, in place, as `reference.step` does."""
     for group in groups:
-        if group.child_bits:
+        if group.child_bits or is_rounded(group):
             reference.step([group])
             continue
         of_one_kind: defaultdict[tuple[torch.device, torch.dtype, int], list[int]] = defaultdict(list)

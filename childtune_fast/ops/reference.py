@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .packed_mask import pack, unpack
 from .random_mask import KEEP_ALL, bernoulli_mask
+from .rounding import stored_randomly
+from .state_values import StateValues
 from .step_group import StepGroup, compute_dtype
 
 NORM_CHUNK = 1024
@@ -64,11 +66,13 @@ def step(groups: list[StepGroup]) -> None:
 
 
 def _step_param(group: StepGroup, i: int) -> None:
-    param, grad, exp_avg, exp_avg_sq = group.params[i], group.grads[i], group.exp_avgs[i], group.exp_avg_sqs[i]
+    param, grad = group.params[i], group.grads[i]
     step = int(group.steps[i].item()) + 1
     c = step_constants(group, step)
 
     child = unpack(group.child_bits[i], param.shape) if group.child_bits else None
+    state = StateValues(group, i, step, child)
+    exp_avg, exp_avg_sq, second_moment = state.exp_avg, state.exp_avg_sq, state.second_moment
     weights = param
     if child is not None:  # the state has only the child network's values, so `weights` and `grad` get the same
         weights, grad = param[child], grad[child]
@@ -80,19 +84,22 @@ def _step_param(group: StepGroup, i: int) -> None:
         grad = torch.where(_mask(group, i, step), grad, 0.0)
     exp_avg.copy_(exp_avg * group.beta1 + grad * (1 - group.beta1))
     exp_avg_sq.copy_(exp_avg_sq * group.beta2 + grad * (1 - group.beta2) * grad)
-    second_moment = exp_avg_sq
     if group.amsgrad:
-        second_moment = group.max_exp_avg_sqs[i]
         second_moment.copy_(torch.where(exp_avg_sq <= second_moment, second_moment, exp_avg_sq))
     # The divisor is a tensor, because on CUDA torch divides by a Python number as a multiplication with the reciprocal.
     bias_correction2_sqrt = torch.full((), c.bias_correction2_sqrt, dtype=exp_avg.dtype, device=exp_avg.device)
     denom = _sqrt(second_moment) / bias_correction2_sqrt + group.eps
     decayed = weights.to(exp_avg.dtype) * c.decay_before
     updated = (decayed - exp_avg * c.step_size / denom) * c.decay_after
-    if child is None:
-        param.copy_(stored(updated, param.dtype))
+    if group.stochastic:
+        rounded = stored_randomly(updated, param.dtype, state.random.param.view(updated.shape))
     else:
-        param[child] = stored(updated, param.dtype)
+        rounded = stored(updated, param.dtype)
+    if child is None:
+        param.copy_(rounded)
+    else:
+        param[child] = rounded
+    state.store()
     group.steps[i].fill_(step)
 
 

@@ -46,13 +46,19 @@ class StepGroup:
     capturable: bool = False  # a CUDA graph may replay the step
     decay_outside: bool = False  # decay weights outside the child network too
     child_norm: bool = False  # norm_of="child": leave the gradient outside the child network out of the norm
+    stochastic: bool = False  # rounding="stochastic": of the parameters, where they are bfloat16 or float16
     slices: list[tuple[int, int, int]] | None = None  # of shards: see LocalPart.pieces; None if places do not matter
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
     # The parameter's shape or, where it is masked, [its weights in the child network]; float32, or float64 for float64.
+    # Or bfloat16; or uint8, the codes of 8-bit state, contiguous, which have scales.
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # empty without amsgrad
+    # 8-bit state: uint8, [blocks of 128 elements of the parameter], see codes.Codes; else empty.
+    exp_avg_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
+    max_exp_avg_sq_scales: list[Tensor] = field(default_factory=list)  # empty without amsgrad
     steps: list[Tensor] = field(default_factory=list)  # [], float32 or float64: steps taken so far; counted up
     indices: list[int] = field(default_factory=list)  # the parameter's number in the optimizer, through all groups
     # The three fields of packed_mask.PackedMask; empty without a child network.

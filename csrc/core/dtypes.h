@@ -63,4 +63,28 @@ CHILDTUNE_INLINE void store(Float16& to, float x) {
   to.bits = static_cast<uint16_t>(magnitude > 0x7F800000u ? 0x7E00u : number);
 }
 
+// Stochastic rounding to 16 bits: up with a probability that is the distance from the lower neighbour, by the high bits
+// of `random` (core/rounding.h). Numbers that the type holds stay. Beyond the largest of them, and for NaN, it is
+// rounding to nearest.
+CHILDTUNE_INLINE void store_random(BFloat16& to, float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t added = magnitude < 0x7F7F0000u ? random >> 16 : 0x7FFFu + ((bits >> 16) & 1u);
+  to.bits = static_cast<uint16_t>(magnitude > 0x7F800000u ? 0x7FC0u : (bits + added) >> 16);
+}
+
+CHILDTUNE_INLINE void store_random(Float16& to, float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t added = magnitude < 0x477FE000u ? random >> 19 : 0xFFFu + ((magnitude >> 13) & 1u);
+  const uint32_t normal = (magnitude - (112u << 23) + added) >> 13;
+  // Subnormal: adding 2^-14 puts the last bit of a half subnormal at bit 13, where that of a normal number is.
+  const uint32_t subnormal = ((bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0x1p-14f) + added) >> 13) - 0x1C400u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t number = (magnitude >= 0x47800000u ? 0x7C00u : finite) | ((bits >> 16) & 0x8000u);
+  to.bits = static_cast<uint16_t>(magnitude > 0x7F800000u ? 0x7E00u : number);
+}
+
+CHILDTUNE_INLINE void store_random(float& to, float x, uint32_t) { to = x; }
+
 }  // namespace childtune

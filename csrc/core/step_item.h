@@ -12,6 +12,10 @@ constexpr int kNormChunk = 1024;  // elements whose squares are summed before th
 
 constexpr int kStreams = 5;  // arrays of a step, in this order
 enum Stream { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq };
+constexpr int kAverages = 3;  // arrays of state, from kExpAvg on
+
+// How the state is stored: in the type that computes; rounded stochastically to bfloat16; or in bytes (core/codes.h).
+enum class StateKind : uint8_t { kComputed, kBFloat16, kCodes };
 
 // Where a sharded parameter's elements lie in the whole parameter: equal runs at equal distances.
 struct MaskSlice {
@@ -28,9 +32,12 @@ struct StepItem {
   bool masked;
   uint32_t keep_threshold;
   MaskKey key;
-  MaskSlice slice;
+  MaskSlice slice;      // where anything is rounded stochastically: one run, which begins at a mask block
   PackedMask child;    // with a child network, the state is contiguous, of child.count values; `masked` is false
   bool decay_outside;  // weights outside the child network decay too
+  StateKind state;
+  bool stochastic;             // the parameter is rounded stochastically
+  uint8_t* scales[kAverages];  // of kCodes: a byte for each mask block of the parameter; the codes are contiguous
   AdamWConstants<double> constants;
   double* counter;  // where a GPU counts the steps: its count, on the device; key.step and constants are not set then
   uint32_t group;   // where a GPU counts the steps: the number of the parameter's group in this step
