@@ -66,8 +66,9 @@ def scales_of(values: Tensor, blocks: Tensor, count: int) -> Tensor:
 def decode_average(coded: Codes, blocks: Tensor) -> Tensor:
     """Returns the float32 values of an average; `blocks` are the numbers of their blocks."""
     codes = coded.codes.to(torch.int32)
-    value = ((((codes & 0x7F) + _SHIFT_CODE) << 20).view(torch.float32) - _SHIFT) * _factors(coded.scales)[blocks]
-    return torch.where(codes >= 0x80, -value, value)
+    shifted = (((codes & 0x7F) + _SHIFT_CODE) << 20).view(torch.float32)
+    value = torch.where(codes < 0x80, shifted - _SHIFT, -shifted + _SHIFT)  # never -0
+    return value * _factors(coded.scales)[blocks]
 
 
 def decode_square(coded: Codes, blocks: Tensor) -> Tensor:

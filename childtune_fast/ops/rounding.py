@@ -10,7 +10,7 @@ from .random_mask import BLOCK, philox4x32_10
 ROUNDING_VERSION = 1  # changes whenever elements use other Philox words; csrc/core/rounding.h documents version 1
 _LOW32 = 0xFFFFFFFF
 _DOMAIN = 0x80000000  # in the counter's second word, where masks have less
-_SPREAD = 0x9E3779B9
+_REVERSED = [int(f"{j:07b}"[::-1], 2) << 25 for j in range(BLOCK)]  # the bits of an element's place in its block
 _NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
 
 
@@ -45,8 +45,8 @@ def rounding_bits(
     counter[2] = step
     counter[3] = param_index
     words = philox4x32_10(counter, (seed & _LOW32, seed >> 32)).to(torch.int64)
-    spread = torch.arange(BLOCK, dtype=torch.int64, device=device).mul_(_SPREAD)
-    bits = (words.unsqueeze(2) + spread).bitwise_and_(_LOW32).view(4, -1)[:, :count]
+    spread = torch.tensor(_REVERSED, dtype=torch.int64, device=device)
+    bits = (words.bitwise_and_(_LOW32).unsqueeze(2) ^ spread).view(4, -1)[:, :count]
     return RoundingBits(*bits.unbind())
 
 

@@ -6,7 +6,7 @@
 // them that are in it. Its scale is a power of two, 2^(s - 127), and is stored as s. s is 0 where all values are 0, else
 // the smallest number of at least 32 with which the largest of them can be encoded.
 //
-//     average              sign, 7-bit number k     (float(k / 8) - 2^-15) * scale
+//     average              sign, 7-bit number k     +-(float(k / 8) - 2^-15) * scale, never -0
 //     average of squares   8-bit number k           float(k / 8) * 2^-16 * scale, at least 2^-31 of the scale
 //
 // where float(e + f / 8) = 2^(e - 15) * (1 + f / 8): a small float of 3 bits of mantissa. So an average is accurate to 6
@@ -52,9 +52,9 @@ CHILDTUNE_INLINE int32_t least_square_of(uint32_t byte) {
 }
 
 CHILDTUNE_INLINE float decode_average(uint8_t code, float scale) {
-  const uint32_t magnitude = (static_cast<uint32_t>(code & 0x7Fu) << 20) + (kShiftCode << 20);
-  const float value = (bit_cast<float>(magnitude) - kShift) * scale;
-  return bit_cast<float>(bit_cast<uint32_t>(value) | static_cast<uint32_t>(code & 0x80u) << 24);
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
+  const uint32_t shifted = (static_cast<uint32_t>(code & 0x7Fu) << 20) + (kShiftCode << 20);
+  return (bit_cast<float>(shifted | sign) - bit_cast<float>(bits_of(kShift) | sign)) * scale;
 }
 
 // `random` are the element's bits of core/rounding.h, or kNearest.

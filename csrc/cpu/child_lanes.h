@@ -10,28 +10,18 @@
 
 #include "core/dtypes.h"
 #include "core/packed_mask.h"
-#include "core/rounding.h"
 #include "cpu/child_places.h"
 #include "cpu/half_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/loops.h"
+#include "cpu/spread.h"
 
 namespace childtune {
 namespace CHILDTUNE_ISA {
 namespace {
 
 constexpr int kTogether = 16;  // weights
-
-// What the random bits of a block's elements are beyond the block's word.
-struct SpreadTable {
-  alignas(64) uint32_t of[kMaskBlock];
-
-  constexpr SpreadTable() : of() {
-    for (uint32_t j = 0; j < kMaskBlock; ++j) of[j] = j * kSpread;
-  }
-};
-constexpr SpreadTable kSpreadTable;
 
 #if defined(CHILDTUNE_AVX2)
 

@@ -10,47 +10,25 @@
 #include "core/adamw.h"
 #include "core/rounding.h"
 #include "core/step_item.h"
+#include "cpu/averages.h"
 #include "cpu/child_kernel.h"
 #include "cpu/code_lanes.h"
+#include "cpu/coded_kernel.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/layout.h"
 #include "cpu/loops.h"
 #include "cpu/mask_lanes.h"
+#include "cpu/spread.h"
 
 namespace childtune {
 namespace CHILDTUNE_ISA {
 namespace {
 
-constexpr int kRoom = kPackedBlock + kLanes;  // of a buffer, in values
+constexpr int kRoom = kPackedBlock + kLanes;      // of a buffer, in values
+constexpr int kBlockLanes = kCodeBlock + kLanes;  // of a buffer for a block
 
-// The words of core/rounding.h for one block after the other; sixteen are drawn at a time, as a block's mask is.
-class RoundingDraw {
- public:
-  explicit RoundingDraw(const MaskKey& key) : keys_(key, kRoundingDomain) {}
-
-  RoundingWords of(uint64_t block) {
-    if (block / kMaskCounters != drawn_) {
-      drawn_ = block / kMaskCounters;
-      draw_block(keys_, drawn_, &bits_);
-    }
-    const uint64_t j = block % kMaskCounters;
-    return {bits_.word[0][j], bits_.word[1][j], bits_.word[2][j], bits_.word[3][j]};
-  }
-
- private:
-  MaskKeys keys_;
-  uint64_t drawn_ = ~uint64_t{0};
-  MaskBits bits_;
-};
-
-// The averages of a step, exp_avg first. `stored` is where they lie as the state has them, `values` as floats: the same
-// place if the state is of floats.
-struct Averages {
-  int count;  // of arrays: two, or three with amsgrad
-  void* stored[kAverages];
-  float* values[kAverages];
-};
+CHILDTUNE_INLINE int64_t in_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // Decodes `lanes` values from number `first` on, all of one block of the parameter.
 CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a, int64_t first, int64_t lanes,
@@ -62,17 +40,11 @@ CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a,
       for (int64_t j = 0; j < lanes; j += kLanes) widen_lanes(stored + j, values + j);
     } else if (item.state == StateKind::kCodes) {
       const uint8_t* codes = static_cast<const uint8_t*>(a.stored[i]) + first;
-      const uint8_t scale = item.scales[i][block];
-      i == 0 ? decode_averages(codes, lanes, scale, values) : decode_squares(codes, lanes, scale, values);
+      const float factor = scale_of(item.scales[i][block]);
+      for (int64_t j = 0; j < lanes; j += kLanes) {
+        i == 0 ? decode_average_lanes(codes + j, factor, values + j) : decode_square_lanes(codes + j, factor, values + j);
+      }
     }
-  }
-}
-
-// Makes `count` values such as codes can hold.
-CHILDTUNE_OUT_OF_LINE void sanitize_block(const Averages& a, int64_t first, int64_t count) {
-  for (int64_t j = first; j < first + count; ++j) {
-    float none = 0.0f;
-    sanitize(a.values[0][j], a.values[1][j], a.count == kAverages ? a.values[2][j] : none);
   }
 }
 
@@ -80,7 +52,7 @@ CHILDTUNE_OUT_OF_LINE void encode_codes(const StepItem& item, const Averages& a,
                                         int64_t lanes, int64_t block, const uint32_t* words, const uint32_t* spread) {
   uint32_t most[kAverages], all = 0;
   const auto look = [&] {
-    for (int i = 0; i < a.count; ++i) most[i] = largest_bits(a.values[i] + first, count);
+    for (int i = 0; i < a.count; ++i) most[i] = largest_bits(a.values[i] + first, count, lanes);
   };
   look();
   for (int i = 0; i < a.count; ++i) all = all < most[i] ? most[i] : all;
@@ -91,10 +63,13 @@ CHILDTUNE_OUT_OF_LINE void encode_codes(const StepItem& item, const Averages& a,
   for (int i = 0; i < a.count; ++i) {
     const float* values = a.values[i] + first;
     uint8_t* codes = static_cast<uint8_t*>(a.stored[i]) + first;
-    const auto scale = static_cast<uint8_t>(scale_byte(most[i]));
-    item.scales[i][block] = scale;
-    i == 0 ? encode_averages(values, lanes, scale, words[i], spread, codes)
-           : encode_squares(values, lanes, scale, words[i], spread, codes);
+    const uint32_t scale = scale_byte(most[i]);
+    item.scales[i][block] = static_cast<uint8_t>(scale);
+    const Encoding e = encoding_of(scale, words[i]);
+    for (int64_t j = 0; j < lanes; j += kLanes) {
+      i == 0 ? encode_average_lanes(values + j, e, spread + j, codes + j)
+             : encode_square_lanes(values + j, e, spread + j, codes + j);
+    }
   }
 }
 
@@ -196,7 +171,13 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
   RoundedBuffers b;
   MaskBits bits;
   P copied_param[kBlockLanes] = {}, copied_grad[kBlockLanes] = {};
-  for (int64_t at = begin; at < end; at += kMaskBlock) {
+  int64_t whole = 0;  // blocks that the other loop takes
+  if (item.state == StateKind::kCodes && !item.stochastic && item.layout == nullptr && !item.data[kMaxExpAvgSq]) {
+    whole = (end - begin) / kMaskBlock;
+    item.masked ? update_coded_blocks<P, true>(c, item, begin, whole, rounding, keys)
+                : update_coded_blocks<P, false>(c, item, begin, whole, rounding, keys);
+  }
+  for (int64_t at = begin + whole * kMaskBlock; at < end; at += kMaskBlock) {
     const int64_t count = kMaskBlock < end - at ? kMaskBlock : end - at, lanes = in_lanes(count);
     const bool copied = item.layout != nullptr || count < kMaskBlock;
     P* param = static_cast<P*>(item.data[kParam]) + at;
@@ -209,6 +190,10 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
       grad = copied_grad;
     }
     const Averages a = averages_of(item, at, copied, b);
+    fetch_ahead(param, kMaskBlock);
+    fetch_ahead(grad, kMaskBlock);
+    fetch_ahead(static_cast<uint8_t*>(a.stored[0]), kMaskBlock);
+    fetch_ahead(static_cast<uint8_t*>(a.stored[1]), kMaskBlock);
     const uint64_t block = (item.slice.offset + static_cast<uint64_t>(at)) / kMaskBlock;
     const RoundingWords words = rounding.of(block);
     if (item.masked) draw_block(keys, block, &bits);
@@ -233,6 +218,19 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
     if (!copied) continue;
     scatter(item, kParam, at, count, copied_param);
     copy_averages(item, at, count, true, b);
+  }
+}
+
+// Counts the set bits of each block of a packed block's mask, of which `bytes` are there.
+CHILDTUNE_INLINE void count_blocks(const uint8_t* bits, int bytes, int64_t* counts) {
+  for (int i = 0; i < bytes; i += kMaskBlock / 8) {
+    uint64_t words[2] = {0, 0};
+    memcpy(words, bits + i, bytes - i < kMaskBlock / 8 ? static_cast<size_t>(bytes - i) : sizeof words);
+#if defined(CHILDTUNE_AVX2)
+    counts[i / (kMaskBlock / 8)] = __builtin_popcountll(words[0]) + __builtin_popcountll(words[1]);
+#else
+    counts[i / (kMaskBlock / 8)] = count_bits(reinterpret_cast<const uint8_t*>(words), sizeof words);
+#endif
   }
 }
 
@@ -291,13 +289,13 @@ void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
       const Averages a = averages_of(item, offset, in_buffers, b);
       float *weights, *grads;
       ChildFloats<P>::widen(moved, n, b, &weights, &grads);
-      const auto each_block = [&](auto visit) {
+      int64_t counts[kPackedBlock / kMaskBlock];
+      count_blocks(part.bits, part.bytes, counts);
+      const auto each_block = [&](auto visit) CHILDTUNE_LAMBDA {
         int64_t first = 0;
-        for (int i = 0; i < part.bytes; i += kMaskBlock / 8) {
-          const int bytes = part.bytes - i < kMaskBlock / 8 ? part.bytes - i : kMaskBlock / 8;
-          const int64_t count = count_bits(part.bits + i, bytes);
-          if (count > 0) visit(first, count, (at + 8 * i) / kMaskBlock);
-          first += count;
+        for (int i = 0; kMaskBlock * i < part.size; ++i) {
+          if (counts[i] > 0) visit(first, counts[i], at / kMaskBlock + i);
+          first += counts[i];
         }
       };
       each_block([&](int64_t first, int64_t count, int64_t block) {
