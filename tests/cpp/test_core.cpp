@@ -198,6 +198,8 @@ static void test_integer_power() {
 }
 
 void test_child_steps();
+void test_rounded_steps();
+void test_codes();
 void test_known_answers();
 void test_selection();
 void test_cuda_plan();
@@ -209,6 +211,7 @@ void test_cuda_scores();
 int main() {
   test_philox();
   test_half_precision();
+  test_codes();
   test_integer_power();
   test_large_index();
   test_cuda_plan();
@@ -225,6 +228,7 @@ int main() {
     test_every_half<Float16>();
     test_known_answers();
     test_child_steps();
+    test_rounded_steps();
     test_selection();
     test_sum_of_squares();
     test_accumulate_squares<float>();
