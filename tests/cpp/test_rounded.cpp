@@ -103,7 +103,7 @@ enum class Trained { kAll, kMasked, kChild };
 
 template <class P, class Stored>
 static void test_rounded(StateKind kind, Trained trained, bool amsgrad, bool stochastic, int64_t stride) {
-  for (int64_t n : {1, 127, 128, 129, 1000, 1024, 1025, 70001}) {
+  for (int64_t n : {1, 127, 129, 1024, 3000}) {
     ChildMask mask(n, 30);
     const bool child = trained == Trained::kChild;
     Arrays<P> fast(n, stride), plain(n, stride);
