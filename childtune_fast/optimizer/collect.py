@@ -6,27 +6,23 @@ import math
 from collections import defaultdict
 from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, float32, float64, strided
 from torch.nn import Parameter
 
-from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, resolved, shown
+from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, resolved
 from ..ops.packed_mask import Masks, PackedMask
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
-from ..ops.step_group import MASK_FIELDS, StepGroup, check_mask
+from ..ops.step_group import MASK_FIELDS, State, StepGroup, check_mask
 from .groups import check_list
-from .state import begin, has_begun, incomplete
+from .options import OWN_OPTIONS, check_options, check_storage
+from .state import begin, has_begun, incomplete, unlike
 
 if TYPE_CHECKING:
     from ..ops.ranks import NormOverRanks
 
-Decay = Literal["auto", "all", "child"]
-Variant = Literal["torch", "hf"]
-NormOf = Literal["all", "child"]
-_DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
-OWN_OPTIONS = ("decay", "variant", "max_grad_norm", "norm_of", "seed")  # of a group, besides reserve_p
 _OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # AdamW's
     *OWN_OPTIONS,
@@ -38,8 +34,26 @@ _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on
 _FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
 _AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
 _NOT_ON_DEVICE = ("steps", "indices")
-# {(who steps them, the fields that they have beside the usual ones): the columns of some parameters of a group}
-_Columns = dict[tuple[Where, tuple[str, ...]], Sequence[list[Any]]]
+
+
+class Alike(NamedTuple):
+    """What parameters of a group have in common that are in one StepGroup.
+
+    Attributes:
+        where: who steps them.
+        own_fields: the fields that they have beside the usual ones.
+        state, stochastic: those of the StepGroup.
+    """
+
+    where: Where
+    own_fields: tuple[str, ...] = ()
+    state: State = "float32"
+    stochastic: bool = False
+
+
+# The rows of a group's parameters; the columns that they are turned into.
+Rows = MutableMapping[tuple[Where, tuple[str, ...], State, bool], list[tuple[Any, ...]]]
+_Columns = dict[Alike, Sequence[list[Any]]]
 
 
 def collect(
@@ -71,32 +85,58 @@ def collect(
         try:
             check_flags(group)
             fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
-            params = group["params"]
+            params, state, rounding = group["params"], group["state"], group["rounding"]
             if type(params) is not list:
                 check_list(params)
         except KeyError as error:
             raise incomplete(error) from error
-        read = None if reader is None else reader.read(params, first, fields is _AMSGRAD_FIELDS)
+        read = None
+        if reader is not None and state == "float32" and rounding == "nearest":
+            read = reader.read(params, first, fields is _AMSGRAD_FIELDS)
         if read is not None:
             columns = _usual_columns(kernels.on_cpu, *read)
         else:
-            reserve_p = group.get("reserve_p")
-            ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
-            rows, sharded = _rows(params, first, fields, states, masks, kernels, undo, ordered)
-            if sharded:
-                from .sharded import add_rows  # which imports torch.distributed.tensor
-
-                add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
-            columns = {kind: list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
+            columns = _unusual_columns(group, first, fields, states, masks, kernels, undo, clips)
         first += len(params)
-        for (where, own_fields), of_kind in columns.items():
+        for alike, of_kind in columns.items():
             if of_kind[0]:
-                target = _options(group, param_groups[0], masks is not None, where)
-                _check_capturable(target, where, kernels, of_kind[0][0])
-                for field, column in zip(fields + own_fields, of_kind, strict=True):
+                target = _options(group, param_groups[0], masks is not None, alike.where)
+                target.state, target.stochastic = alike.state, alike.stochastic
+                _check_capturable(target, alike.where, kernels, of_kind[0][0])
+                for field, column in zip(fields + alike.own_fields, of_kind, strict=True):
                     setattr(target, field, column)
-                by_where[where].append(target)
+                by_where[alike.where].append(target)
     return by_where
+
+
+def _unusual_columns(
+    group: dict[str, Any],
+    first: int,
+    fields: tuple[str, ...],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    masks: Masks | None,
+    kernels: StepKernels,
+    undo: dict[Tensor, dict[str, Any] | None],
+    clips: bool,
+) -> _Columns:
+    """Returns the columns of a group of any parameters; `clips` says whether any group has max_grad_norm."""
+    amsgrad, params = fields is _AMSGRAD_FIELDS, group["params"]
+    rows: Rows = defaultdict(list)
+    if group["state"] == "float32" and group["rounding"] == "nearest":
+        reserve_p = group.get("reserve_p")
+        ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
+        sharded = _add_rows(rows, params, first, fields, states, masks, kernels, undo, ordered)
+    else:
+        from .rounded import add_rounded_rows
+
+        check_storage(group)
+        ordered = True
+        sharded = add_rounded_rows(rows, group, first, amsgrad, states, masks, kernels, undo)
+    if sharded:
+        from .sharded import add_sharded_rows  # which imports torch.distributed.tensor
+
+        add_sharded_rows(rows, sharded, group, amsgrad, states, masks, kernels, undo, ordered)
+    return {Alike(*kind): list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
 
 
 def _usual_columns(
@@ -106,10 +146,11 @@ def _usual_columns(
     for mask, param in zip(masks, masked[0], strict=True):
         check_mask(mask, param)
     of_masks = [mask.bits for mask in masks], [mask.offsets for mask in masks], [mask.count for mask in masks]
-    return {(on_cpu, ()): plain, (on_cpu, MASK_FIELDS): (*masked, *of_masks)}
+    return {Alike(on_cpu): plain, Alike(on_cpu, MASK_FIELDS): (*masked, *of_masks)}
 
 
-def _rows(
+def _add_rows(
+    rows: Rows,
     params: Sequence[Tensor],
     first: int,
     fields: tuple[str, ...],
@@ -118,15 +159,14 @@ def _rows(
     kernels: StepKernels,
     undo: dict[Tensor, dict[str, Any] | None],
     ordered: bool,
-) -> tuple[dict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]], list[tuple[Tensor, Tensor, int]]]:
-    """Returns the rows of a group's parameters, by who steps them and which fields they have beside `fields`.
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Adds the rows of a group's parameters, in which nothing is rounded stochastically.
 
     Sharded ones (DTensor) are left out and returned with their gradients and numbers. `ordered` says whether the step
     looks at elements in their logical order: for a mask, or for the gradients' norm.
     """
-    rows: defaultdict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]] = defaultdict(list)
     on_cpu = kernels.on_cpu
-    plain_rows = rows[on_cpu, ()]
+    plain_rows = rows[Alike(on_cpu)]
     amsgrad = fields is _AMSGRAD_FIELDS
     sharded: list[tuple[Tensor, Tensor, int]] = []
     for i, param in enumerate(params, first):
@@ -150,7 +190,7 @@ def _rows(
             if amsgrad:
                 row = (*row, state["max_exp_avg_sq"])
         except KeyError as error:
-            raise incomplete(error) from error
+            raise unlike(error, state, "float32", param, i) from error
         if param.is_cpu:
             where = on_cpu
         else:
@@ -158,10 +198,10 @@ def _rows(
             where = _elsewhere(kernels, fields, row)
         if mask is not None:
             check_mask(mask, param)
-            rows[where, MASK_FIELDS].append((*row, mask.bits, mask.offsets, mask.count))
+            rows[Alike(where, MASK_FIELDS)].append((*row, mask.bits, mask.offsets, mask.count))
         else:  # mostly on the CPU, where a step may take under 1 us for each
-            (plain_rows if where == on_cpu else rows[where, ()]).append(row)
-    return rows, sharded
+            (plain_rows if where == on_cpu else rows[Alike(where)]).append(row)
+    return sharded
 
 
 def norm_over_ranks(param_groups: list[dict[str, Any]]) -> "AbstractContextManager[NormOverRanks | None]":
@@ -246,45 +286,3 @@ def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, firs
             f"backend='auto' where the kernels have proved themselves (got one of shape {tuple(first.shape)} on "
             f"{first.device}, backend={kernels.backend!r}); use capturable=False"
         )
-
-
-def check_options(options: dict[str, Any], seed: int) -> None:
-    """Raises if an option of a group is invalid; checks those that torch.optim.AdamW does not know or does not refuse.
-
-    Args:
-        options: the group's options; without `reserve_p` if there is a child network.
-        seed: the optimizer's seed, which every group must have.
-
-    Raises:
-        ValueError: an option is out of its range or cannot be honoured.
-        TypeError: `reserve_p` is no number.
-    """
-    if "reserve_p" in options:
-        keep_threshold(options["reserve_p"])
-    if not isinstance(options["seed"], int) or options["seed"] != seed:
-        raise ValueError("ChildAdamW: seed is one for the whole optimizer; pass it to the constructor, not in a group")
-    if options["decay"] not in _DECAYS:
-        raise ValueError(f"decay must be 'auto', 'all' or 'child' (got {shown(options['decay'])})")
-    if options["norm_of"] not in _NORMS_OF:
-        raise ValueError(f"norm_of must be 'all' or 'child' (got {shown(options['norm_of'])})")
-    if options["variant"] not in _VARIANTS:
-        raise ValueError(
-            f"variant must be 'torch' or 'hf', the published code's arithmetic (got {shown(options['variant'])})"
-        )
-    if options["variant"] == "hf" and options["amsgrad"]:
-        raise ValueError("variant='hf' has no amsgrad; use amsgrad=False or variant='torch'")
-    max_grad_norm = options["max_grad_norm"]
-    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
-        raise ValueError(
-            f"max_grad_norm must be a number above 0, or None for no clipping (got {shown(max_grad_norm)})"
-        )
-    if options["differentiable"]:
-        raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
-
-
-def settle_options(group: dict[str, Any], masked: bool) -> None:
-    """Makes the options of a group with a child network show what its steps do: no reserve_p, and no "auto" decay."""
-    if masked:
-        group.pop("reserve_p", None)
-        if group.get("decay") == "auto":
-            group["decay"] = "child"
