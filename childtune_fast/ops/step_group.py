@@ -122,14 +122,14 @@ def check_group(group: StepGroup) -> None:
 def _check_average(name: str, key: str, value: Tensor, param: Tensor, state: State, shape: tuple[int, ...]) -> None:
     dtype = STORED_AS.get(state, compute_dtype(param))
     if isinstance(value, Tensor) and {value.dtype, dtype} == {torch.float32, torch.bfloat16}:
-        raise other_state(name, state, str(value.dtype).removeprefix("torch."))
+        raise other_state(f"state '{key}' of {name}", state, str(value.dtype).removeprefix("torch."))
     _check_like(name, f"state '{key}'", value, param, dtype, shape)
 
 
-def other_state(name: str, state: str, got: str) -> ValueError:
-    """Returns the error for a parameter whose state has begun in another form than that of its group."""
+def other_state(what: str, state: str, got: str) -> ValueError:
+    """Returns the error for state that has begun in another form than that of its group."""
     return ValueError(
-        f"ChildAdamW: the state of {name} must be stored as its group says, in {state} (got {got}); "
+        f"ChildAdamW: {what} must be stored as its group says, in {state} (got {got}); "
         "optimizer.load_state_dict(optimizer.state_dict()) converts it"
     )
 

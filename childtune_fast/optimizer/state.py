@@ -123,7 +123,7 @@ def unlike(error: KeyError, state: dict[str, Any], kind: State, param: Tensor, i
     if coded == (kind == "8bit") or not (coded or AVERAGES[0] in state):
         return incomplete(error)
     got = "8bit" if coded else str(getattr(state[AVERAGES[0]], "dtype", None)).removeprefix("torch.")
-    return other_state(f"parameter {i} of shape {tuple(param.shape)}", kind, got)
+    return other_state(f"the state of parameter {i} of shape {tuple(param.shape)}", kind, got)
 
 
 def _no_steps() -> Tensor:
