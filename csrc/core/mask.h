@@ -29,11 +29,11 @@ struct MaskKey {
   uint32_t param_index;  // its index in the optimizer, counted through all groups
 };
 
-// Returns the 128 random bits of counter `j` of block `block`.
-CHILDTUNE_INLINE Philox4 mask_words(const MaskKey& key, uint64_t block, uint32_t j) {
+// Returns the 128 random bits of counter `j` of block `block`. `domain` is 0, or core/rounding.h's.
+CHILDTUNE_INLINE Philox4 mask_words(const MaskKey& key, uint64_t block, uint32_t j, uint32_t domain = 0) {
   const uint64_t number = block * kMaskCounters + j;
-  return philox4x32_10(static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32), key.step, key.param_index,
-                       static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+  return philox4x32_10(static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32) | domain, key.step,
+                       key.param_index, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 
 // Returns whether the 16-bit number in half-word `half` of `word` keeps its element.

@@ -16,9 +16,10 @@
 
 namespace childtune {
 
-constexpr int kRoundingVersion = 1;           // of what is said above; stands in every state_dict
-constexpr uint32_t kSpread = 0x9E3779B9u;     // 2^32 divided by the golden ratio
-constexpr uint32_t kNearest = 0x80000000u;    // in place of random bits: rounds to nearest
+constexpr int kRoundingVersion = 1;                // of what is said above; stands in every state_dict
+constexpr uint32_t kRoundingDomain = 0x80000000u;  // in a counter's second word
+constexpr uint32_t kSpread = 0x9E3779B9u;          // 2^32 divided by the golden ratio
+constexpr uint32_t kNearest = 0x80000000u;         // in place of random bits: rounds to nearest
 
 // The words of a block, for the arrays that are rounded.
 struct RoundingWords {
@@ -26,9 +27,7 @@ struct RoundingWords {
 };
 
 CHILDTUNE_INLINE RoundingWords rounding_words(const MaskKey& key, uint64_t block) {
-  const Philox4 words = philox4x32_10(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32) | 0x80000000u,
-                                      key.step, key.param_index, static_cast<uint32_t>(key.seed),
-                                      static_cast<uint32_t>(key.seed >> 32));
+  const Philox4 words = mask_words(key, block / kMaskCounters, block % kMaskCounters, kRoundingDomain);
   return {words.word[0], words.word[1], words.word[2], words.word[3]};
 }
 

@@ -35,44 +35,58 @@ CHILDTUNE_OUT_OF_LINE void decay_only(const AdamWConstants<T>& constants, P* par
   for (int j = 0; j < size; ++j) store(param[j], decayed_outside(c, load(param[j])));
 }
 
+// Returns how many of the child network's weights come before `begin`, a multiple of 128; -1 if bits and offsets have
+// been changed since they were counted: a step stops where they leave the state's arrays.
+CHILDTUNE_INLINE int64_t first_offset(const PackedMask& child, int64_t begin) {
+  const int64_t packed_block = begin / kPackedBlock;
+  const int64_t offset = child.offsets[packed_block];
+  if (offset < 0 || offset > child.count) return -1;
+  return offset + count_bits(child.bits + packed_block * (kPackedBlock / 8), begin % kPackedBlock / 8);
+}
+
+// The weights of a packed block from `at` on, as far as `end`.
+struct ChildPart {
+  int size, bytes;      // how many there are; bytes of the mask, rounded up to whole kTogether
+  const uint8_t* bits;  // of the mask
+  bool copied;          // whether they must be copied to buffers: not contiguous, or the mask's bytes reach beyond them
+};
+
+CHILDTUNE_INLINE ChildPart child_part(const StepItem& item, int64_t at, int64_t end) {
+  const int64_t left_in_block = kPackedBlock - at % kPackedBlock;
+  const int size = static_cast<int>(left_in_block < end - at ? left_in_block : end - at);
+  return {size, (size + kTogether - 1) / kTogether * (kTogether / 8), item.child.bits + at / 8,
+          item.layout != nullptr || size % kTogether != 0};
+}
+
 // Steps the weights [begin, end), of which begin is a multiple of 128.
 template <class P, bool kAmsgrad>
 void step_child(const StepItem& item, int64_t begin, int64_t end) {
   using T = typename ComputeType<P>::type;
   const auto c = item.constants.cast<T>();
-  const PackedMask& child = item.child;
-  const int64_t packed_block = begin / kPackedBlock;
-  int64_t offset = child.offsets[packed_block];
-  // Bits and offsets may have been changed since they were counted: the step stops where they leave the state's arrays.
-  if (offset < 0 || offset > child.count) return;
-  offset += count_bits(child.bits + packed_block * (kPackedBlock / 8), begin % kPackedBlock / 8);
+  int64_t offset = first_offset(item.child, begin);
   P copied_param[kPackedBlock], copied_grad[kPackedBlock];
   ChildBuffers<P> moved;
-  for (int64_t at = begin; at < end;) {
-    const int64_t left_in_block = kPackedBlock - at % kPackedBlock;
-    const int size = static_cast<int>(left_in_block < end - at ? left_in_block : end - at);
-    const int bytes = (size + kTogether - 1) / kTogether * (kTogether / 8);
-    const uint8_t* bits = child.bits + at / 8;
-    const bool copied = item.layout != nullptr || size % kTogether != 0;
+  for (int64_t at = begin; at < end && offset >= 0;) {
+    const ChildPart part = child_part(item, at, end);
     P* param = static_cast<P*>(item.data[kParam]) + at;
     const P* grad = static_cast<const P*>(item.data[kGrad]) + at;
-    if (copied) {
-      gather(item, kParam, at, size, copied_param);
-      gather(item, kGrad, at, size, copied_grad);
+    if (part.copied) {
+      gather(item, kParam, at, part.size, copied_param);
+      gather(item, kGrad, at, part.size, copied_grad);
       param = copied_param;
       grad = copied_grad;
     }
-    const int64_t n = moved.compress(bits, bytes, param, grad);
-    if (n > child.count - offset) return;
+    const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
+    if (n > item.child.count - offset) return;
     Streams<typename ChildBuffers<P>::Stored> s{moved.param, moved.grad, static_cast<T*>(item.data[kExpAvg]) + offset,
                                                 static_cast<T*>(item.data[kExpAvgSq]) + offset,
                                                 kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + offset : nullptr};
     update_dense<kAmsgrad>(c, s, n);
-    if (item.decay_outside) decay_only(c, param, size);
-    moved.expand(bits, bytes, param, grad);
-    if (copied) scatter(item, kParam, at, size, copied_param);
+    if (item.decay_outside) decay_only(c, param, part.size);
+    moved.expand(part.bits, part.bytes, param, grad);
+    if (part.copied) scatter(item, kParam, at, part.size, copied_param);
     offset += n;
-    at += size;
+    at += part.size;
   }
 }
 

@@ -10,6 +10,7 @@
 
 #include "core/dtypes.h"
 #include "core/packed_mask.h"
+#include "core/rounding.h"
 #include "cpu/child_places.h"
 #include "cpu/half_lanes.h"
 #include "cpu/isa.h"
@@ -21,6 +22,16 @@ namespace CHILDTUNE_ISA {
 namespace {
 
 constexpr int kTogether = 16;  // weights
+
+// What the random bits of a block's elements are beyond the block's word.
+struct SpreadTable {
+  alignas(64) uint32_t of[kMaskBlock];
+
+  constexpr SpreadTable() : of() {
+    for (uint32_t j = 0; j < kMaskBlock; ++j) of[j] = j * kSpread;
+  }
+};
+constexpr SpreadTable kSpreadTable;
 
 #if defined(CHILDTUNE_AVX2)
 
@@ -92,6 +103,18 @@ CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const
   return n;
 }
 
+// compress for the elements' entries of kSpreadTable; the mask begins with a block.
+CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
+  CHILDTUNE_UNROLL_4
+  for (int64_t i = 0; i < bytes; ++i) {
+    const auto* entries = reinterpret_cast<const __m256i*>(kSpreadTable.of + 8 * i % kMaskBlock);
+    const __m256i indices = eight_indices(kByteTable.compress[bits[i]]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(spread),
+                        _mm256_permutevar8x32_epi32(_mm256_load_si256(entries), indices));
+    spread += __builtin_popcount(bits[i]);
+  }
+}
+
 // Also fetches the next packed block's weights and gradients: the step works in the cache, so memory is idle.
 template <class P, class T>
 CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const T* child_param, P* param, const P* grad) {
@@ -145,6 +168,16 @@ CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const
   return n;
 }
 
+CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
+  CHILDTUNE_UNROLL_4
+  for (int64_t i = 0; i < bytes; i += 2) {
+    const __mmask16 mask = sixteen_bits(bits + i);
+    const __m512i entries = _mm512_load_si512(kSpreadTable.of + 8 * i % kMaskBlock);
+    _mm512_storeu_si512(spread, _mm512_maskz_compress_epi32(mask, entries));
+    spread += __builtin_popcount(mask);
+  }
+}
+
 template <class P>
 CHILDTUNE_OUT_OF_LINE void expand(const uint8_t* bits, int64_t bytes, const float* child_param, P* param, const P*) {
   CHILDTUNE_UNROLL_4
@@ -175,8 +208,18 @@ template <class P>
 using ChildBuffers = std::conditional_t<sizeof(P) == 8, ChildPlaces<P>, ChildLanes<P>>;
 
 #else
+
 template <class P>
 using ChildBuffers = ChildPlaces<P>;
+
+CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
+  for (int64_t i = 0; i < bytes; ++i) {
+    const uint32_t* entries = kSpreadTable.of + 8 * i % kMaskBlock;
+    for (int j = 0; j < 8; ++j) spread[j] = entries[kPlaceTable.place[bits[i]][j]];
+    spread += kPlaceTable.count[bits[i]];
+  }
+}
+
 #endif
 
 }  // namespace

@@ -76,12 +76,14 @@ CHILDTUNE_INLINE void store_word(Lanes first, Lanes second, uint32_t* to) {
 
 constexpr int kRounds = 10;
 
-// A parameter's key, and its ten round keys.
+// A parameter's key, and its ten round keys. `domain` is 0, or kRoundingDomain for the counters of core/rounding.h: as
+// mask bits they are those of block / 16.
 struct MaskKeys {
   MaskKey key;
+  uint32_t domain;
   Lanes round[kRounds][2];
 
-  CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k) : key(k) {
+  CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k, uint32_t d = 0) : key(k), domain(d) {
     uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
     for (int r = 0; r < kRounds; ++r, key0 += kPhiloxWeyl0, key1 += kPhiloxWeyl1) {
       round[r][0] = broadcast(key0);
@@ -94,13 +96,13 @@ struct Counters {
   Lanes c0, c1, c2, c3;
 
   // Begins those counters of `block`, `first` and after, that are in the first or the second of two vectors.
-  CHILDTUNE_MEMBER void begin(const MaskKey& key, uint64_t block, int first, bool second) {
+  CHILDTUNE_MEMBER void begin(const MaskKeys& keys, uint64_t block, int first, bool second) {
     Lanes number;
     for (int lane = 0; lane < kWide; ++lane) number[lane] = first + counter_in(second, lane);
     c0 = broadcast(block * kMaskCounters) + number;
-    c1 = broadcast(block * kMaskCounters >> 32);  // the same for all counters of a block
-    c2 = broadcast(key.step);
-    c3 = broadcast(key.param_index);
+    c1 = broadcast(block * kMaskCounters >> 32 | keys.domain);  // the same for all counters of a block
+    c2 = broadcast(keys.key.step);
+    c3 = broadcast(keys.key.param_index);
   }
 
   CHILDTUNE_MEMBER void round(const Lanes* round_key) {
@@ -128,7 +130,7 @@ template <int kBegin, int kEnd>
 CHILDTUNE_INLINE void draw_rounds(const MaskKeys& keys, uint64_t block, int j, MaskDraw& d, MaskBits* bits) {
   if (kBegin == 0) {
     CHILDTUNE_UNROLL
-    for (int i = 0; i < kVectors; ++i) d.vector[i].begin(keys.key, block, j + i / 2 * 2 * kWide, i % 2 == 1);
+    for (int i = 0; i < kVectors; ++i) d.vector[i].begin(keys, block, j + i / 2 * 2 * kWide, i % 2 == 1);
   }
   CHILDTUNE_UNROLL
   for (int round = kBegin; round < kEnd; ++round) {
@@ -157,13 +159,14 @@ CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, Mask
 
 struct MaskKeys {
   MaskKey key;
+  uint32_t domain;
 
-  CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k) : key(k) {}
+  CHILDTUNE_MEMBER explicit MaskKeys(const MaskKey& k, uint32_t d = 0) : key(k), domain(d) {}
 };
 
 CHILDTUNE_OUT_OF_LINE void draw_block(const MaskKeys& keys, uint64_t block, MaskBits* bits) {
   for (int j = 0; j < kMaskCounters; ++j) {
-    const Philox4 words = mask_words(keys.key, block, j);
+    const Philox4 words = mask_words(keys.key, block, j, keys.domain);
     for (int word = 0; word < 4; ++word) bits->word[word][j] = words.word[word];
   }
 }

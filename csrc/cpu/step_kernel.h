@@ -14,6 +14,7 @@
 #include "cpu/layout.h"
 #include "cpu/loops.h"
 #include "cpu/mask_lanes.h"
+#include "cpu/rounded_kernel.h"
 
 namespace childtune {
 namespace CHILDTUNE_ISA {
@@ -168,6 +169,11 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
 
 template <class P>
 void step_typed(const StepItem& item, int64_t begin, int64_t end) {
+  if constexpr (sizeof(P) < 8) {
+    if (item.state != StateKind::kComputed || item.stochastic) {
+      return item.child.bits != nullptr ? step_rounded_child<P>(item, begin, end) : step_rounded<P>(item, begin, end);
+    }
+  }
   if (item.child.bits != nullptr) {
     item.data[kMaxExpAvgSq] ? step_child<P, true>(item, begin, end) : step_child<P, false>(item, begin, end);
   } else if (item.masked) {

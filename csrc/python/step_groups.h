@@ -72,10 +72,11 @@ MaskSlice mask_slice(const py::handle& entry) {
 // tensors themselves are looked at later, when all groups have been read.
 struct Group {
   TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, child_bits, child_offsets;
+  TensorList scales[kAverages];
   std::vector<uint32_t> indices;
   std::vector<int64_t> child_counts;
   std::vector<MaskSlice> slices;  // empty: every parameter is whole
-  bool amsgrad, decay_outside;
+  bool amsgrad, decay_outside, stochastic;
   uint32_t keep_threshold;
   uint64_t seed;
   HyperParams hyper;
@@ -91,8 +92,10 @@ struct Group {
         steps(group, "steps"),
         child_bits(group, "child_bits"),
         child_offsets(group, "child_offsets"),
+        scales{{group, "exp_avg_scales"}, {group, "exp_avg_sq_scales"}, {group, "max_exp_avg_sq_scales"}},
         amsgrad(group.attr("amsgrad").cast<bool>()),
         decay_outside(group.attr("decay_outside").cast<bool>()),
+        stochastic(group.attr("stochastic").cast<bool>()),
         keep_threshold(group.attr("keep_threshold").cast<uint32_t>()),
         seed(group.attr("seed").cast<uint64_t>()),
         hyper(hyper_params(group)) {
@@ -123,6 +126,9 @@ struct Group {
       childtune::count_writes(written->tensors.ptr(), count);
     }
     if (amsgrad) childtune::count_writes(max_exp_avg_sqs.tensors.ptr(), count);
+    for (const TensorList& of_average : scales) {
+      if (of_average.size() > 0) childtune::count_writes(of_average.tensors.ptr(), count);
+    }
   }
 };
 
@@ -134,6 +140,18 @@ DeviceGroup device_group(const Group& group, int device) {
     result.lr_is_double = view.bits == 64;
   }
   return result;
+}
+
+// Sets what a step that rounds stochastically needs; the item's arrays and slice must be set before.
+void set_rounding(const Group& group, size_t i, int device, StepItem* item) {
+  item->stochastic = group.stochastic && (item->dtype == DType::kBFloat16 || item->dtype == DType::kFloat16);
+  if (item->state == StateKind::kComputed && !item->stochastic) return;
+  if (item->slice.offset % kMaskBlock != 0 || (item->slice.run > 0 && item->slice.run != item->numel))
+    refuse("a slice that is rounded stochastically must be one run, which begins at a multiple of 128");
+  if (item->state != StateKind::kCodes) return;
+  for (int average = 0; average < kAverages - !group.amsgrad; ++average) {
+    item->scales[average] = code_scales(group.scales[average].at(i), item->numel, device);
+  }
 }
 
 void add_items(const Group& group, int device, Counter counter, Workspace* w) {
@@ -168,6 +186,7 @@ void add_items(const Group& group, int device, Counter counter, Workspace* w) {
     if (item.slice.run < 0 || (item.slice.run > 0 && item.numel % item.slice.run != 0))
       refuse("a slice must hold whole runs");
     item.decay_outside = group.decay_outside;
+    set_rounding(group, i, device, &item);
     w->items.push_back(item);
   }
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/codes.h"
 #include "core/step_item.h"
 #include "cuda/device_constants.h"
 #include "python/tensor_view.h"
@@ -95,13 +96,21 @@ PackedMask packed_mask(const TensorView& bits, const TensorView& offsets, int64_
   return {child_bits(bits, numel, device), offset, count};
 }
 
+// Returns how a state array is stored, of a parameter with the item's dtype.
+StateKind state_kind(const TensorView& t, DType dtype) {
+  if (dtype != DType::kFloat64 && t.is(kCodeUInt, 8)) return StateKind::kCodes;
+  if (dtype != DType::kFloat64 && t.is(kCodeBFloat, 16)) return StateKind::kBFloat16;
+  if (t.is(kCodeFloat, dtype == DType::kFloat64 ? 64 : 32)) return StateKind::kComputed;
+  refuse("the state must have the dtype of the computation, or be bfloat16 or uint8");
+}
+
 // Sets the item's arrays, after checking that all lie on the device with the shape and the dtypes that the kernel
 // assumes. item->child must be set before: with a child network, the state must be compact.
 void set_arrays(const TensorView* views, int streams, int device, Workspace* w, StepItem* item) {
   const TensorView& param = views[kParam];
   item->dtype = param_dtype(param);
   item->numel = param.numel();
-  const uint8_t state_bits = item->dtype == DType::kFloat64 ? 64 : 32;
+  item->state = streams > kExpAvg ? state_kind(views[kExpAvg], item->dtype) : StateKind::kComputed;
   bool contiguous = true;
   for (int s = 0; s < streams; ++s) {
     const TensorView& t = views[s];
@@ -110,8 +119,9 @@ void set_arrays(const TensorView* views, int streams, int device, Workspace* w, 
     if (compact && (t.ndim != 1 || t.numel() != item->child.count || !t.contiguous()))
       refuse("the state of a child network must be contiguous, with a value for each of its weights");
     if (!compact && !t.same_shape(param)) refuse("param, grad and state must have one shape");
-    const bool right = s <= kGrad ? t.is(param.type_code, param.bits) : t.is(kCodeFloat, state_bits);
-    if (!right) refuse("grad must have the dtype of param, and the state that of the computation");
+    if (s > kGrad && item->state == StateKind::kCodes && !t.contiguous()) refuse("codes must be contiguous");
+    const bool right = s <= kGrad ? t.is(param.type_code, param.bits) : state_kind(t, item->dtype) == item->state;
+    if (!right) refuse("grad must have the dtype of param, and all of the state one dtype");
     contiguous = contiguous && (compact || t.contiguous());
     item->data[s] = t.data;
   }
@@ -124,6 +134,13 @@ void set_arrays(const TensorView* views, int streams, int device, Workspace* w, 
     if (views[s].ndim != param.ndim) break;  // compact state, which needs no strides
     w->layouts.insert(w->layouts.end(), views[s].strides, views[s].strides + param.ndim);
   }
+}
+
+// The scales of an average in codes, after checking that there is one for each block of a parameter of `numel` weights.
+uint8_t* code_scales(const TensorView& t, int64_t numel, int device) {
+  if (!is_vector_of(t, kCodeUInt, 8, (numel + kCodeBlock - 1) / kCodeBlock, device))
+    refuse("scales must hold a uint8 on the device of the step for each 128 weights begun");
+  return static_cast<uint8_t*>(t.data);
 }
 
 // Notes where the step count is stored, and returns the number of the step now taken.

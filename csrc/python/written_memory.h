@@ -31,7 +31,7 @@ inline int64_t elements_of(const StepItem& item, int stream) {
 
 inline int64_t element_size(const StepItem& item, int stream) {
   const int64_t computed = item.dtype == DType::kFloat64 ? 8 : 4;
-  if (stream != kParam) return computed;
+  if (stream != kParam) return item.state == StateKind::kCodes ? 1 : item.state == StateKind::kBFloat16 ? 2 : computed;
   return item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : computed;
 }
 
@@ -41,6 +41,17 @@ void for_each_written(const std::vector<StepItem>& items, Visit&& visit) {
   for (const StepItem& item : items) {
     for (const int stream : {int{kParam}, int{kExpAvg}, int{kExpAvgSq}, int{kMaxExpAvgSq}}) {
       if (item.data[stream] != nullptr && elements_of(item, stream) > 0) visit(item, stream);
+    }
+  }
+}
+
+// Calls `visit(address, bytes)` for the scales of every average in codes that a step writes.
+template <class Visit>
+void for_each_scales(const std::vector<StepItem>& items, Visit&& visit) {
+  for (const StepItem& item : items) {
+    if (item.numel == 0) continue;
+    for (const uint8_t* scales : item.scales) {
+      if (scales != nullptr) visit(reinterpret_cast<uintptr_t>(scales), (item.numel + kMaskBlock - 1) / kMaskBlock);
     }
   }
 }
@@ -67,6 +78,7 @@ inline uint64_t digest_of_written(const std::vector<StepItem>& items, const std:
       for (int64_t d = 0; d < ndim; ++d) mix(static_cast<uint64_t>(strides[d]));
     }
   });
+  for_each_scales(items, [&](uintptr_t at, int64_t) { mix(at); });
   for (const StepItem& item : items) mix(reinterpret_cast<uintptr_t>(item.counter));
   for (const StepCounter& counter : step_counters) mix(reinterpret_cast<uintptr_t>(counter.at) + counter.is_double);
   return digest;
@@ -101,6 +113,9 @@ inline bool lie_apart(const std::vector<StepItem>& items, const std::vector<Step
     const int64_t elements = reach(item, stream);
     apart = apart && elements > 0;
     spans.emplace_back(begin, begin + static_cast<uintptr_t>(elements * element_size(item, stream)));
+  });
+  for_each_scales(items, [&](uintptr_t at, int64_t bytes) {
+    spans.emplace_back(at, at + static_cast<uintptr_t>(bytes));
   });
   const auto add_count = [&](const void* count, uintptr_t size) {
     const auto begin = reinterpret_cast<uintptr_t>(count);

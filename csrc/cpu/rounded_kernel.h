@@ -1,0 +1,326 @@
+// The CPU step that rounds stochastically: of state in bytes or in bfloat16, and of 16-bit parameters if asked.
+//
+// A block of the mask, or with a child network the values of a packed block, is decoded into float buffers that stay in
+// the first-level cache, updated there as float32 state is, and encoded back. What is not a whole block of contiguous
+// arrays is copied into buffers first, so that loops run over whole groups of lanes.
+#pragma once
+
+#include <type_traits>
+
+#include "core/adamw.h"
+#include "core/rounding.h"
+#include "core/step_item.h"
+#include "cpu/child_kernel.h"
+#include "cpu/code_lanes.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "cpu/layout.h"
+#include "cpu/loops.h"
+#include "cpu/mask_lanes.h"
+
+namespace childtune {
+namespace CHILDTUNE_ISA {
+namespace {
+
+constexpr int kRoom = kPackedBlock + kLanes;  // of a buffer, in values
+
+// The words of core/rounding.h for one block after the other; sixteen are drawn at a time, as a block's mask is.
+class RoundingDraw {
+ public:
+  explicit RoundingDraw(const MaskKey& key) : keys_(key, kRoundingDomain) {}
+
+  RoundingWords of(uint64_t block) {
+    if (block / kMaskCounters != drawn_) {
+      drawn_ = block / kMaskCounters;
+      draw_block(keys_, drawn_, &bits_);
+    }
+    const uint64_t j = block % kMaskCounters;
+    return {bits_.word[0][j], bits_.word[1][j], bits_.word[2][j], bits_.word[3][j]};
+  }
+
+ private:
+  MaskKeys keys_;
+  uint64_t drawn_ = ~uint64_t{0};
+  MaskBits bits_;
+};
+
+// The averages of a step, exp_avg first. `stored` is where they lie as the state has them, `values` as floats: the same
+// place if the state is of floats.
+struct Averages {
+  int count;  // of arrays: two, or three with amsgrad
+  void* stored[kAverages];
+  float* values[kAverages];
+};
+
+// Decodes `lanes` values from number `first` on, all of one block of the parameter.
+CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a, int64_t first, int64_t lanes,
+                                        int64_t block) {
+  for (int i = 0; i < a.count; ++i) {
+    float* values = a.values[i] + first;
+    if (item.state == StateKind::kBFloat16) {
+      const BFloat16* stored = static_cast<const BFloat16*>(a.stored[i]) + first;
+      for (int64_t j = 0; j < lanes; j += kLanes) widen_lanes(stored + j, values + j);
+    } else if (item.state == StateKind::kCodes) {
+      const uint8_t* codes = static_cast<const uint8_t*>(a.stored[i]) + first;
+      const uint8_t scale = item.scales[i][block];
+      i == 0 ? decode_averages(codes, lanes, scale, values) : decode_squares(codes, lanes, scale, values);
+    }
+  }
+}
+
+// Makes `count` values such as codes can hold.
+CHILDTUNE_OUT_OF_LINE void sanitize_block(const Averages& a, int64_t first, int64_t count) {
+  for (int64_t j = first; j < first + count; ++j) {
+    float none = 0.0f;
+    sanitize(a.values[0][j], a.values[1][j], a.count == kAverages ? a.values[2][j] : none);
+  }
+}
+
+CHILDTUNE_OUT_OF_LINE void encode_codes(const StepItem& item, const Averages& a, int64_t first, int64_t count,
+                                        int64_t lanes, int64_t block, const uint32_t* words, const uint32_t* spread) {
+  uint32_t most[kAverages], all = 0;
+  const auto look = [&] {
+    for (int i = 0; i < a.count; ++i) most[i] = largest_bits(a.values[i] + first, count);
+  };
+  look();
+  for (int i = 0; i < a.count; ++i) all = all < most[i] ? most[i] : all;
+  if (all > kMostBits) {
+    sanitize_block(a, first, count);
+    look();
+  }
+  for (int i = 0; i < a.count; ++i) {
+    const float* values = a.values[i] + first;
+    uint8_t* codes = static_cast<uint8_t*>(a.stored[i]) + first;
+    const auto scale = static_cast<uint8_t>(scale_byte(most[i]));
+    item.scales[i][block] = scale;
+    i == 0 ? encode_averages(values, lanes, scale, words[i], spread, codes)
+           : encode_squares(values, lanes, scale, words[i], spread, codes);
+  }
+}
+
+// Encodes `count` values from number `first` on, all of one block of the parameter; `lanes` is at least `count`.
+CHILDTUNE_INLINE void encode_block(const StepItem& item, const Averages& a, int64_t first, int64_t count, int64_t lanes,
+                                   int64_t block, const RoundingWords& drawn, const uint32_t* spread) {
+  const uint32_t words[kAverages] = {drawn.exp_avg, drawn.exp_avg_sq, drawn.max_exp_avg_sq};
+  if (item.state == StateKind::kCodes) encode_codes(item, a, first, count, lanes, block, words, spread);
+  if (item.state != StateKind::kBFloat16) return;
+  for (int i = 0; i < a.count; ++i) {
+    float* values = a.values[i] + first;
+    round_randomly<BFloat16>(values, count, words[i], spread);  // and none of the next block
+    BFloat16* stored = static_cast<BFloat16*>(a.stored[i]) + first;
+    for (int64_t j = 0; j < lanes; j += kLanes) narrow_lanes(values + j, stored + j);
+  }
+}
+
+// Updates a block's floats; `bits` are its mask, nullptr for none.
+template <bool kAmsgrad>
+CHILDTUNE_OUT_OF_LINE void update_floats(const AdamWConstants<float>& constants, const Streams<float>& streams,
+                                         int64_t lanes, uint32_t keep_threshold, const MaskBits* bits) {
+  const AdamWConstants<float> c = constants;
+  const Streams<float> s = streams;
+  if (bits == nullptr) {
+    for (int64_t at = 0; at < lanes; at += kLanes) update_all_lanes<float, false, kAmsgrad>(c, s, at, nullptr, 0, 0);
+    return;
+  }
+  for (int64_t at = 0; at < lanes; at += 2 * kLanes) {  // the two halves of a word, so that the shift is a constant
+    const uint32_t* words = bits->word[at / (2 * kLanes)];
+    update_all_lanes<float, true, kAmsgrad>(c, s, at, words, 0, keep_threshold);
+    if (at + kLanes < lanes) update_all_lanes<float, true, kAmsgrad>(c, s, at + kLanes, words, 1, keep_threshold);
+  }
+}
+
+// The buffers of a block, or of a packed block with a child network.
+struct RoundedBuffers {
+  alignas(64) float param[kRoom] = {}, grad[kRoom] = {}, average[kAverages][kRoom] = {};
+  alignas(64) uint8_t stored[kAverages][kRoom * sizeof(float)] = {};
+  alignas(64) uint32_t spread[kRoom] = {};
+};
+
+// Copies `count` values of an average from number `at` on to a buffer, or back.
+template <class Stored>
+CHILDTUNE_INLINE void copy_values(const StepItem& item, Stream stream, int64_t at, int64_t count, bool back,
+                                  uint8_t* buffer) {
+  auto* values = reinterpret_cast<Stored*>(buffer);
+  auto* data = static_cast<Stored*>(item.data[stream]) + at;
+  if (item.layout != nullptr && item.child.bits == nullptr) {
+    back ? scatter(item, stream, at, count, values) : gather(item, stream, at, count, values);
+  } else {
+    back ? memcpy(data, values, count * sizeof(Stored)) : memcpy(values, data, count * sizeof(Stored));
+  }
+}
+
+CHILDTUNE_OUT_OF_LINE void copy_averages(const StepItem& item, int64_t at, int64_t count, bool back,
+                                         RoundedBuffers& b) {
+  for (int i = 0; i < kAverages; ++i) {
+    const auto stream = static_cast<Stream>(kExpAvg + i);
+    if (item.data[stream] == nullptr) continue;
+    switch (item.state) {
+      case StateKind::kCodes:
+        copy_values<uint8_t>(item, stream, at, count, back, b.stored[i]);
+        break;
+      case StateKind::kBFloat16:
+        copy_values<uint16_t>(item, stream, at, count, back, b.stored[i]);
+        break;
+      case StateKind::kComputed:
+        copy_values<float>(item, stream, at, count, back, b.stored[i]);
+        break;
+    }
+  }
+}
+
+// Returns the averages of an item from value `at` on: in the item's own arrays, or where copy_averages copies them.
+CHILDTUNE_INLINE Averages averages_of(const StepItem& item, int64_t at, bool copied, RoundedBuffers& b) {
+  Averages a{item.data[kMaxExpAvgSq] != nullptr ? kAverages : kAverages - 1, {}, {}};
+  const int64_t size = item.state == StateKind::kCodes ? 1 : item.state == StateKind::kBFloat16 ? 2 : 4;
+  for (int i = 0; i < a.count; ++i) {
+    a.stored[i] = copied ? b.stored[i] : static_cast<uint8_t*>(item.data[kExpAvg + i]) + at * size;
+    a.values[i] = item.state == StateKind::kComputed ? static_cast<float*>(a.stored[i]) : b.average[i];
+  }
+  return a;
+}
+
+// Rounds floats to P and stores `lanes` of them.
+template <class P>
+CHILDTUNE_INLINE void store_block(const StepItem& item, float* values, int64_t lanes, uint32_t word,
+                                  const uint32_t* spread, P* to) {
+  if (item.stochastic) round_randomly<P>(values, lanes, word, spread);
+  for (int64_t j = 0; j < lanes; j += kLanes) narrow_lanes(values + j, to + j);
+}
+
+// Steps the weights [begin, end) of which all are trained, where `begin` is a multiple of 128.
+template <class P>
+void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
+  const auto c = item.constants.cast<float>();
+  const MaskKeys keys(item.key);
+  RoundingDraw rounding(item.key);
+  RoundedBuffers b;
+  MaskBits bits;
+  P copied_param[kBlockLanes] = {}, copied_grad[kBlockLanes] = {};
+  for (int64_t at = begin; at < end; at += kMaskBlock) {
+    const int64_t count = kMaskBlock < end - at ? kMaskBlock : end - at, lanes = in_lanes(count);
+    const bool copied = item.layout != nullptr || count < kMaskBlock;
+    P* param = static_cast<P*>(item.data[kParam]) + at;
+    P* grad = static_cast<P*>(item.data[kGrad]) + at;
+    if (copied) {
+      gather(item, kParam, at, count, copied_param);
+      gather(item, kGrad, at, count, copied_grad);
+      copy_averages(item, at, count, false, b);
+      param = copied_param;
+      grad = copied_grad;
+    }
+    const Averages a = averages_of(item, at, copied, b);
+    const uint64_t block = (item.slice.offset + static_cast<uint64_t>(at)) / kMaskBlock;
+    const RoundingWords words = rounding.of(block);
+    if (item.masked) draw_block(keys, block, &bits);
+    decode_block(item, a, 0, lanes, at / kMaskBlock);
+    Streams<float> s{b.param, b.grad, a.values[0], a.values[1], a.values[2]};
+    if constexpr (std::is_same_v<P, float>) {
+      s.param = param;
+      s.grad = grad;
+    } else {
+      for (int64_t j = 0; j < lanes; j += kLanes) {
+        widen_lanes(param + j, b.param + j);
+        widen_lanes(grad + j, b.grad + j);
+      }
+    }
+    const MaskBits* mask = item.masked ? &bits : nullptr;
+    a.count == kAverages ? update_floats<true>(c, s, lanes, item.keep_threshold, mask)
+                         : update_floats<false>(c, s, lanes, item.keep_threshold, mask);
+    encode_block(item, a, 0, count, lanes, at / kMaskBlock, words, kSpreadTable.of);
+    if constexpr (!std::is_same_v<P, float>) {
+      store_block(item, b.param, lanes, words.param, kSpreadTable.of, param);
+    }
+    if (!copied) continue;
+    scatter(item, kParam, at, count, copied_param);
+    copy_averages(item, at, count, true, b);
+  }
+}
+
+// The weights and gradients of a child network as floats: where ChildBuffers has them, or in buffers.
+template <class P>
+struct ChildFloats {
+  using Moved = ChildBuffers<P>;
+  static constexpr bool kAreFloats = std::is_same_v<typename Moved::Stored, float>;
+
+  static void widen(Moved& moved, int64_t count, RoundedBuffers& b, float** param, float** grad) {
+    if constexpr (kAreFloats) {
+      *param = moved.param;
+      *grad = moved.grad;
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        b.param[j] = load(moved.param[j]);
+        b.grad[j] = load(moved.grad[j]);
+      }
+      *param = b.param;
+      *grad = b.grad;
+    }
+  }
+
+  static void narrow(Moved& moved, int64_t count, const float* param) {
+    if constexpr (!kAreFloats) {
+      for (int64_t j = 0; j < count; ++j) store(moved.param[j], param[j]);
+    }
+  }
+};
+
+// Steps the weights [begin, end) of a parameter with a child network, where `begin` is a multiple of 128.
+template <class P>
+void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
+  const auto c = item.constants.cast<float>();
+  RoundingDraw rounding(item.key);
+  RoundedBuffers b;
+  ChildBuffers<P> moved;
+  P copied_param[kPackedBlock], copied_grad[kPackedBlock];
+  const bool in_buffers = item.state != StateKind::kComputed;  // where there is room for whole groups of lanes
+  int64_t offset = first_offset(item.child, begin);
+  for (int64_t at = begin; at < end && offset >= 0;) {
+    const ChildPart part = child_part(item, at, end);
+    P* param = static_cast<P*>(item.data[kParam]) + at;
+    const P* grad = static_cast<const P*>(item.data[kGrad]) + at;
+    if (part.copied) {
+      gather(item, kParam, at, part.size, copied_param);
+      gather(item, kGrad, at, part.size, copied_grad);
+      param = copied_param;
+      grad = copied_grad;
+    }
+    const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
+    if (n > item.child.count - offset) return;
+    if (n > 0) {
+      compress_spread(part.bits, part.bytes, b.spread);
+      if (in_buffers) copy_averages(item, offset, n, false, b);
+      const Averages a = averages_of(item, offset, in_buffers, b);
+      float *weights, *grads;
+      ChildFloats<P>::widen(moved, n, b, &weights, &grads);
+      const auto each_block = [&](auto visit) {
+        int64_t first = 0;
+        for (int i = 0; i < part.bytes; i += kMaskBlock / 8) {
+          const int bytes = part.bytes - i < kMaskBlock / 8 ? part.bytes - i : kMaskBlock / 8;
+          const int64_t count = count_bits(part.bits + i, bytes);
+          if (count > 0) visit(first, count, (at + 8 * i) / kMaskBlock);
+          first += count;
+        }
+      };
+      each_block([&](int64_t first, int64_t count, int64_t block) {
+        decode_block(item, a, first, in_lanes(count), block);
+      });
+      const Streams<float> s{weights, grads, a.values[0], a.values[1], a.values[2]};
+      a.count == kAverages ? update_dense<true>(c, s, n) : update_dense<false>(c, s, n);
+      each_block([&](int64_t first, int64_t count, int64_t block) {
+        const RoundingWords words = rounding.of(item.slice.offset / kMaskBlock + static_cast<uint64_t>(block));
+        encode_block(item, a, first, count, in_lanes(count), block, words, b.spread + first);
+        if (item.stochastic) round_randomly<P>(weights + first, count, words.param, b.spread + first);
+      });
+      ChildFloats<P>::narrow(moved, n, weights);
+      if (in_buffers) copy_averages(item, offset, n, true, b);
+    }
+    if (item.decay_outside) decay_only(c, param, part.size);
+    moved.expand(part.bits, part.bytes, param, grad);
+    if (part.copied) scatter(item, kParam, at, part.size, copied_param);
+    offset += n;
+    at += part.size;
+  }
+}
+
+}  // namespace
+}  // namespace CHILDTUNE_ISA
+}  // namespace childtune
