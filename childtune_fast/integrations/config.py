@@ -8,7 +8,7 @@ from ..child.choice import Scope
 from ..fisher.estimation import OnNonfinite
 from ..ops.random_mask import keep_threshold
 from ..ops.step_group import State
-from ..optimizer.options import Decay, Rounding, Variant
+from ..optimizer.collect import Decay, Rounding, Variant
 
 Mode = Literal["F", "D"]
 _ONLY_D = (

@@ -24,10 +24,9 @@ from .checks import (
     refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import collect, norm_over_ranks
+from .collect import Decay, NormOf, Rounding, Variant, check_options, collect, norm_over_ranks, settle_options
 from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_numbers, check_states, explain
 from .masks import MaskBook
-from .options import Decay, NormOf, Rounding, Variant, check_options, settle_options
 from .state import incomplete
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given

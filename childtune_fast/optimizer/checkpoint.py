@@ -19,10 +19,10 @@ from ..ops.step import StepMemory
 from ..ops.undisturbed import undisturbed
 from .agreed import FINGERPRINT, agreed_masks
 from .checks import check_stored
+from .collect import OWN_OPTIONS, check_options, settle_options
 from .groups import check_groups, check_numbers, check_states
 from .kinds import kind_of
 from .masks import MaskBook
-from .options import OWN_OPTIONS, check_options, settle_options
 from .restored import dense_state, restored_state
 from .saved import check_checkpoint, states_of_params
 from .state import copied, incomplete, saved_state

@@ -31,7 +31,7 @@ def add_sharded_rows(
     depend on where its elements lie in the whole: where one slice cannot say it, the shard has several rows.
 
     Args:
-        rows: the group's rows, by what their parameters have in common, as `collect.Alike` says.
+        rows: the group's rows, by what their parameters have in common, as `rows.Alike` says.
         params: the sharded parameters (DTensor) that have a gradient, it, and their numbers in the optimizer.
         group: the group.
         amsgrad: whether it has amsgrad.
