@@ -7,7 +7,8 @@ from ..arguments import Selector, check_seed, predicate, shown
 from ..child.choice import Scope
 from ..fisher.estimation import OnNonfinite
 from ..ops.random_mask import keep_threshold
-from ..optimizer.collect import Decay, Variant
+from ..ops.step_group import State
+from ..optimizer.collect import Decay, Rounding, Variant
 
 Mode = Literal["F", "D"]
 _ONLY_D = (
@@ -31,6 +32,9 @@ class ChildTuningConfig:
             only); "auto" is "all" in mode "F" and "child" in mode "D" (default: "auto").
         variant: "torch" is torch.optim.AdamW's arithmetic; "hf" is that of the published code, which adds eps before
             the bias correction and decays after the update (default: "torch").
+        state: how the optimizer's averages are stored: "float32"; "bfloat16"; or "8bit", one byte a value. See
+            `ChildAdamW` (default: "float32").
+        rounding: of bfloat16 and float16 weights: "nearest"; or "stochastic" (default: "nearest").
         seed: mode "F" only: integer of 64 bits that determines the random masks; None takes `TrainingArguments.seed`
             (default: None).
         fisher_batches: mode "D" only: number of batches of the training set to estimate the scores on; None takes all
@@ -59,6 +63,8 @@ class ChildTuningConfig:
     reserve_p: float = 0.3
     decay: Decay = "auto"
     variant: Variant = "torch"
+    state: State = "float32"
+    rounding: Rounding = "nearest"
     seed: int | None = None
     fisher_batches: int | None = None
     per_example: bool = False
@@ -70,7 +76,8 @@ class ChildTuningConfig:
     refresh_every: Literal["epoch"] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", Mode), ("decay", Decay), ("variant", Variant), ("scope", Scope)):
+        words = {"mode": Mode, "decay": Decay, "variant": Variant, "state": State, "rounding": Rounding, "scope": Scope}
+        for name, choices in words.items():
             self._check_choice(name, *get_args(choices))
         self._check_choice("on_nonfinite", *get_args(OnNonfinite))
         self._check_choice("refresh_every", None, "epoch")

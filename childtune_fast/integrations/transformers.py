@@ -194,7 +194,7 @@ class ChildTuningTrainer(Trainer):
     def _child_options(self) -> dict[str, Any]:
         """Returns the arguments of ChildAdamW that AdamW does not have."""
         config = self.child_tuning
-        options: dict[str, Any] = {"decay": config.decay, "variant": config.variant}
+        options: dict[str, Any] = {n: getattr(config, n) for n in ("decay", "variant", "state", "rounding")}
         if config.mode == "D" and self.child_network is None:  # it comes later, and with it "auto" becomes "child"
             return {**options, "decay": "all" if config.decay == "all" else "auto", "reserve_p": 1.0}
         if config.mode == "D":

@@ -79,18 +79,20 @@ class StepKernels(NamedTuple):
         """Returns what reads usual parameters on the CPU, as csrc/python/state_reader.h says; None if nothing does."""
         return None if self.native is None else self.native.StateReader(states, masks)
 
-    def elsewhere(self, tensors: Sequence[Tensor]) -> Where:
+    def elsewhere(self, tensors: Sequence[Tensor], rounded: bool = False) -> Where:
         """Returns who steps a parameter that is not on the CPU.
 
         Args:
-            tensors: the parameter, its gradient and the averages in its state; for a sharded parameter, their local
-                parts.
+            tensors: the parameter, its gradient and the averages in its state, with the scales of 8-bit ones; for a
+                sharded parameter, their local parts.
+            rounded: whether the step rounds anything stochastically: state of fewer bits, or the parameter
+                (default: False).
 
         Raises:
             BackendError: the kernels of its GPU are asked for and there are none. Nothing has been written then.
         """
         param = tensors[0]
-        if self.native is None or not param.is_cuda:
+        if self.native is None or not param.is_cuda or rounded:
             return None
         device = param.device.index
         if device not in self.on_gpus:
@@ -244,12 +246,12 @@ def _call_kernels(
 
 def _step_in_torch(groups: list[StepGroup], begun: bool, memory: StepMemory, undo: dict[Any, Any]) -> None:
     """Takes torch's part of a step; raises StepInterrupted where an error, such as of memory, comes after a write."""
-    averages = [exp_avg for group in groups for exp_avg in group.exp_avgs if not exp_avg.is_inference()]
-    versions = [exp_avg._version for exp_avg in averages]
+    tensors = [tensor for tensor in written(groups) if not tensor.is_inference()]
+    versions = [tensor._version for tensor in tensors]
     try:
         foreach.step(groups)
     except (RuntimeError, MemoryError) as error:
-        if begun or versions != [exp_avg._version for exp_avg in averages]:
+        if begun or versions != [tensor._version for tensor in tensors]:
             raise _interrupted(error, memory, undo) from error
         raise
 

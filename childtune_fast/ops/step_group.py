@@ -6,11 +6,13 @@ compiled step has refused a group, and before every step in torch.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..arguments import is_wrapper, lost_memory, shown
+from .codes import block_count
 from .packed_mask import PackedMask
 
 # A float32 counts no further: 2**24 + 1 rounds to 2**24, and F would draw the same mask from then on.
@@ -20,7 +22,10 @@ _STEP_LIMITS = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+State = Literal["float32", "bfloat16", "8bit"]  # how state is stored; "float32": in the type that computes
+STORED_AS = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}  # else compute_dtype
 MASK_FIELDS = ("child_bits", "child_offsets", "child_counts")  # those of a StepGroup that say where it is masked
+SCALE_FIELDS = ("exp_avg_scales", "exp_avg_sq_scales", "max_exp_avg_sq_scales")  # those that only 8-bit state has
 
 
 @dataclass(slots=True)
@@ -47,7 +52,10 @@ class StepGroup:
     decay_outside: bool = False  # decay weights outside the child network too
     child_norm: bool = False  # norm_of="child": leave the gradient outside the child network out of the norm
     stochastic: bool = False  # rounding="stochastic": of the parameters, where they are bfloat16 or float16
-    slices: list[tuple[int, int, int]] | None = None  # of shards: see LocalPart.pieces; None if places do not matter
+    state: State = "float32"  # how the state of all of these parameters is stored
+    # Of shards: see LocalPart.pieces; None if places do not matter. Where anything is rounded stochastically, each is
+    # one run that begins at a multiple of 128.
+    slices: list[tuple[int, int, int]] | None = None
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
     # The parameter's shape or, where it is masked, [its weights in the child network]; float32, or float64 for float64.
@@ -88,21 +96,48 @@ def check_group(group: StepGroup) -> None:
     Raises:
         RuntimeError: a sparse gradient (as torch.optim.AdamW raises).
         TypeError: a dtype that is not supported, or a thing that is no tensor.
-        ValueError: shapes or devices that differ, or a step count that is none.
+        ValueError: shapes or devices that differ, a step count that is none, or a state that is stored in another way
+            than the group's.
     """
-    states = {"exp_avg": group.exp_avgs, "exp_avg_sq": group.exp_avg_sqs}
+    averages = [("exp_avg", group.exp_avgs), ("exp_avg_sq", group.exp_avg_sqs)]
     if group.amsgrad:
-        states["max_exp_avg_sq"] = group.max_exp_avg_sqs
+        averages.append(("max_exp_avg_sq", group.max_exp_avg_sqs))
     for i, (param, grad, step) in enumerate(zip(group.params, group.grads, group.steps, strict=True)):
         name = f"parameter {group.indices[i]} of shape {tuple(param.shape)}"
         _check_grad(name, param, grad)
         shape = tuple(param.shape) if not group.child_bits else (group.child_counts[i],)
-        for key, values in states.items():
-            _check_like(name, f"state '{key}'", values[i], param, compute_dtype(param), shape)
+        for (key, values), field_of_scales in zip(averages, SCALE_FIELDS):  # noqa: B905 - two or three
+            if group.state == "8bit":
+                _check_bytes(name, f"state '{key}_codes'", values[i], param, shape)
+                scales = getattr(group, field_of_scales)[i]
+                _check_bytes(name, f"state '{key}_scales'", scales, param, (block_count(param.numel()),))
+            else:
+                _check_average(name, key, values[i], param, group.state, shape)
         if group.child_bits:
             _check_memory(name, "the mask", group.child_bits[i])
             _check_memory(name, "the mask", group.child_offsets[i])
         _check_step(name, step)
+
+
+def _check_average(name: str, key: str, value: Tensor, param: Tensor, state: State, shape: tuple[int, ...]) -> None:
+    dtype = STORED_AS.get(state, compute_dtype(param))
+    if isinstance(value, Tensor) and {value.dtype, dtype} == {torch.float32, torch.bfloat16}:
+        raise other_state(f"state '{key}' of {name}", state, str(value.dtype).removeprefix("torch."))
+    _check_like(name, f"state '{key}'", value, param, dtype, shape)
+
+
+def other_state(what: str, state: str, got: str) -> ValueError:
+    """Returns the error for state that has begun in another form than that of its group."""
+    return ValueError(
+        f"ChildAdamW: {what} must be stored as its group says, in {state} (got {got}); "
+        "optimizer.load_state_dict(optimizer.state_dict()) converts it"
+    )
+
+
+def _check_bytes(name: str, what: str, values: Tensor, param: Tensor, shape: tuple[int, ...]) -> None:
+    _check_like(name, what, values, param, torch.uint8, shape)
+    if not values.is_contiguous():
+        raise ValueError(f"ChildAdamW: {what} of {name} must be contiguous (got strides {values.stride()})")
 
 
 def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -134,7 +169,8 @@ def _check_like(
     if tensor.layout != torch.strided:
         raise TypeError(f"ChildAdamW: {what} of {name} must be a strided tensor (got {tensor.layout})")
     if tensor.dtype != dtype:
-        raise TypeError(f"ChildAdamW: {what} of {name} must be {dtype} (got {tensor.dtype}); convert it with .to()")
+        remedy = "convert it with .to()" if dtype.is_floating_point else "load a whole checkpoint"
+        raise TypeError(f"ChildAdamW: {what} of {name} must be {dtype} (got {tensor.dtype}); {remedy}")
     if tensor.shape != shape:
         raise ValueError(f"ChildAdamW: {what} of {name} must have the shape {shape} (got {tuple(tensor.shape)})")
     if tensor.device != param.device:
@@ -176,3 +212,4 @@ def written(groups: Iterable[StepGroup]) -> Iterator[Tensor]:
     """Returns the tensors that a step over the groups writes."""
     for group in groups:
         yield from (*group.params, *group.exp_avgs, *group.exp_avg_sqs, *group.max_exp_avg_sqs, *group.steps)
+        yield from (*group.exp_avg_scales, *group.exp_avg_sq_scales, *group.max_exp_avg_sq_scales)

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..arguments import check_seed, check_type
 from ..child import ChildNetwork
 from ..native import load
-from ..ops.random_mask import MASK_VERSION
 from ..ops.step import StepKernels, StepMemory, prepare, take_step
-from .checkpoint import FINGERPRINT, CheckpointedAdamW
+from ..ops.step_group import State
+from .agreed import FINGERPRINT
+from .checkpoint import VERSIONS, CheckpointedAdamW
 from .checks import (
     agree_on_seed,
     check_child,
@@ -23,7 +24,7 @@ from .checks import (
     refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import Decay, NormOf, Variant, check_options, collect, norm_over_ranks, settle_options
+from .collect import Decay, NormOf, Rounding, Variant, check_options, collect, norm_over_ranks, settle_options
 from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_numbers, check_states, explain
 from .masks import MaskBook
 from .state import incomplete
@@ -47,8 +48,8 @@ class ChildAdamW(CheckpointedAdamW):
 
     What is not listed here is as in `torch.optim.AdamW`, errors included. The differences:
 
-    - State is float32 for bfloat16 and float16 parameters, float64 for float64 ones. Parameters are rounded once, when
-      they are stored.
+    - State is float32 for bfloat16 and float16 parameters, float64 for float64 ones, or takes fewer bits: `state`.
+      Parameters are rounded once, when they are stored.
     - `max_grad_norm`, a GradScaler's unscaling and its skip of a step are part of the step.
     - A step that raises has written nothing.
 
@@ -83,6 +84,15 @@ class ChildAdamW(CheckpointedAdamW):
             masking, over all ranks that hold parts of a DTensor; None does not clip (default: None).
         norm_of: "child" leaves the gradient of the weights that `child` leaves out of the parameters that it masks out
             of that norm; "all" counts every gradient (default: "all").
+        state: how the averages are stored: "float32"; "bfloat16"; or "8bit", one byte a value and one more for each 128
+            weights, under names of its own (`exp_avg_codes`, `exp_avg_scales`, ...), which `dense_state_dict` decodes.
+            The last two are rounded stochastically, by random bits that depend on seed, step, parameter and element
+            alone, so that they need no state. Parameters of fewer than 4096 weights keep float32. float64 parameters
+            need "float32", and so do DTensors whose ranks' parts do not begin at multiples of 128 weights or, for
+            "8bit", whose rows are no such multiples (default: "float32").
+        rounding: of bfloat16 and float16 weights: "nearest"; or "stochastic", by which steps that are too small for the
+            weights' dtype have their effect on average. It does nothing for weights of other dtypes, which hold what
+            is computed (default: "nearest").
         backend: "native" uses the compiled kernels, on a GPU without a proof; "torch" uses pure torch; "auto" uses the
             kernels on the CPU, and on a GPU once they have proved themselves there, as the environment variable
             CHILDTUNE_GPU says; else pure torch, with one warning. CHILDTUNE_BACKEND replaces "auto" (default: "auto").
@@ -117,6 +127,8 @@ class ChildAdamW(CheckpointedAdamW):
         variant: Variant = "torch",
         max_grad_norm: float | None = None,
         norm_of: NormOf = "all",
+        state: State = "float32",
+        rounding: Rounding = "nearest",
         backend: load.Backend = "auto",
     ) -> None:
         self.backend = load.check(backend, "backend")
@@ -129,27 +141,18 @@ class ChildAdamW(CheckpointedAdamW):
             "variant": variant,
             "max_grad_norm": max_grad_norm,
             "norm_of": norm_of,
+            "state": state,
+            "rounding": rounding,
             "seed": check_seed(torch.initial_seed() if seed is None else seed),
-            "mask_version": MASK_VERSION,
+            **{name: version for name, (_, version) in VERSIONS.items()},
             FINGERPRINT: None,
         }
         settle_options(options, child is not None)
         self._child_defaults = options
         check_kinds({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         check_type("ChildAdamW: params", params, Iterable, "parameters or parameter groups")
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        flags = {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, fused=fused, **flags)
         del self._child_defaults  # `defaults` has them now
         agree_on_seed(self.defaults, self.param_groups)
         masks = self._masks()

@@ -12,18 +12,24 @@ from torch import Tensor
 
 from ..arguments import check_seed, check_type
 from ..native.load import Backend
-from ..ops.packed_mask import Masks, PackedMask, fingerprint
+from ..ops.packed_mask import Masks
 from ..ops.random_mask import MASK_VERSION
+from ..ops.rounding import ROUNDING_VERSION
 from ..ops.step import StepMemory
 from ..ops.undisturbed import undisturbed
+from .agreed import FINGERPRINT, agreed_masks
+from .checks import check_stored
 from .collect import OWN_OPTIONS, check_options, settle_options
 from .groups import check_groups, check_numbers, check_states
-from .masks import MaskBook, of_rank
+from .kinds import kind_of
+from .masks import MaskBook
+from .restored import dense_state, restored_state
 from .saved import check_checkpoint, states_of_params
-from .state import copied, dense_state, incomplete, restored_state, saved_mask, saved_state
+from .state import copied, incomplete, saved_state
 
 _HOOKS = ("state_dict_pre_hooks", "state_dict_post_hooks")  # how the names of torch's attributes end
-FINGERPRINT = "child_fingerprint"  # key in each param group: the fingerprint of the masks, None without child network
+# Keys in each param group: what of random bits they stand for, and the version of it that this release draws.
+VERSIONS = {"mask_version": ("masks", MASK_VERSION), "rounding_version": ("random roundings", ROUNDING_VERSION)}
 
 
 class CheckpointedAdamW(torch.optim.AdamW):
@@ -130,9 +136,10 @@ class CheckpointedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of torch.optim.AdamW.
 
-        The state keeps its precision: it is float32 for bfloat16 and float16 parameters too, where torch would cast it
-        to the parameter's dtype. It is copied and never shared with `state_dict`. Options that a checkpoint of
-        torch.optim.AdamW does not hold, such as `reserve_p` and `seed`, stay as they are.
+        The state is stored as this optimizer's groups say, whatever the checkpoint's is: with `state="float32"` it is
+        float32 for bfloat16 and float16 parameters too, where torch would cast it to the parameter's dtype. It is
+        copied and never shared with `state_dict`. Options that a checkpoint of torch.optim.AdamW does not hold, such as
+        `reserve_p` and `seed`, stay as they are.
 
         If the checkpoint has a child network, this optimizer takes it; one that was built with `child=` must have the
         same. If only this optimizer has one, it takes the values inside the child network from the checkpoint's dense
@@ -172,12 +179,16 @@ class CheckpointedAdamW(torch.optim.AdamW):
         torch.optim.AdamW.load_state_dict(twin, {**loaded, "state": others})
         self.state, self.param_groups = twin.state, twin.param_groups
         params = self._by_number(loaded["param_groups"], {p: p for g in self.param_groups for p in g["params"]})
+        check_stored(self.param_groups)
+        words = {param: group["state"] for group in self.param_groups for param in group["params"]}
         bound = self._book.child is not None
         masks, dense = agreed_masks(self._masks(), bound, params, loaded)
         for i in (i for i in params if i in saved):  # in one order on all ranks, which may gather
-            state = restored_state(params[i], saved[i], (masks or {}).get(params[i]), dense)
+            param = params[i]
+            kind = kind_of(words[param], param)
+            state = restored_state(param, saved[i], (masks or {}).get(param), dense, kind)
             if state:
-                self.state[params[i]] = state
+                self.state[param] = state
         if masks is not None and not bound:
             self._book.adopt(masks, self.param_groups)
         self._masks(anew=True)
@@ -195,7 +206,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
         self._step_memory = StepMemory(interrupted=self.__dict__.pop("_interrupted", False))
         self.__dict__.setdefault("_book", MaskBook())
         for group in self.param_groups:
-            for name in ("reserve_p", *OWN_OPTIONS, "mask_version", FINGERPRINT):
+            for name in ("reserve_p", *OWN_OPTIONS, *VERSIONS, FINGERPRINT):
                 if name in self.defaults:
                     group.setdefault(name, self.defaults[name])
             settle_options(group, self._book.active)
@@ -210,7 +221,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
             )
         for i, saved in enumerate(saved_groups):
             present = self.param_groups[i]
-            kept = {"foreach", "fused", "capturable", "differentiable"} & present.keys()
+            kept = {"foreach", "fused", "capturable", "differentiable", "state"} & present.keys()
             saved = copied(saved, f"param_groups[{i}]")
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
             group[FINGERPRINT] = saved.get(FINGERPRINT)  # of no other child network than the checkpoint's
@@ -219,71 +230,17 @@ class CheckpointedAdamW(torch.optim.AdamW):
                 check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
             except KeyError as error:
                 raise incomplete(error) from error
-            version = group.get("mask_version")
-            if not isinstance(version, int) or version != MASK_VERSION:
-                raise ValueError(
-                    f"ChildAdamW.load_state_dict: the checkpoint's masks are of version {version}, "
-                    f"those of this childtune_fast of version {MASK_VERSION}; resume with the release that saved it"
-                )
+            _check_versions(group)
             groups.append(group)
         return groups
 
 
-def agreed_masks(
-    present: Masks | None, bound: bool, params: Mapping[int, Tensor], state_dict: dict[str, Any]
-) -> tuple[Masks | None, bool]:
-    """Returns the masks that an optimizer has after loading a checkpoint, and whether the checkpoint is dense.
-
-    Args:
-        present: {parameter: mask} of the optimizer's child network; None without one.
-        bound: whether the optimizer was built with that child network, and so cannot take another one.
-        params: {number in the checkpoint: parameter of the optimizer}.
-        state_dict: the checkpoint, of a ChildAdamW or of another optimizer.
-
-    Returns:
-        {parameter: mask}, None if neither has a child network; and whether the checkpoint has none, so that its state
-        has the parameters' shapes.
-
-    Raises:
-        ValueError: a mask of the checkpoint is damaged, missing or does not fit its parameter; or it has another child
-            network than the optimizer was built with.
-    """
-    expected = state_dict["param_groups"][0].get(FINGERPRINT) if state_dict["param_groups"] else None
-    saved = _saved_masks(params, state_dict)
-    found = None if expected is None and not saved else fingerprint(saved.values())
-    own = None if present is None else fingerprint(present.values())
-    if expected == found:
-        if (
-            bound
-            and expected is not None
-            and not all(_equal(mask, saved.get(p)) for p, mask in (present or {}).items())
-        ):
+def _check_versions(group: Mapping[str, Any]) -> None:
+    """Raises ValueError if a group's masks, or its roundings, would be drawn otherwise than before it was saved."""
+    for name, (what, known) in VERSIONS.items():
+        version = group.get(name)
+        if not isinstance(version, int) or version != known:
             raise ValueError(
-                "load_state_dict: the optimizer's child network must be the checkpoint's (got fingerprints "
-                f"{own} and {expected}); build the optimizer with the child network that was saved or, unless "
-                "torch.distributed.checkpoint reads it, without child=, which takes the checkpoint's"
+                f"ChildAdamW.load_state_dict: the checkpoint's {what} are of version {version}, "
+                f"those of this childtune_fast of version {known}; resume with the release that saved it"
             )
-        return (present if expected in (None, own) else saved), expected is None
-    # Who stores single values of a state may have left out masks; the optimizer's own are as good.
-    if present is not None and expected == own and all(_equal(mask, present.get(p)) for p, mask in saved.items()):
-        return present, False
-    raise ValueError(
-        f"load_state_dict: the masks of the checkpoint's child network must have the fingerprint {expected} that was "
-        f"saved with them (got {found}); the checkpoint is damaged, or only a part of it was passed; without its masks "
-        "it loads into an optimizer that was built with child="
-    )
-
-
-def _equal(mask: PackedMask, other: PackedMask | None) -> bool:
-    return other is not None and mask.digest == other.digest
-
-
-def _saved_masks(params: Mapping[int, Tensor], state_dict: dict[str, Any]) -> Masks:
-    """Returns {parameter: mask} of the masks in a checkpoint; raises ValueError if one does not fit its parameter."""
-    masks = {}
-    for i, param in params.items():
-        state = state_dict["state"].get(i)
-        bits = state.get("child_mask") if isinstance(state, dict) else None
-        if bits is not None:
-            masks[param] = of_rank(saved_mask(param, bits), param)
-    return masks

@@ -13,6 +13,7 @@ from ..ops.memory import check_apart
 from ..ops.packed_mask import Masks
 from ..ops.step_group import DTYPES
 from .groups import check_once
+from .kinds import is_rounded, kind_of
 
 
 def check_child(child: Any, reserve_p_given: bool, reserve_p: float, decay: str) -> None:
@@ -124,23 +125,38 @@ def check_params(param_groups: list[dict[str, Any]], masked: bool) -> None:
             from ..ops.shards import local_part
 
             local_part(param)
+    check_stored(param_groups)
+
+
+def check_stored(param_groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError if the state of a parameter cannot be stored as its group says, or it cannot be rounded."""
+    for group in param_groups:
+        for param in group["params"]:
+            if not param.requires_grad:  # it may have any dtype; a step looks again
+                continue
+            kind = kind_of(group.get("state", "float32"), param)
+            if is_sharded(param) and is_rounded(kind, group.get("rounding", "nearest"), param):
+                from .placed import check_placed
+
+                check_placed(param, kind)
 
 
 def _check_not_dealt_out(group: dict[str, Any], masked: bool) -> None:
     """Raises ValueError if ZeroRedundancyOptimizer gives a group to more than plain AdamW.
 
-    Each rank has an optimizer of a part of the parameters then. Their numbers in it, by which random masks are drawn,
+    Each rank has an optimizer of a part of the parameters then. Their numbers in it, by which random bits are drawn,
     and the norm of their gradients depend on how they were dealt out. Checkpoints pass none of our checks, and hold the
     child network as an object, which `weights_only=True` refuses.
     """
-    plain: dict[str, Any] = {"reserve_p": 1, "max_grad_norm": None}
+    plain: dict[str, Any] = {"reserve_p": 1, "max_grad_norm": None, "state": "float32", "rounding": "nearest"}
     got = [f"{name}={group[name]}" for name in plain if group.get(name, plain[name]) != plain[name]]
     if masked:
         got.append("a child network")
     if got and _called_from("torch.distributed.optim.zero_redundancy_optimizer"):
         raise ValueError(
-            "ChildAdamW: ZeroRedundancyOptimizer deals out whole parameters, which is supported with reserve_p=1 and "
-            f"max_grad_norm=None alone (got {', '.join(got)}); shard the model by torch's fully_shard instead"
+            "ChildAdamW: ZeroRedundancyOptimizer deals out whole parameters, which is supported with reserve_p=1, "
+            "max_grad_norm=None, state='float32' and rounding='nearest' alone (got "
+            f"{', '.join(got)}); shard the model by torch's fully_shard instead"
         )
 
 

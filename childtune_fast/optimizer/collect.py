@@ -4,20 +4,21 @@ import contextlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import Tensor, float32, float64, strided
+from torch import Tensor, float32, float64
 from torch.nn import Parameter
 
-from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, resolved, shown
+from ..arguments import both_betas, check_flags, check_seed, is_sharded, number, shown
 from ..ops.packed_mask import Masks, PackedMask
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
-from ..ops.step_group import MASK_FIELDS, StepGroup, check_mask
+from ..ops.step_group import MASK_FIELDS, State, StepGroup, check_mask
 from .groups import check_list
-from .state import begin, has_begun, incomplete
+from .rows import AMSGRAD_FIELDS, FIELDS, Alike, Columns, unusual_columns
+from .state import incomplete
 
 if TYPE_CHECKING:
     from ..ops.ranks import NormOverRanks
@@ -25,21 +26,15 @@ if TYPE_CHECKING:
 Decay = Literal["auto", "all", "child"]
 Variant = Literal["torch", "hf"]
 NormOf = Literal["all", "child"]
-_DECAYS, _VARIANTS, _NORMS_OF = map(get_args, (Decay, Variant, NormOf))
-OWN_OPTIONS = ("decay", "variant", "max_grad_norm", "norm_of", "seed")  # of a group, besides reserve_p
+Rounding = Literal["nearest", "stochastic"]
+_DECAYS, _VARIANTS, _NORMS_OF, _STATES, _ROUNDINGS = map(get_args, (Decay, Variant, NormOf, State, Rounding))
+# Of a group, besides reserve_p.
+OWN_OPTIONS = ("decay", "variant", "max_grad_norm", "norm_of", "state", "rounding", "seed")
 _OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable"),  # AdamW's
     *OWN_OPTIONS,
 )
 _LR_DTYPES = (float32, float64)  # dtypes of a learning rate that the kernels on a GPU can read
-
-# A row holds the entries of one parameter in a StepGroup's lists, a column is a list. These are the names of the lists,
-# in a row's order.
-_FIELDS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "indices")
-_AMSGRAD_FIELDS = (*_FIELDS, "max_exp_avg_sqs")
-_NOT_ON_DEVICE = ("steps", "indices")
-# {(who steps them, the fields that they have beside the usual ones): the columns of some parameters of a group}
-_Columns = dict[tuple[Where, tuple[str, ...]], Sequence[list[Any]]]
 
 
 def collect(
@@ -70,98 +65,40 @@ def collect(
     for group in param_groups:
         try:
             check_flags(group)
-            fields = _AMSGRAD_FIELDS if group["amsgrad"] else _FIELDS
-            params = group["params"]
+            fields = AMSGRAD_FIELDS if group["amsgrad"] else FIELDS
+            params, state, rounding = group["params"], group["state"], group["rounding"]
             if type(params) is not list:
                 check_list(params)
         except KeyError as error:
             raise incomplete(error) from error
-        read = None if reader is None else reader.read(params, first, fields is _AMSGRAD_FIELDS)
+        read = None
+        if reader is not None and state == "float32" and rounding == "nearest":
+            read = reader.read(params, first, fields is AMSGRAD_FIELDS)
         if read is not None:
             columns = _usual_columns(kernels.on_cpu, *read)
         else:
-            reserve_p = group.get("reserve_p")
-            ordered = clips or masks is not None or not isinstance(reserve_p, (int, float)) or reserve_p != 1
-            rows, sharded = _rows(params, first, fields, states, masks, kernels, undo, ordered)
-            if sharded:
-                from .sharded import add_rows  # which imports torch.distributed.tensor
-
-                add_rows(rows, sharded, fields is _AMSGRAD_FIELDS, states, masks, kernels, undo, ordered)
-            columns = {kind: list(map(list, zip(*of_kind, strict=True))) for kind, of_kind in rows.items() if of_kind}
+            check_storage(group)
+            columns = unusual_columns(group, first, fields, states, masks, kernels, undo, clips)
         first += len(params)
-        for (where, own_fields), of_kind in columns.items():
+        for alike, of_kind in columns.items():
             if of_kind[0]:
-                target = _options(group, param_groups[0], masks is not None, where)
-                _check_capturable(target, where, kernels, of_kind[0][0])
-                for field, column in zip(fields + own_fields, of_kind, strict=True):
+                target = _options(group, param_groups[0], masks is not None, alike.where)
+                target.state, target.stochastic = alike.state, alike.stochastic
+                _check_capturable(target, alike.where, kernels, of_kind[0][0])
+                for field, column in zip(fields + alike.own_fields, of_kind, strict=True):
                     setattr(target, field, column)
-                by_where[where].append(target)
+                by_where[alike.where].append(target)
     return by_where
 
 
 def _usual_columns(
     on_cpu: Where, plain: Sequence[list[Any]], masked: Sequence[list[Any]], masks: list[PackedMask]
-) -> _Columns:
+) -> Columns:
     """Returns the columns of a group all of whose parameters the compiled reader knows."""
     for mask, param in zip(masks, masked[0], strict=True):
         check_mask(mask, param)
     of_masks = [mask.bits for mask in masks], [mask.offsets for mask in masks], [mask.count for mask in masks]
-    return {(on_cpu, ()): plain, (on_cpu, MASK_FIELDS): (*masked, *of_masks)}
-
-
-def _rows(
-    params: Sequence[Tensor],
-    first: int,
-    fields: tuple[str, ...],
-    states: MutableMapping[Tensor, dict[str, Any]],
-    masks: Masks | None,
-    kernels: StepKernels,
-    undo: dict[Tensor, dict[str, Any] | None],
-    ordered: bool,
-) -> tuple[dict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]], list[tuple[Tensor, Tensor, int]]]:
-    """Returns the rows of a group's parameters, by who steps them and which fields they have beside `fields`.
-
-    Sharded ones (DTensor) are left out and returned with their gradients and numbers. `ordered` says whether the step
-    looks at elements in their logical order: for a mask, or for the gradients' norm.
-    """
-    rows: defaultdict[tuple[Where, tuple[str, ...]], list[tuple[Any, ...]]] = defaultdict(list)
-    on_cpu = kernels.on_cpu
-    plain_rows = rows[on_cpu, ()]
-    amsgrad = fields is _AMSGRAD_FIELDS
-    sharded: list[tuple[Tensor, Tensor, int]] = []
-    for i, param in enumerate(params, first):
-        grad = param.grad
-        if grad is None:
-            continue
-        if type(param) is not Parameter and is_sharded(param):
-            sharded.append((param, grad, i))
-            continue
-        if grad.is_neg():
-            grad = resolved(grad)
-        state = states.get(param)
-        mask = masks.get(param) if masks else None
-        # The first tests save most calls.
-        if state is None or ((amsgrad or "exp_avg" not in state) and not has_begun(state, amsgrad)):
-            undo.setdefault(param, dict(states[param]) if param in states else None)
-            state = states[param]
-            mask = begin(state, param, masks, amsgrad)
-        try:
-            row: tuple[Any, ...] = (param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], i)
-            if amsgrad:
-                row = (*row, state["max_exp_avg_sq"])
-        except KeyError as error:
-            raise incomplete(error) from error
-        if param.is_cpu:
-            where = on_cpu
-        else:
-            row = row if ordered else _in_memory_order(fields, row)
-            where = _elsewhere(kernels, fields, row)
-        if mask is not None:
-            check_mask(mask, param)
-            rows[where, MASK_FIELDS].append((*row, mask.bits, mask.offsets, mask.count))
-        else:  # mostly on the CPU, where a step may take under 1 us for each
-            (plain_rows if where == on_cpu else rows[where, ()]).append(row)
-    return rows, sharded
+    return {Alike(on_cpu): plain, Alike(on_cpu, MASK_FIELDS): (*masked, *of_masks)}
 
 
 def norm_over_ranks(param_groups: list[dict[str, Any]]) -> "AbstractContextManager[NormOverRanks | None]":
@@ -175,30 +112,6 @@ def norm_over_ranks(param_groups: list[dict[str, Any]]) -> "AbstractContextManag
     from ..ops.ranks import NormOverRanks
 
     return NormOverRanks(cut)
-
-
-def _in_memory_order(fields: tuple[str, ...], row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns a row with its tensors as contiguous views, if they lie densely in memory in one order of dimensions.
-
-    So do those of channels_last. An update without mask is the same for every element, whatever its place; and the
-    kernels on a GPU take only contiguous tensors.
-    """
-    param = row[0]
-    if param.is_contiguous():  # the usual case
-        return row
-    tensors = [entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE]
-    if any(tensor.layout != strided for tensor in tensors):
-        return row
-    order = sorted(range(param.dim()), key=lambda dim: -param.stride(dim))
-    if any(tensor.shape != param.shape or not tensor.permute(order).is_contiguous() for tensor in tensors):
-        return row
-    views = {id(tensor): tensor.permute(order) for tensor in tensors}
-    return tuple(views.get(id(entry), entry) for entry in row)
-
-
-def _elsewhere(kernels: StepKernels, fields: tuple[str, ...], row: tuple[Any, ...]) -> Where:
-    """Returns who steps the parameter of a row, which is not on the CPU."""
-    return kernels.elsewhere([entry for field, entry in zip(fields, row, strict=True) if field not in _NOT_ON_DEVICE])
 
 
 def _options(group: dict[str, Any], first_group: dict[str, Any], masked: bool, where: Where) -> StepGroup:
@@ -271,6 +184,7 @@ def check_options(options: dict[str, Any], seed: int) -> None:
         raise ValueError(
             f"variant must be 'torch' or 'hf', the published code's arithmetic (got {shown(options['variant'])})"
         )
+    check_storage(options)
     if options["variant"] == "hf" and options["amsgrad"]:
         raise ValueError("variant='hf' has no amsgrad; use amsgrad=False or variant='torch'")
     max_grad_norm = options["max_grad_norm"]
@@ -280,6 +194,17 @@ def check_options(options: dict[str, Any], seed: int) -> None:
         )
     if options["differentiable"]:
         raise ValueError("ChildAdamW cannot be differentiated through; use torch.optim.AdamW(differentiable=True)")
+
+
+def check_storage(options: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a group's `state` and `rounding` are words that are known."""
+    if options["state"] not in _STATES:
+        raise ValueError(f"state must be 'float32', 'bfloat16' or '8bit' (got {shown(options['state'])})")
+    if options["rounding"] not in _ROUNDINGS:
+        raise ValueError(
+            "rounding, that of bfloat16 and float16 parameters, must be 'nearest' or 'stochastic' (got "
+            f"{shown(options['rounding'])})"
+        )
 
 
 def settle_options(group: dict[str, Any], masked: bool) -> None:

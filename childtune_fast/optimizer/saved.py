@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..arguments import check_type, lost_memory, shown
 from .groups import check_names
-from .state import AVERAGES, has_begun
+from .kinds import AVERAGES, CODED, CODES, SCALES, is_coded
+from .state import has_begun
 
 _IN_EVERY_GROUP = ("lr", "betas", "eps", "weight_decay")  # of every AdamW that has ever been
 _DAMAGED = "the checkpoint is damaged, or of another optimizer"
@@ -75,13 +76,22 @@ def _check_state(state: Any, whose: str) -> None:
         raise TypeError(f"{what} must be one number (got shape {tuple(step.shape)}, {step.dtype} on {step.device})")
     if not has_begun(state):
         return
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+    coded = is_coded(state)
+    if coded and any(key in state for key in AVERAGES):
+        raise ValueError(
+            f"load_state_dict: the state {whose} must have its averages once (got floats and codes); {_DAMAGED}"
+        )
+    count = 3 if CODES[2] in state or SCALES[2] in state else 2
+    names = (*CODES[:count], *SCALES[:count]) if coded else AVERAGES[:2]
+    missing = [key for key in ("step", *names) if key not in state]
     if missing:
         raise ValueError(
             f"load_state_dict: the state {whose} must have {', '.join(map(repr, missing))} (got none); {_DAMAGED}"
         )
     for key in (key for key in AVERAGES if key in state):
         _check_average(state[key], f"load_state_dict: state '{key}' {whose}")
+    for key in (key for key in CODED if key in state):
+        _check_bytes(state[key], f"load_state_dict: state '{key}' {whose}")
 
 
 def _check_average(value: Any, what: str) -> None:
@@ -89,4 +99,12 @@ def _check_average(value: Any, what: str) -> None:
     if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
         raise TypeError(
             f"{what} must be a tensor of floats with values (got {value.dtype}, {value.layout} on {value.device})"
+        )
+
+
+def _check_bytes(value: Any, what: str) -> None:
+    check_type(what, value, Tensor, "a tensor")
+    if value.dtype != torch.uint8 or value.layout != torch.strided or value.is_meta:
+        raise TypeError(
+            f"{what} must be a tensor of uint8 with values (got {value.dtype}, {value.layout} on {value.device})"
         )

@@ -1,17 +1,18 @@
-"""The optimizer state of one parameter and its mask: how they begin, and how a checkpoint restores them."""
+"""The optimizer state of one parameter and its mask: how they begin, what a step reads, and what is saved of them."""
 
 import copy
-import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_type, is_sharded, shown
+from ..arguments import is_sharded
+from ..ops.codes import block_count
 from ..ops.packed_mask import Masks, PackedMask
-from ..ops.step_group import compute_dtype
+from ..ops.step_group import STORED_AS, State, compute_dtype, other_state
+from .kinds import AVERAGES, CODES, SCALES, is_coded, names_of
 
-AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _BEFORE_FIRST_STEP = {"child_mask", "step"}  # torch wants a step count in a state that is not empty
 
 
@@ -19,7 +20,7 @@ def has_begun(state: dict[str, Any], amsgrad: bool = False) -> bool:
     """Returns whether a parameter has all of its state; before its first step, a checkpoint holds its mask at most."""
     if "exp_avg" not in state and state.keys() <= _BEFORE_FIRST_STEP and state.get("step", 0) == 0:
         return False
-    return not amsgrad or "max_exp_avg_sq" in state
+    return not amsgrad or AVERAGES[2] in state or CODES[2] in state
 
 
 def incomplete(error: KeyError) -> ValueError:
@@ -30,10 +31,13 @@ def incomplete(error: KeyError) -> ValueError:
     )
 
 
-def begin(state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: bool) -> PackedMask | None:
-    """Begins a parameter's state with torch.optim.AdamW's names, or adds to it what amsgrad needs.
+def begin(
+    state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: bool, kind: State = "float32"
+) -> PackedMask | None:
+    """Begins a parameter's state, or adds to it what amsgrad needs.
 
-    The step count begins on the CPU. A GPU that steps the parameter may move it there.
+    It has torch.optim.AdamW's names, or for codes those of kinds.py. The step count begins on the CPU. A GPU that steps
+    the parameter may move it there.
 
     Returns:
         The parameter's mask, moved to the device where the parameter is now; None if it is not masked.
@@ -41,20 +45,85 @@ def begin(state: dict[str, Any], param: Tensor, masks: Masks | None, amsgrad: bo
     mask = masks.get(param) if masks else None
     if masks and mask is not None:
         mask = masks[param] = mask.to(param.device)
-
-    local = param._local_tensor if is_sharded(param) else param
-
-    def zeros() -> Tensor:
-        dtype = compute_dtype(param)
-        if mask is not None:
-            return local.new_zeros(mask.count, dtype=dtype)
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-
     if not has_begun(state):
-        state.update(step=_no_steps(), exp_avg=zeros(), exp_avg_sq=zeros())
+        state["step"] = _no_steps()
+        for key in AVERAGES[:2]:
+            state.update(_zeros(key, param, mask, kind))
     if amsgrad:
-        state["max_exp_avg_sq"] = zeros()
+        state.update(_zeros(AVERAGES[2], param, mask, kind))
     return mask
+
+
+def _zeros(key: str, param: Tensor, mask: PackedMask | None, kind: State) -> dict[str, Tensor]:
+    """Returns the entries of a state for one average, before the first step."""
+    local: Tensor = param._local_tensor if is_sharded(param) else param
+    dtype = STORED_AS.get(kind, compute_dtype(param))
+    if mask is not None:
+        value = local.new_zeros(mask.count, dtype=dtype)
+    else:
+        order = torch.contiguous_format if kind == "8bit" else torch.preserve_format
+        value = torch.zeros_like(param, dtype=dtype, memory_format=order)
+    if kind != "8bit":
+        return {key: value}
+    scales = local.new_zeros(block_count(local.numel()), dtype=torch.uint8)
+    if mask is None and is_sharded(param):
+        from .placed import scales_like
+
+        scales = scales_like(scales, param)
+    return {f"{key}_codes": value, f"{key}_scales": scales}
+
+
+def begun(
+    param: Tensor,
+    states: MutableMapping[Tensor, dict[str, Any]],
+    masks: Masks | None,
+    amsgrad: bool,
+    kind: State,
+    undo: dict[Tensor, dict[str, Any] | None],
+) -> tuple[dict[str, Any], PackedMask | None]:
+    """Returns a parameter's state and its mask; begins the state, or extends it, where it lacks what a step needs.
+
+    Args:
+        param: the parameter.
+        states: {parameter: its state}, the optimizer's state.
+        masks: {parameter: mask} of the child network; None without one.
+        amsgrad: whether the parameter's group has amsgrad.
+        kind: how its state is stored.
+        undo: receives what a state was that this call begins or extends; None for none.
+    """
+    state = states.get(param)
+    mask = masks.get(param) if masks else None
+    if state is None or ((amsgrad or names_of(kind)[0] not in state) and not has_begun(state, amsgrad)):
+        undo.setdefault(param, dict(states[param]) if param in states else None)
+        state = states[param]
+        mask = begin(state, param, masks, amsgrad, kind)
+    return state, mask
+
+
+def averages_of(
+    state: dict[str, Any], kind: State, amsgrad: bool, param: Tensor, i: int
+) -> tuple[list[Any], list[Any]]:
+    """Returns the averages in a state, that of the maximum last, and of 8-bit state their scales.
+
+    Raises:
+        ValueError: parameter `i` has a state that is stored in another way than `kind`, or one without an entry.
+    """
+    count = 3 if amsgrad else 2
+    names = (*names_of(kind)[:count], *(SCALES[:count] if kind == "8bit" else ()))
+    try:
+        entries = [state[name] for name in (*names, "step")]
+    except KeyError as error:
+        raise unlike(error, state, kind, param, i) from error
+    return entries[:count], entries[count:-1]
+
+
+def unlike(error: KeyError, state: dict[str, Any], kind: State, param: Tensor, i: int) -> ValueError:
+    """Returns the error for the state of parameter `i`, without an entry that a state stored as `kind` has."""
+    coded = is_coded(state)
+    if coded == (kind == "8bit") or not (coded or AVERAGES[0] in state):
+        return incomplete(error)
+    got = "8bit" if coded else str(getattr(state[AVERAGES[0]], "dtype", None)).removeprefix("torch.")
+    return other_state(f"the state of parameter {i} of shape {tuple(param.shape)}", kind, got)
 
 
 def _no_steps() -> Tensor:
@@ -79,114 +148,10 @@ def saved_state(state: dict[str, Any], param: Tensor, mask: PackedMask) -> dict[
     if not is_sharded(param):
         return {"step": _no_steps(), **state, "child_mask": mask.bits.clone()}
     from ..ops.shards import dtensor_like
+    from .placed import scales_like
 
-    dense = {key: mask.scatter(state[key]) for key in AVERAGES if key in state} | {"child_mask": mask.unpack()}
+    dense = {key: mask.scatter(state[key]) for key in (*AVERAGES, *CODES) if key in state}
     step = state["step"].clone() if "step" in state else _no_steps()  # of the same moment as the averages
-    return {**state, "step": step} | {key: dtensor_like(value, param) for key, value in dense.items()}
-
-
-def saved_mask(param: Tensor, bits: Any) -> PackedMask:
-    """Returns the whole mask that a checkpoint holds of a parameter: packed, or bools, whole or cut in any way.
-
-    Raises:
-        ValueError: it is no tensor with values, or does not fit the parameter.
-    """
-    if not isinstance(bits, Tensor) or bits.is_meta or bits.layout != torch.strided:
-        got = f"one of {bits.layout} on {bits.device}" if isinstance(bits, Tensor) else type(bits).__name__
-        raise ValueError(f"load_state_dict: state 'child_mask' must be a tensor with values (got {got})")
-    bits = _whole(bits.detach())
-    if bits.dtype != torch.bool:
-        return PackedMask(param.shape, bits.to(param.device, copy=True))
-    if bits.shape != param.shape:
-        raise ValueError(
-            f"load_state_dict: state 'child_mask' must have the parameter's shape {tuple(param.shape)} (got "
-            f"{tuple(bits.shape)}); the checkpoint is damaged, or of another model"
-        )
-    return PackedMask.pack(bits.to(param.device))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Returns all of a DTensor, for which all ranks of its mesh must come here; any other tensor as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    from ..ops.shards import whole_tensor
-
-    return whole_tensor(tensor)
-
-
-def restored_state(param: Tensor, saved: dict[str, Any], mask: PackedMask | None, dense: bool) -> dict[str, Any]:
-    """Returns a copy of a parameter's saved state, on the parameter's device, in the dtype that its step computes in.
-
-    Args:
-        param: the parameter.
-        saved: its state in a checkpoint.
-        mask: the parameter's mask, with which the state holds the child network's values alone; None without one.
-        dense: whether the saved state is that of an optimizer without child network, whose values are gathered.
-
-    Raises:
-        TypeError: a value of the state cannot be copied.
-        ValueError: a value of the state has another shape than the parameter, or its mask, requires, or the step count
-            is none.
-    """
-    if not has_begun(saved):
-        return {}
-    state = {k: copied(v, f"state {shown(k)}") for k, v in saved.items() if k not in (*AVERAGES, "step", "child_mask")}
-    step = saved.get("step", 0.0)
-    dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else torch.float32
-    state["step"] = torch.as_tensor(step, dtype=dtype, device="cpu").detach().clone().reshape(())
-    count = state["step"].item()
-    if not 0 <= count < math.inf or count != int(count):
-        raise ValueError(f"load_state_dict: state 'step' must be a whole number of steps taken (got {count})")
-    for key in (key for key in AVERAGES if key in saved):
-        value = _of_rank(key, saved[key].detach(), param, mask, dense, saved.get("child_mask"))
-        value = value.to(device=param.device, dtype=compute_dtype(param), copy=True)
-        state[key] = value if mask is not None else _placed(value, param)
-    return state
-
-
-def _of_rank(key: str, value: Tensor, param: Tensor, mask: PackedMask | None, dense: bool, bits: Any) -> Tensor:
-    """Returns what this rank needs of a saved value: all of it, its part, or the child network's values in that.
-
-    The value may be dense, whole or cut in any way, or hold the child network's values alone. Then `bits`, the saved
-    mask, must say for a sharded parameter where in the whole they are.
-    """
-    sharded = is_sharded(param)
-    required = tuple(param.shape if mask is None or dense else (mask.whole_count,))
-    if tuple(value.shape) == required != tuple(param.shape):
-        if not sharded:
-            return _whole(value)
-        whole = saved_mask(param, bits)
-        value = whole.scatter(_whole(value).to(whole.bits.device))  # torch may have cut it as it would a dense one
-    elif value.shape != param.shape:
-        raise ValueError(
-            f"load_state_dict: state '{key}' must have the shape {required} (got {tuple(value.shape)}); the checkpoint "
-            "is damaged, or of another model"
-        )
-    if is_sharded(param):
-        from ..ops.shards import local_values
-
-        value = local_values(value, param)
-    else:
-        value = _whole(value)
-    return value if mask is None else mask.to(value.device).gather(value)
-
-
-def _placed(value: Tensor, param: Tensor) -> Tensor:
-    """Returns a value as a DTensor that is placed as the parameter, where that is one."""
-    if not is_sharded(param):
-        return value
-    from ..ops.shards import dtensor_like
-
-    return dtensor_like(value, param)
-
-
-def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any]:
-    """Returns a parameter's state as without a child network, zeros outside it; {} before the first step."""
-    if not has_begun(state):
-        return {}
-    dense = {k: v for k, v in state.items() if k != "child_mask"}
-    for key in AVERAGES:
-        if mask is not None and key in dense and not is_sharded(dense[key]):
-            check_type(f"dense_state_dict: state '{key}'", dense[key], Tensor, "a tensor")
-            dense[key] = mask.scatter(dense[key])
-    return dense
+    scales = {key: scales_like(state[key].clone(), param) for key in SCALES if key in state}
+    placed = {key: dtensor_like(value, param) for key, value in (dense | {"child_mask": mask.unpack()}).items()}
+    return {**state, "step": step} | placed | scales

@@ -68,6 +68,14 @@ MaskSlice mask_slice(const py::handle& entry) {
   return {numbers[0].cast<uint64_t>(), numbers[1].cast<int64_t>(), numbers[2].cast<uint64_t>()};
 }
 
+// How the state of a group's parameters is stored, by the word of StepGroup.state.
+StateKind state_kind(const std::string& word) {
+  if (word == "float32") return StateKind::kComputed;
+  if (word == "bfloat16") return StateKind::kBFloat16;
+  if (word == "8bit") return StateKind::kCodes;
+  refuse("state must be 'float32', 'bfloat16' or '8bit'");
+}
+
 // What a group holds. Reading it may run any Python code, as numbers and attributes can be objects of the user's; the
 // tensors themselves are looked at later, when all groups have been read.
 struct Group {
@@ -76,6 +84,7 @@ struct Group {
   std::vector<uint32_t> indices;
   std::vector<int64_t> child_counts;
   std::vector<MaskSlice> slices;  // empty: every parameter is whole
+  StateKind state;
   bool amsgrad, decay_outside, stochastic;
   uint32_t keep_threshold;
   uint64_t seed;
@@ -93,6 +102,7 @@ struct Group {
         child_bits(group, "child_bits"),
         child_offsets(group, "child_offsets"),
         scales{{group, "exp_avg_scales"}, {group, "exp_avg_sq_scales"}, {group, "max_exp_avg_sq_scales"}},
+        state(state_kind(group.attr("state").cast<std::string>())),
         amsgrad(group.attr("amsgrad").cast<bool>()),
         decay_outside(group.attr("decay_outside").cast<bool>()),
         stochastic(group.attr("stochastic").cast<bool>()),
@@ -144,6 +154,7 @@ DeviceGroup device_group(const Group& group, int device) {
 
 // Sets what a step that rounds stochastically needs; the item's arrays and slice must be set before.
 void set_rounding(const Group& group, size_t i, int device, StepItem* item) {
+  if (item->state != group.state) refuse("the state must be stored as its group says");
   item->stochastic = group.stochastic && (item->dtype == DType::kBFloat16 || item->dtype == DType::kFloat16);
   if (item->state == StateKind::kComputed && !item->stochastic) return;
   if (item->slice.offset % kMaskBlock != 0 || (item->slice.run > 0 && item->slice.run != item->numel))

@@ -9,7 +9,7 @@ from child_models import Model
 from helpers import assert_same_run, make_params, train
 
 from childtune_fast import ChildAdamW
-from childtune_fast.optimizer import collect
+from childtune_fast.optimizer import rows
 
 
 def of_d(**options):
@@ -101,7 +101,7 @@ def test_a_key_error_of_anything_else_is_not_taken_for_a_damaged_checkpoint(monk
     def broken(*arguments):
         raise KeyError("a fault elsewhere")
 
-    monkeypatch.setattr(collect, "begin", broken)
+    monkeypatch.setattr(rows, "begin", broken)
     optimizer = ChildAdamW([torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(KeyError, match="a fault elsewhere"):
         train(optimizer, [0])

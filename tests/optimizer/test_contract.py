@@ -61,7 +61,8 @@ def test_is_an_adamw_with_its_defaults():
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults.items() >= theirs.defaults.items()  # as transformers and accelerate read them
     assert optimizer.param_groups[0].keys() - {"params"} == optimizer.defaults.keys()
-    added = {"reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "seed", "mask_version", "child_fingerprint"}
+    added = {"reserve_p", "decay", "variant", "max_grad_norm", "norm_of", "state", "rounding"}
+    added |= {"seed", "mask_version", "rounding_version", "child_fingerprint"}
     assert optimizer.defaults.keys() - theirs.defaults.keys() == added
     assert repr(optimizer).startswith("ChildAdamW (\nParameter Group 0\n")
     assert "reserve_p: 0.3" in repr(optimizer)
