@@ -48,10 +48,8 @@ def sanitize(exp_avg: Tensor, squares: list[Tensor]) -> tuple[Tensor, list[Tenso
     """Returns float32 values such as codes can hold, as csrc/core/codes.h says; `squares` has one or two tensors."""
     most = torch.tensor(_MOST_BITS, dtype=torch.int32, device="cpu").view(torch.float32).item()
     lost = ~exp_avg.isfinite() | squares[0].isnan()
-    kept = [torch.where(lost, 0.0, exp_avg).clamp(-most, most)]
-    for square in squares:
-        kept.append(torch.where(lost | square.isnan(), 0.0, square).clamp(max=most))
-    return kept[0], kept[1:]
+    kept = [torch.where(lost | square.isnan(), 0.0, square).clamp(max=most) for square in squares]
+    return torch.where(lost, 0.0, exp_avg).clamp(-most, most), kept
 
 
 def scales_of(values: Tensor, blocks: Tensor, count: int) -> Tensor:

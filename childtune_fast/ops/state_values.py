@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
-from .codes import Codes, block_count, block_numbers, decode_average, decode_square, encode_average, encode_square
-from .codes import sanitize
+from .codes import (
+    Codes,
+    block_numbers,
+    decode_average,
+    decode_square,
+    encode_average,
+    encode_square,
+    sanitize,
+)
 from .rounding import RoundingBits, rounding_bits, stored_randomly
 from .step_group import StepGroup
 

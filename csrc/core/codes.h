@@ -3,15 +3,15 @@
 // core/adamw.h, and encoded again by stochastic rounding (core/rounding.h).
 //
 // Block b of a parameter has the values of its elements 128 * b .. 128 * b + 127; with a child network, of those among
-// them that are in it. Its scale is a power of two, 2^(s - 127), and is stored as s. s is 0 where all values are 0, else
-// the smallest number of at least 32 with which the largest of them can be encoded.
+// them that are in it. Its scale is a power of two, 2^(s - 127), and is stored as s. s is 0 where all values are 0,
+// else the smallest number of at least 32 with which the largest of them can be encoded.
 //
 //     average              sign, 7-bit number k     +-(float(k / 8) - 2^-15) * scale, never -0
 //     average of squares   8-bit number k           float(k / 8) * 2^-16 * scale, at least 2^-31 of the scale
 //
-// where float(e + f / 8) = 2^(e - 15) * (1 + f / 8): a small float of 3 bits of mantissa. So an average is accurate to 6
-// to 12 % and, near 0, to 2^-18 of the scale; 0 is a number of it. An average of squares is accurate to 6 to 12 % down to
-// 2^-31 of the scale, and is never rounded to 0 in a block that has others: the update divides by its root.
+// where float(e + f / 8) = 2^(e - 15) * (1 + f / 8): a small float of 3 bits of mantissa. So an average is accurate to
+// 6 to 12 % and, near 0, to 2^-18 of the scale; 0 is a number of it. An average of squares is accurate to 6 to 12 %
+// down to 2^-31 of the scale, and is never rounded to 0 in a block that has others: the update divides by its root.
 //
 // As a scale is a power of two, decoding is exact, and a value that does not change keeps its code, whatever happens to
 // its block's scale. Values that no code can hold: core/codes.h's sanitize. childtune_fast/ops/codes.py has the same in
@@ -29,7 +29,7 @@ constexpr uint32_t kMostScale = 253;     // so that the inverse of every scale i
 constexpr uint32_t kRoom = 0x00100100u;  // added to a float's bits, carries into the exponent if 1.875 - 2^-15 scales
                                          // are not enough for it
 constexpr uint32_t kMostBits = ((kMostScale + 1) << 23) - kRoom - 1;  // of the largest float that can be encoded
-constexpr float kShift = 0x1p-15f;       // added to a scaled average, so that there is a code of 0
+constexpr float kShift = 0x1p-15f;  // added to a scaled average, so that there is a code of 0
 constexpr uint32_t kShiftCode = 112 << 3;
 
 // Returns the byte of a block's scale; `most` has the bits of the largest magnitude in the block.

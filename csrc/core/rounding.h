@@ -1,10 +1,10 @@
 // The random bits of stochastic rounding: from the mask's generator, in a part of its counters that no mask uses.
 //
-// A block of 128 elements, the mask's, draws one Philox counter, whose four words are for four arrays of a step. Element
-// j of the block takes its word with j's seven bits, in reverse order, added to the word's highest ones without carry. So
-// each element's number is uniform and new in each step, which is what makes rounding unbiased; and in a block the
-// highest seven bits have each value once, which makes the sum of its errors smaller than that of independent ones. It
-// costs one operation an element.
+// A block of 128 elements, the mask's, draws one Philox counter, whose four words are for four arrays of a step.
+// Element j of the block takes its word with j's seven bits, in reverse order, added to the word's highest ones without
+// carry. So each element's number is uniform and new in each step, which is what makes rounding unbiased; and in a
+// block the highest seven bits have each value once, which makes the sum of its errors smaller than that of independent
+// ones. It costs one operation an element.
 //
 //     Philox counter = (low 32 bits of the block's number, its high 31 bits + 2^31, step, param_index), key as in
 //     core/mask.h

@@ -32,7 +32,7 @@ struct StepItem {
   bool masked;
   uint32_t keep_threshold;
   MaskKey key;
-  MaskSlice slice;      // where anything is rounded stochastically: one run, which begins at a mask block
+  MaskSlice slice;     // where anything is rounded stochastically: one run, which begins at a mask block
   PackedMask child;    // with a child network, the state is contiguous, of child.count values; `masked` is false
   bool decay_outside;  // weights outside the child network decay too
   StateKind state;

@@ -1,7 +1,7 @@
 // Averages in bytes, to floats and back, sixteen neighbouring values at once, with the results of core/codes.h.
 //
-// Compilers turn loops over bytes and floats into vectors with twice the instructions that are needed, so the conversion
-// is by the processor's own where it has them.
+// Compilers turn loops over bytes and floats into vectors with twice the instructions that are needed, so the
+// conversion is by the processor's own where it has them.
 #pragma once
 
 #include "core/codes.h"
@@ -39,7 +39,8 @@ CHILDTUNE_INLINE __m512i added_bits(const Encoding& e, const uint32_t* spread) {
 
 CHILDTUNE_INLINE void decode_average_lanes(const uint8_t* codes, float factor, float* values) {
   const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  const __m512i number = _mm512_and_si512(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000u)));
+  const __m512i number =
+      _mm512_and_si512(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000u)));
   const __m512i shifted = _mm512_add_epi32(number, _mm512_set1_epi32(kShiftCode << 20));
   const __m512i sign = _mm512_and_si512(shifted, _mm512_set1_epi32(INT32_MIN));
   const __m512 shift = _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_castps_si512(_mm512_set1_ps(kShift))));
@@ -90,7 +91,8 @@ CHILDTUNE_INLINE __m256i added_bits(const Encoding& e, const uint32_t* spread) {
 
 CHILDTUNE_INLINE void decode_average_eight(const uint8_t* codes, float factor, float* values) {
   const __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  const __m256i number = _mm256_and_si256(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000u)));
+  const __m256i number =
+      _mm256_and_si256(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000u)));
   const __m256 shifted = _mm256_castsi256_ps(_mm256_add_epi32(number, _mm256_set1_epi32(kShiftCode << 20)));
   const __m256 sign = _mm256_and_ps(shifted, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN)));
   const __m256 shift = _mm256_or_ps(sign, _mm256_set1_ps(kShift));
@@ -179,8 +181,8 @@ CHILDTUNE_OUT_OF_LINE uint32_t largest_bits(const float* values, int64_t count, 
   return static_cast<uint32_t>(most);
 }
 
-// Returns the number of P that core/dtypes.h's store_random stores, or a float that store rounds to it. `random` has the
-// twenty bits of an encoding.
+// Returns the number of P that core/dtypes.h's store_random stores, or a float that store rounds to it. `random` has
+// the twenty bits of an encoding.
 CHILDTUNE_INLINE float rounded_randomly(BFloat16, float x, uint32_t random) {
   const uint32_t bits = bits_of(x);
   const float rounded = bit_cast<float>((bits + (random >> 4)) & 0xFFFF0000u);

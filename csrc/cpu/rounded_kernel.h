@@ -42,7 +42,8 @@ CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a,
       const uint8_t* codes = static_cast<const uint8_t*>(a.stored[i]) + first;
       const float factor = scale_of(item.scales[i][block]);
       for (int64_t j = 0; j < lanes; j += kLanes) {
-        i == 0 ? decode_average_lanes(codes + j, factor, values + j) : decode_square_lanes(codes + j, factor, values + j);
+        i == 0 ? decode_average_lanes(codes + j, factor, values + j)
+               : decode_square_lanes(codes + j, factor, values + j);
       }
     }
   }
@@ -218,104 +219,6 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
     if (!copied) continue;
     scatter(item, kParam, at, count, copied_param);
     copy_averages(item, at, count, true, b);
-  }
-}
-
-// Counts the set bits of each block of a packed block's mask, of which `bytes` are there.
-CHILDTUNE_INLINE void count_blocks(const uint8_t* bits, int bytes, int64_t* counts) {
-  for (int i = 0; i < bytes; i += kMaskBlock / 8) {
-    uint64_t words[2] = {0, 0};
-    memcpy(words, bits + i, bytes - i < kMaskBlock / 8 ? static_cast<size_t>(bytes - i) : sizeof words);
-#if defined(CHILDTUNE_AVX2)
-    counts[i / (kMaskBlock / 8)] = __builtin_popcountll(words[0]) + __builtin_popcountll(words[1]);
-#else
-    counts[i / (kMaskBlock / 8)] = count_bits(reinterpret_cast<const uint8_t*>(words), sizeof words);
-#endif
-  }
-}
-
-// The weights and gradients of a child network as floats: where ChildBuffers has them, or in buffers.
-template <class P>
-struct ChildFloats {
-  using Moved = ChildBuffers<P>;
-  static constexpr bool kAreFloats = std::is_same_v<typename Moved::Stored, float>;
-
-  static void widen(Moved& moved, int64_t count, RoundedBuffers& b, float** param, float** grad) {
-    if constexpr (kAreFloats) {
-      *param = moved.param;
-      *grad = moved.grad;
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-        b.param[j] = load(moved.param[j]);
-        b.grad[j] = load(moved.grad[j]);
-      }
-      *param = b.param;
-      *grad = b.grad;
-    }
-  }
-
-  static void narrow(Moved& moved, int64_t count, const float* param) {
-    if constexpr (!kAreFloats) {
-      for (int64_t j = 0; j < count; ++j) store(moved.param[j], param[j]);
-    }
-  }
-};
-
-// Steps the weights [begin, end) of a parameter with a child network, where `begin` is a multiple of 128.
-template <class P>
-void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
-  const auto c = item.constants.cast<float>();
-  RoundingDraw rounding(item.key);
-  RoundedBuffers b;
-  ChildBuffers<P> moved;
-  P copied_param[kPackedBlock], copied_grad[kPackedBlock];
-  const bool in_buffers = item.state != StateKind::kComputed;  // where there is room for whole groups of lanes
-  int64_t offset = first_offset(item.child, begin);
-  for (int64_t at = begin; at < end && offset >= 0;) {
-    const ChildPart part = child_part(item, at, end);
-    P* param = static_cast<P*>(item.data[kParam]) + at;
-    const P* grad = static_cast<const P*>(item.data[kGrad]) + at;
-    if (part.copied) {
-      gather(item, kParam, at, part.size, copied_param);
-      gather(item, kGrad, at, part.size, copied_grad);
-      param = copied_param;
-      grad = copied_grad;
-    }
-    const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
-    if (n > item.child.count - offset) return;
-    if (n > 0) {
-      compress_spread(part.bits, part.bytes, b.spread);
-      if (in_buffers) copy_averages(item, offset, n, false, b);
-      const Averages a = averages_of(item, offset, in_buffers, b);
-      float *weights, *grads;
-      ChildFloats<P>::widen(moved, n, b, &weights, &grads);
-      int64_t counts[kPackedBlock / kMaskBlock];
-      count_blocks(part.bits, part.bytes, counts);
-      const auto each_block = [&](auto visit) CHILDTUNE_LAMBDA {
-        int64_t first = 0;
-        for (int i = 0; kMaskBlock * i < part.size; ++i) {
-          if (counts[i] > 0) visit(first, counts[i], at / kMaskBlock + i);
-          first += counts[i];
-        }
-      };
-      each_block([&](int64_t first, int64_t count, int64_t block) {
-        decode_block(item, a, first, in_lanes(count), block);
-      });
-      const Streams<float> s{weights, grads, a.values[0], a.values[1], a.values[2]};
-      a.count == kAverages ? update_dense<true>(c, s, n) : update_dense<false>(c, s, n);
-      each_block([&](int64_t first, int64_t count, int64_t block) {
-        const RoundingWords words = rounding.of(item.slice.offset / kMaskBlock + static_cast<uint64_t>(block));
-        encode_block(item, a, first, count, in_lanes(count), block, words, b.spread + first);
-        if (item.stochastic) round_randomly<P>(weights + first, count, words.param, b.spread + first);
-      });
-      ChildFloats<P>::narrow(moved, n, weights);
-      if (in_buffers) copy_averages(item, offset, n, true, b);
-    }
-    if (item.decay_outside) decay_only(c, param, part.size);
-    moved.expand(part.bits, part.bytes, param, grad);
-    if (part.copied) scatter(item, kParam, at, part.size, copied_param);
-    offset += n;
-    at += part.size;
   }
 }
 

@@ -14,6 +14,7 @@
 #include "cpu/layout.h"
 #include "cpu/loops.h"
 #include "cpu/mask_lanes.h"
+#include "cpu/rounded_child_kernel.h"
 #include "cpu/rounded_kernel.h"
 
 namespace childtune {

@@ -114,9 +114,8 @@ inline bool lie_apart(const std::vector<StepItem>& items, const std::vector<Step
     apart = apart && elements > 0;
     spans.emplace_back(begin, begin + static_cast<uintptr_t>(elements * element_size(item, stream)));
   });
-  for_each_scales(items, [&](uintptr_t at, int64_t bytes) {
-    spans.emplace_back(at, at + static_cast<uintptr_t>(bytes));
-  });
+  for_each_scales(items,
+                  [&](uintptr_t at, int64_t bytes) { spans.emplace_back(at, at + static_cast<uintptr_t>(bytes)); });
   const auto add_count = [&](const void* count, uintptr_t size) {
     const auto begin = reinterpret_cast<uintptr_t>(count);
     if (count != nullptr) spans.emplace_back(begin, begin + size);

@@ -91,8 +91,7 @@ static void plain_step(const StepItem& item, bool amsgrad, int64_t stride, Array
     }
     for (const Value& v : updated) {
       for (int k = 0; k < averages; ++k) {
-        write(s->values[k][static_cast<size_t>(at)], v.of[k], k, s->scales[k][local],
-              rounding_bits(words[k], v.place));
+        write(s->values[k][static_cast<size_t>(at)], v.of[k], k, s->scales[k][local], rounding_bits(words[k], v.place));
       }
       ++at;
     }
