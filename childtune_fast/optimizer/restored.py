@@ -213,29 +213,30 @@ def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any
     """Returns a parameter's state as without a child network, zeros outside it, in floats; {} before the first step."""
     if not has_begun(state):
         return {}
-    coded = is_coded(state)
     dense = {k: v for k, v in state.items() if k not in ("child_mask", *CODED)}
+    coded = is_coded(state)
     for key, name in zip(AVERAGES, names_of("8bit" if coded else "float32"), strict=True):
         if name not in state:
             continue
-        value, scales = state[name], state.get(f"{key}_scales")
-        if mask is not None and not is_sharded(value):
+        value = state[name]
+        if coded or mask is not None:
             check_type(f"dense_state_dict: state '{name}'", value, Tensor, "a tensor")
-            value = mask.scatter(value)
         if coded:
-            for what, found in ((name, value), (f"{key}_scales", scales)):
-                check_type(f"dense_state_dict: state '{what}'", found, Tensor, "a tensor")
-            value = _decoded_where_it_is(key, value, scales)
-        dense[key] = value
+            scales = state.get(f"{key}_scales")
+            check_type(f"dense_state_dict: state '{key}_scales'", scales, Tensor, "a tensor")
+            value = _decoded_where_it_is(key, value, scales, mask)
+        dense[key] = value if mask is None or is_sharded(value) else mask.scatter(value)
     return dense
 
 
-def _decoded_where_it_is(key: str, codes: Tensor, scales: Any) -> Tensor:
-    """Returns the floats of the codes of a whole parameter or, placed alike, of a DTensor."""
+def _decoded_where_it_is(key: str, codes: Tensor, scales: Any, mask: PackedMask | None) -> Tensor:
+    """Returns the floats of codes, in their shape; of a DTensor, which is dense, with zeros outside the mask."""
+    child = None if mask is None else mask.unpack()
     if not is_sharded(codes):
-        return _floats(key, Codes(codes.reshape(-1), scales)).view(codes.shape)
+        found = _floats(key, Codes(codes.reshape(-1), scales), None if child is None else child.reshape(-1))
+        return found.view(codes.shape)
     from ..ops.shards import dtensor_like, local_tensor
 
     local = local_tensor(codes)
-    values = _floats(key, Codes(local.reshape(-1), local_tensor(scales).reshape(-1)))
-    return dtensor_like(values.view(local.shape), codes)
+    values = _floats(key, Codes(local.reshape(-1), local_tensor(scales).reshape(-1))).view(local.shape)
+    return dtensor_like(values if child is None else torch.where(child, values, 0.0), codes)
