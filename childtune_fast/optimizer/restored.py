@@ -12,6 +12,7 @@ from ..ops.codes import NEAREST, Codes, block_count, block_numbers
 from ..ops.packed_mask import PackedMask
 from ..ops.step_group import STORED_AS, State, compute_dtype
 from .kinds import AVERAGES, CODED, is_coded, names_of
+from .saved import check_bytes
 from .state import copied, has_begun
 
 _LEAST_SCALE, _MOST_SCALE = 32, 253  # of csrc/core/codes.h; 0 is that of zeros
@@ -219,24 +220,33 @@ def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any
         if name not in state:
             continue
         value = state[name]
-        if coded or mask is not None:
-            check_type(f"dense_state_dict: state '{name}'", value, Tensor, "a tensor")
         if coded:
-            scales = state.get(f"{key}_scales")
-            check_type(f"dense_state_dict: state '{key}_scales'", scales, Tensor, "a tensor")
-            value = _decoded_where_it_is(key, value, scales, mask)
+            value = _decoded_where_it_is(key, value, state.get(f"{key}_scales"), mask)
+        elif mask is not None:
+            check_type(f"dense_state_dict: state '{name}'", value, Tensor, "a tensor")
         dense[key] = value if mask is None or is_sharded(value) else mask.scatter(value)
     return dense
 
 
-def _decoded_where_it_is(key: str, codes: Tensor, scales: Any, mask: PackedMask | None) -> Tensor:
+def _decoded_where_it_is(key: str, codes: Any, scales: Any, mask: PackedMask | None) -> Tensor:
     """Returns the floats of codes, in their shape; of a DTensor, which is dense, with zeros outside the mask."""
+    sharded = isinstance(codes, Tensor) and is_sharded(codes)
+    local: Any = codes._local_tensor if sharded else codes
+    scales = scales._local_tensor if sharded and is_sharded(scales) else scales
+    for what, value in (("codes", local), ("scales", scales)):
+        check_bytes(value, f"dense_state_dict: state '{key}_{what}'")
     child = None if mask is None else mask.unpack()
-    if not is_sharded(codes):
-        found = _floats(key, Codes(codes.reshape(-1), scales), None if child is None else child.reshape(-1))
-        return found.view(codes.shape)
-    from ..ops.shards import dtensor_like, local_tensor
+    compact = child is not None and not sharded
+    numel = local.numel() if child is None else child.numel()
+    if scales.numel() != block_count(numel) or (mask is not None and compact and local.shape != (mask.count,)):
+        raise ValueError(
+            f"dense_state_dict: state '{key}_codes' must be those of the parameter, and '{key}_scales' one for each "
+            f"128 weights (got the shapes {tuple(local.shape)} and {tuple(scales.shape)}); load a whole checkpoint"
+        )
+    coded = Codes(local.reshape(-1), scales.reshape(-1))
+    values = _floats(key, coded, child.reshape(-1) if child is not None and compact else None).view(local.shape)
+    if not sharded:
+        return values
+    from ..ops.shards import dtensor_like
 
-    local = local_tensor(codes)
-    values = _floats(key, Codes(local.reshape(-1), local_tensor(scales).reshape(-1))).view(local.shape)
     return dtensor_like(values if child is None else torch.where(child, values, 0.0), codes)

@@ -1,4 +1,4 @@
-"""State in fewer bits, and stochastic rounding, on parameters that are cut: the bits of one rank, and what is refused."""
+"""State in fewer bits, and stochastic rounding, on parameters that are cut: the bits of one rank, and refusals."""
 
 import functools
 import re
@@ -48,7 +48,9 @@ def assert_same_state(optimizer, states, *what):
 
 def trajectories_are_those_of_one_rank(rank, world, folder):
     cases = [("FSDP2", mode, state, "native") for mode in OPTIONS for state in KINDS]
-    cases += [("FSDP2", "D", "8bit", "torch"), ("FSDP2", "F", "bfloat16", "torch"), ("HSDP", "F", "8bit", "native")]
+    cases.append(("HSDP", "F", "8bit", "native"))
+    if world == 2:  # in torch, steps take longer, and differ only in who computes them
+        cases += [("FSDP2", "D", "8bit", "torch"), ("FSDP2", "F", "bfloat16", "torch")]
     for way, mode, state, backend in cases:
         optimizer, model = made(mode, state, way, world, backend=backend)
         go(model, optimizer, range(3))
