@@ -21,15 +21,18 @@ scores: dict[str, torch.Tensor] = estimate_fisher(model, [], names="weight", off
 child: ChildNetwork = ChildNetwork.from_scores(model, scores, reserve_p=0.3, scope="tensor", maskable="weight")
 optimizer: torch.optim.AdamW = ChildAdamW(model.parameters(), lr=torch.tensor(1e-3), child=child)
 TheSame(model.named_parameters(), decay="all", variant="hf", norm_of="child", backend="native", seed=3)
+TheSame(model.parameters(), state="8bit", rounding="stochastic")
 TheSame([{"params": model.parameters(), "lr": 1e-2}], decay="auto", variant="torch", norm_of="all", backend="auto")
 ChildTuningConfig(mode="D", decay="child", variant="hf", scope="global", refresh_every="epoch")
-ChildTuningConfig(mode="F")
+ChildTuningConfig(mode="F", state="bfloat16", rounding="nearest")
 mask: torch.Tensor = bernoulli_mask((3, 3), 0.3, seed=0, step=1, param_index=0)
 optimizer.replace_child(child)  # wrong: torch's AdamW has no such method
 ChildAdamW(model.parameters(), decay="some")  # wrong
 ChildAdamW(model.parameters(), variant="HF")  # wrong
 ChildAdamW(model.parameters(), norm_of="parent")  # wrong
 ChildAdamW(model.parameters(), backend="cuda")  # wrong
+ChildAdamW(model.parameters(), state="int8")  # wrong
+ChildAdamW(model.parameters(), rounding="up")  # wrong
 ChildAdamW(model.parameters(), child=scores)  # wrong
 ChildAdamW(model.parameters(), reserve=0.3)  # wrong
 ChildNetwork.from_scores(model, scores, reserve_p=0.3, scope="layer")  # wrong

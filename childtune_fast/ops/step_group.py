@@ -53,9 +53,7 @@ class StepGroup:
     child_norm: bool = False  # norm_of="child": leave the gradient outside the child network out of the norm
     stochastic: bool = False  # rounding="stochastic": of the parameters, where they are bfloat16 or float16
     state: State = "float32"  # how the state of all of these parameters is stored
-    # Of shards: see LocalPart.pieces; None if places do not matter. Where anything is rounded stochastically, each is
-    # one run that begins at a multiple of 128.
-    slices: list[tuple[int, int, int]] | None = None
+    slices: list[tuple[int, int, int]] | None = None  # of shards: see LocalPart.pieces; None if places do not matter
     params: list[Tensor] = field(default_factory=list)  # float32, float64, bfloat16 or float16; any shape and strides
     grads: list[Tensor] = field(default_factory=list)  # the parameter's dtype and shape; never written
     # The parameter's shape or, where it is masked, [its weights in the child network]; float32, or float64 for float64.
@@ -63,8 +61,7 @@ class StepGroup:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # empty without amsgrad
-    # 8-bit state: uint8, [blocks of 128 elements of the parameter], see codes.Codes; else empty.
-    exp_avg_scales: list[Tensor] = field(default_factory=list)
+    exp_avg_scales: list[Tensor] = field(default_factory=list)  # of 8-bit state: see codes.Codes; else empty
     exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
     max_exp_avg_sq_scales: list[Tensor] = field(default_factory=list)  # empty without amsgrad
     steps: list[Tensor] = field(default_factory=list)  # [], float32 or float64: steps taken so far; counted up

@@ -24,10 +24,9 @@ from .checks import (
     refuse_interrupted,
     refuse_reserve_p,
 )
-from .collect import Decay, NormOf, Rounding, Variant, check_options, collect, norm_over_ranks, settle_options
-from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_numbers, check_states, explain
+from .collect import Decay, NormOf, Rounding, Variant, check_values, collect, norm_over_ranks, settle_options
+from .groups import OF_PYTHON, check_groups, check_kinds, check_new_group, check_states, explain
 from .masks import MaskBook
-from .state import incomplete
 
 _RESERVE_P = float("0.3")  # a number of its own, by whose identity the default can be told from a 0.3 that was given
 
@@ -84,15 +83,12 @@ class ChildAdamW(CheckpointedAdamW):
             masking, over all ranks that hold parts of a DTensor; None does not clip (default: None).
         norm_of: "child" leaves the gradient of the weights that `child` leaves out of the parameters that it masks out
             of that norm; "all" counts every gradient (default: "all").
-        state: how the averages are stored: "float32"; "bfloat16"; or "8bit", one byte a value and one more for each 128
-            weights, under names of its own (`exp_avg_codes`, `exp_avg_scales`, ...), which `dense_state_dict` decodes.
-            The last two are rounded stochastically, by random bits that depend on seed, step, parameter and element
-            alone, so that they need no state. Parameters of fewer than 4096 weights keep float32. float64 parameters
-            need "float32", and so do DTensors whose ranks' parts do not begin at multiples of 128 weights or, for
-            "8bit", whose rows are no such multiples (default: "float32").
-        rounding: of bfloat16 and float16 weights: "nearest"; or "stochastic", by which steps that are too small for the
-            weights' dtype have their effect on average. It does nothing for weights of other dtypes, which hold what
-            is computed (default: "nearest").
+        state: how averages are stored: "float32"; "bfloat16"; or "8bit", in bytes, with one more for each 128 weights,
+            that `dense_state_dict` decodes. The last two are rounded stochastically, by bits that depend on seed, step,
+            parameter and element alone. Parameters of fewer than 4096 weights keep float32; float64 ones, and DTensors
+            cut elsewhere than at multiples of 128 weights, need it in a group of their own (default: "float32").
+        rounding: of bfloat16 and float16 weights: "nearest"; or "stochastic", by which also small steps have their
+            effect on average. It does nothing for float32 and float64 ones (default: "nearest").
         backend: "native" uses the compiled kernels, on a GPU without a proof; "torch" uses pure torch; "auto" uses the
             kernels on the CPU, and on a GPU once they have proved themselves there, as the environment variable
             CHILDTUNE_GPU says; else pure torch, with one warning. CHILDTUNE_BACKEND replaces "auto" (default: "auto").
@@ -198,11 +194,7 @@ class ChildAdamW(CheckpointedAdamW):
                 check_new_group(param_group)
                 raise
             group = self.param_groups[-1]
-            try:
-                check_options(group, self.defaults["seed"])
-                check_numbers(group)
-            except KeyError as error:
-                raise incomplete(error) from error
+            check_values(group, self.defaults["seed"])
             check_params(self.param_groups, self._book.active)
             if self._book.active and group.get("reserve_p", 1.0) != 1.0:
                 refuse_reserve_p(group["reserve_p"], " in a group")

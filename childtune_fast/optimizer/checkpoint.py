@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_seed, check_type
+from ..arguments import check_type
 from ..native.load import Backend
 from ..ops.packed_mask import Masks
 from ..ops.random_mask import MASK_VERSION
@@ -19,13 +19,13 @@ from ..ops.step import StepMemory
 from ..ops.undisturbed import undisturbed
 from .agreed import FINGERPRINT, agreed_masks
 from .checks import check_stored
-from .collect import OWN_OPTIONS, check_options, settle_options
-from .groups import check_groups, check_numbers, check_states
+from .collect import OWN_OPTIONS, check_values, settle_options
+from .groups import check_groups, check_states
 from .kinds import kind_of
 from .masks import MaskBook
 from .restored import dense_state, restored_state
 from .saved import check_checkpoint, states_of_params
-from .state import copied, incomplete, saved_state
+from .state import copied, saved_state
 
 _HOOKS = ("state_dict_pre_hooks", "state_dict_post_hooks")  # how the names of torch's attributes end
 # Keys in each param group: what of random bits they stand for, and the version of it that this release draws.
@@ -225,11 +225,7 @@ class CheckpointedAdamW(torch.optim.AdamW):
             saved = copied(saved, f"param_groups[{i}]")
             group = {**{k: v for k, v in present.items() if k != "params"}, **saved, **{k: present[k] for k in kept}}
             group[FINGERPRINT] = saved.get(FINGERPRINT)  # of no other child network than the checkpoint's
-            check_numbers(group)
-            try:
-                check_options(group, groups[0]["seed"] if groups else check_seed(group["seed"]))
-            except KeyError as error:
-                raise incomplete(error) from error
+            check_values(group, groups[0]["seed"] if groups else None)
             _check_versions(group)
             groups.append(group)
         return groups

@@ -16,7 +16,7 @@ from ..ops.packed_mask import Masks, PackedMask
 from ..ops.random_mask import KEEP_ALL, keep_threshold
 from ..ops.step import StepKernels, Where
 from ..ops.step_group import MASK_FIELDS, State, StepGroup, check_mask
-from .groups import check_list
+from .groups import check_list, check_numbers
 from .rows import AMSGRAD_FIELDS, FIELDS, Alike, Columns, unusual_columns
 from .state import incomplete
 
@@ -159,6 +159,23 @@ def _check_capturable(group: StepGroup, where: Where, kernels: StepKernels, firs
             f"backend='auto' where the kernels have proved themselves (got one of shape {tuple(first.shape)} on "
             f"{first.device}, backend={kernels.backend!r}); use capturable=False"
         )
+
+
+def check_values(group: dict[str, Any], seed: int | None) -> None:
+    """Raises if a group that is new lacks an option, or one is invalid.
+
+    Args:
+        group: the group.
+        seed: the optimizer's seed; None for that of the group itself.
+
+    Raises:
+        ValueError, TypeError: as `check_numbers` and `check_options` do, or an option is missing.
+    """
+    try:
+        check_numbers(group)
+        check_options(group, check_seed(group["seed"]) if seed is None else seed)
+    except KeyError as error:
+        raise incomplete(error) from error
 
 
 def check_options(options: dict[str, Any], seed: int) -> None:

@@ -12,6 +12,7 @@ from ..ops.codes import NEAREST, Codes, block_count, block_numbers
 from ..ops.packed_mask import PackedMask
 from ..ops.step_group import STORED_AS, State, compute_dtype
 from .kinds import AVERAGES, CODED, is_coded, names_of
+from .saved import check_bytes
 from .state import copied, has_begun
 
 _LEAST_SCALE, _MOST_SCALE = 32, 253  # of csrc/core/codes.h; 0 is that of zeros
@@ -213,29 +214,39 @@ def dense_state(state: dict[str, Any], mask: PackedMask | None) -> dict[str, Any
     """Returns a parameter's state as without a child network, zeros outside it, in floats; {} before the first step."""
     if not has_begun(state):
         return {}
-    coded = is_coded(state)
     dense = {k: v for k, v in state.items() if k not in ("child_mask", *CODED)}
+    coded = is_coded(state)
     for key, name in zip(AVERAGES, names_of("8bit" if coded else "float32"), strict=True):
         if name not in state:
             continue
-        value, scales = state[name], state.get(f"{key}_scales")
-        if mask is not None and not is_sharded(value):
-            check_type(f"dense_state_dict: state '{name}'", value, Tensor, "a tensor")
-            value = mask.scatter(value)
+        value = state[name]
         if coded:
-            for what, found in ((name, value), (f"{key}_scales", scales)):
-                check_type(f"dense_state_dict: state '{what}'", found, Tensor, "a tensor")
-            value = _decoded_where_it_is(key, value, scales)
-        dense[key] = value
+            value = _decoded_where_it_is(key, value, state.get(f"{key}_scales"), mask)
+        elif mask is not None:
+            check_type(f"dense_state_dict: state '{name}'", value, Tensor, "a tensor")
+        dense[key] = value if mask is None or is_sharded(value) else mask.scatter(value)
     return dense
 
 
-def _decoded_where_it_is(key: str, codes: Tensor, scales: Any) -> Tensor:
-    """Returns the floats of the codes of a whole parameter or, placed alike, of a DTensor."""
-    if not is_sharded(codes):
-        return _floats(key, Codes(codes.reshape(-1), scales)).view(codes.shape)
-    from ..ops.shards import dtensor_like, local_tensor
+def _decoded_where_it_is(key: str, codes: Any, scales: Any, mask: PackedMask | None) -> Tensor:
+    """Returns the floats of codes, in their shape; of a DTensor, which is dense, with zeros outside the mask."""
+    sharded = isinstance(codes, Tensor) and is_sharded(codes)
+    local: Any = codes._local_tensor if sharded else codes
+    scales = scales._local_tensor if sharded and is_sharded(scales) else scales
+    for what, value in (("codes", local), ("scales", scales)):
+        check_bytes(value, f"dense_state_dict: state '{key}_{what}'")
+    child = None if mask is None else mask.unpack()
+    compact = child is not None and not sharded
+    numel = local.numel() if child is None else child.numel()
+    if scales.numel() != block_count(numel) or (mask is not None and compact and local.shape != (mask.count,)):
+        raise ValueError(
+            f"dense_state_dict: state '{key}_codes' must be those of the parameter, and '{key}_scales' one for each "
+            f"128 weights (got the shapes {tuple(local.shape)} and {tuple(scales.shape)}); load a whole checkpoint"
+        )
+    coded = Codes(local.reshape(-1), scales.reshape(-1))
+    values = _floats(key, coded, child.reshape(-1) if child is not None and compact else None).view(local.shape)
+    if not sharded:
+        return values
+    from ..ops.shards import dtensor_like
 
-    local = local_tensor(codes)
-    values = _floats(key, Codes(local.reshape(-1), local_tensor(scales).reshape(-1)))
-    return dtensor_like(values.view(local.shape), codes)
+    return dtensor_like(values if child is None else torch.where(child, values, 0.0), codes)

@@ -91,7 +91,7 @@ def _check_state(state: Any, whose: str) -> None:
     for key in (key for key in AVERAGES if key in state):
         _check_average(state[key], f"load_state_dict: state '{key}' {whose}")
     for key in (key for key in CODED if key in state):
-        _check_bytes(state[key], f"load_state_dict: state '{key}' {whose}")
+        check_bytes(state[key], f"load_state_dict: state '{key}' {whose}")
 
 
 def _check_average(value: Any, what: str) -> None:
@@ -102,9 +102,10 @@ def _check_average(value: Any, what: str) -> None:
         )
 
 
-def _check_bytes(value: Any, what: str) -> None:
+def check_bytes(value: Any, what: str) -> None:
+    """Raises TypeError, with a sentence about `what`, unless a value is a tensor of uint8 that has values."""
     check_type(what, value, Tensor, "a tensor")
-    if value.dtype != torch.uint8 or value.layout != torch.strided or value.is_meta:
+    if value.dtype != torch.uint8 or value.layout != torch.strided or value.is_meta or lost_memory(value):
         raise TypeError(
             f"{what} must be a tensor of uint8 with values (got {value.dtype}, {value.layout} on {value.device})"
         )

@@ -49,13 +49,13 @@ def add_sharded_rows(
     for param, whole_grad, i in params:
         grad = local_gradient(param, whole_grad)
         kind = kind_of(group["state"], param)
+        if rounded := is_rounded(kind, rounding, param):
+            check_placed(param, kind)
         state, mask = begun(param, states, masks, amsgrad, kind, undo)
         averages, scales = averages_of(state, kind, amsgrad, param, i)
         averages = [local_tensor(average) for average in averages]
         scales = [local_tensor(of_average).view(-1) for of_average in scales]
         row: tuple[Any, ...] = (param._local_tensor, grad, *averages[:2], state["step"], i, *averages[2:])
-        if rounded := is_rounded(kind, rounding, param):
-            check_placed(param, kind)
         tensors = [*row[:4], *row[6:], *scales]
         where = kernels.on_cpu if grad.is_cpu else kernels.elsewhere(tensors, rounded)
         own_fields, own = (*SCALE_FIELDS[: len(scales)], "sharded"), (*scales, param)

@@ -24,6 +24,7 @@ MODULES = (
     "check_scale",
     "check_recipes",
 )
+OF_CHECKPOINTS = ("check_checkpoints", "check_low_bit")  # which find those of other numbers of ranks
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,11 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [1, 4, 2])
 def test_on_ranks(world, tmp_path, checkpoints):
-    spawn(world, {**dict.fromkeys(MODULES, tmp_path), "check_checkpoints": checkpoints})
+    spawn(world, {**dict.fromkeys(MODULES, tmp_path), **dict.fromkeys(OF_CHECKPOINTS, checkpoints)})
 
 
 def test_one_rank_loads_what_all_have_saved(checkpoints):
-    spawn(1, {"check_checkpoints": checkpoints}, only="checkpoints_are_loaded")
+    spawn(1, dict.fromkeys(OF_CHECKPOINTS, checkpoints), only="checkpoints_are_loaded")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

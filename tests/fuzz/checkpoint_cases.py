@@ -23,7 +23,9 @@ def changed(rng, checkpoint, times):
         if kind < 0.2:
             del holder[key]
         elif kind < 0.3 and isinstance(holder, dict):
-            holder[rng.choice(("step", "exp_avg", "child_mask", 0, 7, "x", None))] = holder[key]
+            holder[
+                rng.choice(("step", "exp_avg", "exp_avg_codes", "exp_avg_sq_scales", "child_mask", 0, 7, "x", None))
+            ] = holder[key]
         elif kind < 0.6 and isinstance(holder[key], torch.Tensor):
             holder[key] = _odd_saved(rng, holder[key])
         elif kind < 0.7 and isinstance(holder, list):
@@ -74,8 +76,8 @@ def add_group(session):
         param = odd_tensor(rng, param)
     group = {"params": rng.choice(([param], param, [("name", param)], (param,)))}
     if rng.random() < 0.4:
-        group[rng.choice(("lr", "betas", "reserve_p", "seed", "decay", "max_grad_norm", "variant", "x"))] = odd_thing(
-            rng
+        group[rng.choice(("lr", "betas", "reserve_p", "seed", "decay", "max_grad_norm", "variant", "state", "x"))] = (
+            odd_thing(rng)
         )
     if rng.random() < 0.03:
         group = odd_thing(rng)

@@ -10,7 +10,9 @@ from odd_tensors import DTYPES, LAYOUTS, Buffers, freed, memory_is_whole, odd_te
 from oracle import Mine, finite, number
 
 from childtune_fast import ChildAdamW, ChildNetwork
+from childtune_fast.optimizer import kinds
 
+kinds.LEAST_NUMEL = 2  # so that nearly all parameters, which are small here, have the state that they are told
 STEPS = (
     0.0,
     1.0,
@@ -26,7 +28,8 @@ STEPS = (
     float("inf"),
 )
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable", "differentiable", "foreach")
-OPTIONS += ("fused", "decay", "variant", "max_grad_norm", "norm_of", "seed", "reserve_p", "mask_version", "params")
+OPTIONS += ("fused", "decay", "variant", "max_grad_norm", "norm_of", "seed", "reserve_p", "state", "rounding")
+OPTIONS += ("mask_version", "rounding_version", "params")
 GOOD = {
     "lr": (0.0, 1e-3, 0.1, torch.tensor(1e-3), torch.tensor([0.1], dtype=torch.float64)),
     "betas": ((0.9, 0.999), (0.0, 0.0), (torch.tensor(0.9), torch.tensor(0.99))),
@@ -38,6 +41,8 @@ GOOD = {
     "norm_of": ("all", "child"),
     "variant": ("torch", "hf"),
     "decay": ("auto", "all"),
+    "state": ("float32", "bfloat16", "8bit", "8bit"),
+    "rounding": ("nearest", "stochastic"),
 }
 
 
@@ -67,7 +72,7 @@ class Session:
         else:
             options.update(reserve_p=rng.choice((1.0, 0.3, 0.5, 1)), seed=rng.choice((None, 0, -1, 2**64 - 1)))
         if rng.random() < 0.08:
-            options[rng.choice((*OPTIONS[:16], "child", "backend", "nonsense"))] = odd_thing(rng)
+            options[rng.choice((*OPTIONS[:18], "child", "backend", "nonsense"))] = odd_thing(rng)
         params = self._groups()
         ok, made = self.oracle.call("ChildAdamW()", lambda: ChildAdamW(params, **options), watch=self.params)
         self.optimizer = made if ok else None
@@ -144,7 +149,7 @@ class Session:
 
     def _count(self, param):
         state = self.optimizer.state.get(param)
-        if not isinstance(state, dict) or "exp_avg" not in state:
+        if not isinstance(state, dict) or not ("exp_avg" in state or "exp_avg_codes" in state):
             return 0.0
         return number(state["step"]) if isinstance(state.get("step"), torch.Tensor) else None
 
@@ -199,7 +204,7 @@ class Session:
         if not states:
             return
         state = self.rng.choice(states)
-        keys = [*state, "max_exp_avg_sq", "step"]
+        keys = [*state, "max_exp_avg_sq", "exp_avg_codes", "step"]
         key = self.rng.choice(keys)
         kind = self.rng.random()
         if kind < 0.1:

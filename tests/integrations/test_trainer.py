@@ -24,6 +24,7 @@ from transformers import Trainer
 
 from childtune_fast import ChildAdamW, ChildNetwork
 from childtune_fast.integrations.transformers import ChildTuningConfig, ChildTuningTrainer
+from childtune_fast.optimizer import kinds
 
 REFRESHED = ChildTuningConfig(mode="D", refresh_every="epoch")
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -148,6 +149,16 @@ def test_d_trains_its_child_network_and_nothing_else_of_the_blocks(tmp_path):
         mask = masks.get(name, torch.ones_like(param, dtype=torch.bool))
         assert same_bits(param[~mask], before[name][~mask])
         assert not torch.equal(param, before[name]) or not mask.any(), name
+
+
+@pytest.mark.parametrize("mode", ["F", "D"])
+def test_state_and_rounding_reach_the_optimizer(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(kinds, "LEAST_NUMEL", 1)  # the model's matrices are small
+    trainer = make_trainer(tmp_path, ChildTuningConfig(mode=mode, state="8bit", rounding="stochastic"))
+    trainer.train()
+    optimizer = optimizer_of(trainer)
+    assert [(group["state"], group["rounding"]) for group in optimizer.param_groups] == [("8bit", "stochastic")] * 2
+    assert all(state["exp_avg_codes"].dtype == torch.uint8 for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize(("seed", "expected"), [(None, 11), (5, 5)])

@@ -60,6 +60,8 @@ def test_an_option_of_d_with_f(options):
         ({"mode": "F", "decay": "child"}, ValueError, "decay='child' needs mode='D'"),
         ({"mode": "D", "decay": "none"}, ValueError, r"decay must be 'auto' or 'all' or 'child' \(got 'none'\)"),
         ({"mode": "D", "variant": "HF"}, ValueError, r"variant must be 'torch' or 'hf' \(got 'HF'\)"),
+        ({"mode": "F", "state": "4bit"}, ValueError, r"state must be 'float32' or 'bfloat16' or '8bit' \(got '4bit'\)"),
+        ({"mode": "D", "rounding": "up"}, ValueError, r"rounding must be 'nearest' or 'stochastic' \(got 'up'\)"),
         ({"mode": "D", "scope": "layer"}, ValueError, r"scope must be 'global' or 'tensor' \(got 'layer'\)"),
         ({"mode": "D", "on_nonfinite": "warn"}, ValueError, r"on_nonfinite must be 'raise' or 'skip' \(got 'warn'\)"),
         ({"mode": "D", "refresh_every": 1}, ValueError, r"refresh_every must be None or 'epoch' \(got 1\)"),
