@@ -64,7 +64,7 @@ def test_every_code_means_what_is_documented(kind, scale):
     assert values.abs().max() < math.inf
     if kind == "average":
         assert values[0].item() == 0.0
-        assert math.copysign(1.0, values[0x80].item()) == -1.0
+        assert math.copysign(1.0, values[0x80].item()) == 1.0
 
 
 @both_codes
@@ -73,7 +73,7 @@ def test_every_code_means_what_is_documented(kind, scale):
 def test_every_code_is_encoded_to_itself_by_any_random_bits(kind, scale, random):
     """In each block, the second-largest number fixes the scale. The largest is at the limit to the next scale."""
     top = 126 if kind == "average" else 254
-    others = [code for code in range(256) if code not in (127, 255)]
+    others = [code for code in range(256) if code not in (127, 255) and (kind, code) != ("average", 0x80)]  # another 0
     chosen = []
     for i in range(0, len(others), BLOCK - 1):
         of_block = others[i : i + BLOCK - 1]

@@ -33,12 +33,12 @@ def test_bits_are_those_of_the_documented_counter(offset):
             block, j = divmod(offset + element, BLOCK)
             counter = (block & MASK32, (block >> 32) | 1 << 31, KEY["step"], KEY["param_index"])
             word = philox(counter, (KEY["seed"] & MASK32, KEY["seed"] >> 32))[array]
-            assert bits[element].item() == (word + j * 0x9E3779B9) & MASK32
+            assert bits[element].item() == word ^ int(f"{j:07b}"[::-1], 2) << 25
 
 
 def test_no_mask_uses_these_counters():
-    """A mask's counters count its blocks four times over, so that those of all 2^62 elements are below 2^63."""
-    most_of_masks = (1 << 62) // BLOCK * 4 + 3
+    """A block of a mask has sixteen counters, so that those of all 2^62 elements are below 2^63."""
+    most_of_masks = (1 << 62) // BLOCK * 16 + 15
     assert most_of_masks >> 32 < 1 << 31
 
 

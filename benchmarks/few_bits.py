@@ -1,4 +1,4 @@
-"""How true optimizers with state in few bits stay to float32: `python -m benchmarks.low_bit`.
+"""How true optimizers with state in few bits stay to float32: `python -m benchmarks.few_bits`.
 
 Prints two Markdown tables: of ChildAdamW's kinds of state, of torch's AdamW on bfloat16 weights, and of bitsandbytes
 and torchao where they are installed. Each is beside torch.optim.AdamW in float32 with the same gradients.
