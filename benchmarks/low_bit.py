@@ -9,7 +9,7 @@ from childtune_fast import ChildAdamW
 from childtune_fast.ops.codes import block_count
 
 from .contestants import HYPER, Contestant, make_parameters, random_child, torch_contestant
-from .eight_bit_peers import PEERS, load_peer, quietly
+from .eight_bit_peers import PEERS, make_peer
 from .roof import make_roof
 from .workloads import Workload
 
@@ -83,12 +83,9 @@ def make_low_bit_contestants(work: Workload) -> tuple[dict[str, Contestant], lis
     }
     contestants["ours_p1"].step()
     for name in PEERS:
-        peer = load_peer(name)
+        peer = make_peer(name, params, **HYPER)
         if peer is not None:
-            optimizer = peer(params, **HYPER)
-            with quietly():
-                optimizer.step()  # makes its state, and compiles what it compiles
-            contestants[name] = Contestant(optimizer.step, RARELY)
+            contestants[name] = Contestant(peer.step, RARELY)
     return contestants, [tensor for pair in coded.scales for tensor in pair]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import low_bit
-from benchmarks.eight_bit_peers import PEERS, load_peer
+from benchmarks.eight_bit_peers import PEERS
 from benchmarks.low_bit import (
     LOW_BIT_CHILD_TITLES,
     LOW_BIT_TITLES,
@@ -28,7 +28,7 @@ SHAPES = [(64, 128), (4097,)]
 @pytest.fixture
 def no_peers(monkeypatch):
     """Leaves out the peers, whether they are installed or not: torchao compiles its step for a minute."""
-    monkeypatch.setattr(low_bit, "load_peer", lambda name: None)
+    monkeypatch.setattr(low_bit, "make_peer", lambda name, params, **hyper: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,44 +74,27 @@ def test_those_of_8_bit_state_work_on_the_same_averages(native):
 
 @pytest.mark.parametrize("steps", [True, False])
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peer_takes_part_where_it_is_installed_and_steps(monkeypatch, capsys, name, steps):
+def test_a_peer_takes_part_after_a_step_where_it_is_installed_and_steps(monkeypatch, capsys, name, steps):
     class StandIn:
-        def __init__(self, params):
-            pass
+        def __init__(self, params, lr, weight_decay):
+            self.steps = 0
 
         def step(self):
             if not steps:
                 raise RuntimeError("no kernel")
+            self.steps += 1
 
-    monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, PEERS[name], ModuleType(PEERS[name]))
-    monkeypatch.setattr(sys.modules[PEERS[name]], "AdamW8bit", StandIn, raising=False)
-    assert load_peer.__wrapped__(name) is (StandIn if steps else None)
-    assert ("no kernel" in capsys.readouterr().out) is not steps
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys, name):
-    monkeypatch.setitem(sys.modules, PEERS[name], None)  # its import fails
-    assert load_peer.__wrapped__(name) is None
-    assert not capsys.readouterr().out
-
-
-def test_peers_have_stepped_once_before_the_race_and_take_part_in_few_rounds(monkeypatch, native):
-    counts = []
-
-    class StandIn:
-        def __init__(self, params, lr, weight_decay):
-            pass
-
-        def step(self):
-            counts.append(1)
-
-    monkeypatch.setattr(low_bit, "load_peer", lambda name: StandIn if name == "torchao" else None)
+    module = ModuleType(PEERS[name])
+    module.AdamW8bit = StandIn
+    for peer, found in PEERS.items():
+        monkeypatch.setitem(sys.modules, peer, ModuleType(peer) if peer == name else None)
+        monkeypatch.setitem(sys.modules, found, module if peer == name else None)  # None: its import fails
     contestants, _ = make_low_bit_contestants(make_workload([(64, 128)], torch.float32))
-    assert len(counts) == 1
-    assert contestants["torchao"].every == low_bit.RARELY
-    assert "bitsandbytes" not in contestants
+    assert contestants.keys() & PEERS.keys() == ({name} if steps else set())
+    if steps:
+        assert contestants[name].step.__self__.steps == 1
+        assert contestants[name].every == low_bit.RARELY
+    assert ("no kernel" in capsys.readouterr().out) is not steps
 
 
 def results_of(**extras):
