@@ -1,7 +1,7 @@
 // The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
 // the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
-// loop. With a child network m and v are shorter, and its mask is read too. m and v take four bytes a value, or one; the
-// scales of values of one byte are left out, a thousandth of all bytes.
+// loop. With a child network m and v are shorter, and its mask is read too. m and v take four bytes a value, or one;
+// the scales of values of one byte are left out, a thousandth of all bytes.
 #include <algorithm>
 #include <cstdint>
 
