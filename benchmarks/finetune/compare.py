@@ -101,9 +101,9 @@ def partner_table(methods):
                 METHODS[method].title,
                 METHODS[partner].title,
                 str(len(group)),
-                f"{mean_difference:+.2f}",
-                f"[{low:+.2f}, {high:+.2f}]",
-                f"{(high - low) / 2:.2f}",
+                f"{mean_difference:+.3f}",
+                f"[{low:+.3f}, {high:+.3f}]",
+                f"{(high - low) / 2:.3f}",
             ])  # fmt: skip
     head = ["method", "at the same rate, to", "seeds", "mean difference", "95 %", "half width"]
     return markdown(head, rows) if rows else None

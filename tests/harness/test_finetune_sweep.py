@@ -223,7 +223,7 @@ def test_8_bit_state_is_paired_with_float32(tmp_path):
     methods = {name: [record for _, record in reported(name, scores)] for name, scores in of.items()}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.partner_table(methods).splitlines()]
     # 2, 2 and 1 points: their mean, and that of the least and of the greatest three that the bootstrap draws
-    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.67", "[+1.00, +2.00]", "0.50"]]
+    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.667", "[+1.000, +2.000]", "0.500"]]
     assert "half width" in compare.tables(written(tmp_path / "both", *(reported(*one) for one in of.items())))
     assert "half width" not in compare.tables(written(tmp_path / "one", reported("f", of["f"])))
 
