@@ -65,7 +65,7 @@ def make_contestants(work: Workload, slow: bool = True) -> dict[str, Contestant]
     contestants = {
         "ours": _ours(work, params, 0.3),
         "ours_p1": _ours(work, params, 1.0),
-        "fused": _torch(work, params, 1, fused=True),
+        "fused": torch_contestant(work, params, 1, fused=True),
         "roof": Contestant(make_roof(work)),
     }
     deepspeed_adam = load_deepspeed_adam()
@@ -74,8 +74,8 @@ def make_contestants(work: Workload, slow: bool = True) -> dict[str, Contestant]
         contestants["deepspeed"] = Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs, 0).step)
     if slow:
         contestants |= {
-            "foreach": _torch(work, params, 4, foreach=True),
-            "forloop": _torch(work, params, 4, foreach=False),
+            "foreach": torch_contestant(work, params, 4, foreach=True),
+            "forloop": torch_contestant(work, params, 4, foreach=False),
             "naive": _naive(work),
         }
     return contestants
@@ -113,12 +113,12 @@ def title_of(name: str, titles: dict[str, str]) -> str:
 def make_gpu_contestants(work: Workload) -> dict[str, Contestant]:
     """Returns {name in TITLES: contestant}, all on the tensors of `work`, which are on a GPU."""
     params = make_parameters(work, work.grads)
-    fused = _torch(work, params, 1, fused=True)
+    fused = torch_contestant(work, params, 1, fused=True)
     return {
         "ours": _ours(work, params, 0.3),
         "ours_p1": _ours(work, params, 1.0),
         "fused": fused,
-        "foreach": _torch(work, params, 1, foreach=True),
+        "foreach": torch_contestant(work, params, 1, foreach=True),
         "naive": _naive(work),
         "ours_clipped": _ours(work, params, 0.3, max_grad_norm=1.0),
         "fused_clipped": Contestant(lambda: (clip_grad_norm_(params, 1.0), fused.step())),
@@ -146,7 +146,7 @@ def make_child_contestants(work: Workload) -> dict[str, Contestant]:
         "ours": ours(0.3),
         "ours_p0.1": ours(0.1),
         "ours_p1": _ours(work, params, 1.0),
-        "fused": _torch(work, params, 1, fused=True),
+        "fused": torch_contestant(work, params, 1, fused=True),
     }
     if params[0].is_cpu:
         contestants |= {name: Contestant(make_roof(work, masks[p])) for name, p in (("roof", 0.3), ("roof_p0.1", 0.1))}
@@ -163,7 +163,8 @@ def _ours(work: Workload, params: list[Parameter], reserve_p: float, **options: 
     return Contestant(_with_state(optimizer, work.exp_avgs, work.exp_avg_sqs).step)
 
 
-def _torch(work: Workload, params: list[Parameter], every: int, **kind: bool) -> Contestant:
+def torch_contestant(work: Workload, params: list[Parameter], every: int, **kind: bool) -> Contestant:
+    """Returns torch's AdamW with the states that the workload has for it."""
     optimizer = torch.optim.AdamW(params, **HYPER, **kind)
     return Contestant(_with_state(optimizer, work.peer_exp_avgs, work.peer_exp_avg_sqs).step, every)
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+from childtune_fast.ops.packed_mask import PackedMask
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +34,22 @@ def python_allocations(step: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the bytes of the tensors' memory; memory that several tensors share counts once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Returns all tensors of an optimizer's state, those of its masks included."""
+    masks = getattr(optimizer, "child_masks", {}).values()
+    return [tensor for state in optimizer.state.values() for tensor in state.values()] + mask_tensors(masks)
+
+
+def mask_tensors(masks: Iterable[PackedMask]) -> list[torch.Tensor]:
+    """Returns the tensors that masks hold: bits and index."""
+    return [tensor for mask in masks for tensor in (mask.bits, mask.offsets)]
 
 
 def resident_growth(step: Callable[[], object]) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from .eight_bit_peers import PEERS
 from .readings import Ratio, Record, Results
 
 AT_THE_ROOF = 1.03  # a step that takes at most so many times as long as its bytes alone is as fast as memory
@@ -107,28 +108,32 @@ def _per_weight(results: Results, count: int) -> float:
 
 def _step(
     name: str,
-    bounds: tuple[float, float],
+    bounds: tuple[float, ...],
     ours: str,
     bench: str,
     other: str = "fused",
     **narrower: tuple[float, float],
 ) -> list[Promise]:
-    """Returns the promises on a step with 2 threads and with 1, which `bounds` and each of `narrower` are for."""
+    """Returns the promises on a step with 2 threads and with 1, which `bounds` and each of `narrower` are for.
+
+    With one bound alone it is of 2 threads.
+    """
     return [
         Promise(
             name,
-            bounds[i],
+            bound,
             _plain,
             Ratio(bench.format(threads), other, ours),
             threads,
             {instruction_set: pair[i] for instruction_set, pair in narrower.items()},
         )
-        for i, threads in enumerate((2, 1))
+        for i, (threads, bound) in enumerate(zip((2, 1), bounds, strict=False))
     ]
 
 
 _FP32, _BF16, _FP16 = (f"step[bert-base-{dtype}-{{}}]" for dtype in ("float32", "bfloat16", "float16"))
 _CHILD = "child_step[{}]"
+_LOW_FP32, _LOW_BF16 = (f"low_bit_step[{dtype}-{{}}]" for dtype in ("float32", "bfloat16"))
 
 PROMISES = [
     *_step("F, float32", (0.93, 0.91), "ours", _FP32, avx2=(1.00, 1.00), baseline=(1.4, 1.4)),
@@ -141,6 +146,19 @@ PROMISES = [
     *_step("F, 1000 tensors of 33, float32", (0.20, 0.25), "ours", "step[1000x33-float32-{}]"),
     *_step("D, p = 0.3, float32", (0.65, 0.65), "ours", _CHILD, avx2=(0.80, 0.80), baseline=(1.5, 1.5)),
     *_step("D, p = 0.1, float32", (0.53, 0.53), "ours_p0.1", _CHILD, avx2=(0.65, 0.65), baseline=(1.0, 1.0)),
+    *_step("F, float32, 8-bit state", (0.66,), "ours", _LOW_FP32),
+    *_step("p = 1, float32, 8-bit state", (0.62,), "ours_p1", _LOW_FP32),
+    *_step("D, p = 0.3, float32, 8-bit state", (0.56,), "ours", "low_bit_child_step[{}]"),
+    *_step("F, bfloat16, 8-bit state: to all-bfloat16", (0.82,), "ours", _LOW_BF16),
+    *(
+        Promise(
+            f"F, float32, 8-bit state, 2 threads: to AdamW8bit of {peer}",
+            1 / 20,
+            _fraction,
+            Ratio(_LOW_FP32.format(2), peer, "ours"),
+        )
+        for peer in PEERS
+    ),
     Promise(
         "F, float32, 2 threads: to the naive published step",
         1 / 30,
@@ -180,6 +198,19 @@ PROMISES = [
         0.15,
         _unit("bytes", 3),
         lambda results: _per_weight(results, results.cost("child_state")["mask_bytes"]),
+    ),
+    *(
+        Promise(
+            f"8-bit state of {method}, masks included, per weight",
+            at_most,
+            _unit("bytes", 2),
+            lambda results, name=name: results.cost("low_bit_state")["bytes_per_weight"][name],
+        )
+        for name, method, at_most in (
+            ("ours", "F", 2.1),
+            ("child", "D at p = 0.3", 0.80),
+            ("child_p0.1", "D at p = 0.1", 0.36),
+        )
     ),
     Promise(
         "choice of a child network among 302 M scores, 2 threads: to `np.concatenate` + `np.percentile`",

@@ -44,9 +44,10 @@ class Results:
         """Returns what test_<name> noted; {} if it was not run."""
         return self._by_name.get(f"test_{name}", {})
 
-    def by_threads(self, name: str) -> dict[str, Record]:
-        """Returns {title: what test_<name> noted} for each number of threads that it was run with."""
-        noted = {threads: self._by_name.get(f"test_{name}[{threads}]") for threads in (2, 1)}
+    def by_threads(self, name: str, dtype: str = "") -> dict[str, Record]:
+        """Returns {title: what test_<name> noted} for each number of threads that it was run with, in that dtype."""
+        of = f"{dtype}-" if dtype else ""
+        noted = {threads: self._by_name.get(f"test_{name}[{of}{threads}]") for threads in (2, 1)}
         return {f"{threads} thread{'s' * (threads > 1)}": record for threads, record in noted.items() if record}
 
     def steps(self, workload: str) -> dict[str, Record]:

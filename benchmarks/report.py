@@ -62,9 +62,9 @@ def report(results: Results) -> str:
         "quartiles in brackets. How it is measured, and how to do it again: benchmarks/README.md.",
         quietness(results),
         "## What is promised",
-        "A step's ratio is to torch's fused AdamW, on BERT-base (D: on 84 M weights), unless another is named. A bound "
-        "that is missed is called at the roof where moving the step's bytes alone takes as long, within 3 %: this "
-        "machine's memory forbids it.",
+        "A step's ratio is to torch's fused AdamW, on BERT-base (D and 8-bit state: on 84 M weights), unless another "
+        "is named. A bound that is missed is called at the roof where moving the step's bytes alone takes as long, "
+        "within 3 %: this machine's memory forbids it.",
         promises_table(results),
     ]
     return "\n\n".join([*parts, *tables.measured(results)]) + "\n"

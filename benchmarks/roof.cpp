@@ -1,6 +1,7 @@
 // The roof: reads and writes the bytes of one step (reads p, g, m, v; writes p, m, v) and computes next to nothing, on
 // the same threads as ours. Plain loops: no prefetch, no streaming stores. What it takes is what memory asks of such a
-// loop. With a child network m and v are shorter, and its mask is read too.
+// loop. With a child network m and v are shorter, and its mask is read too. m and v take four bytes a value, or one;
+// the scales of values of one byte are left out, a thousandth of all bytes.
 #include <algorithm>
 #include <cstdint>
 
@@ -14,7 +15,8 @@
 
 namespace {
 
-// A run of neighbouring weights of one tensor; `weight_bytes` is 4 with float32 parameters, 2 with bfloat16. With a
+// A run of neighbouring weights of one tensor; `weight_bytes` is 4 with float32 parameters, 2 with bfloat16, and
+// `state_bytes` 4 or 1. With a
 // child network, which has `kept` of them, `mask` is their bits, filled up to whole words; else it is null.
 struct Piece {
   void* p;
@@ -27,51 +29,65 @@ struct Piece {
 };
 
 // `zero` is 0, which the compiler cannot know: every value is read, and written back as it was.
-template <class Weight>
+template <class Weight, class State>
 __attribute__((always_inline)) inline void pass(const Piece& piece, uint32_t zero) {
   Weight* __restrict p = static_cast<Weight*>(piece.p);
   const Weight* __restrict g = static_cast<const Weight*>(piece.g);
-  uint32_t* __restrict m = static_cast<uint32_t*>(piece.m);
-  uint32_t* __restrict v = static_cast<uint32_t*>(piece.v);
+  State* __restrict m = static_cast<State*>(piece.m);
+  State* __restrict v = static_cast<State*>(piece.v);
   for (int64_t i = 0; i < piece.count; ++i) {
     const uint32_t nothing = g[i] & zero;
     p[i] = static_cast<Weight>(p[i] ^ nothing);
-    m[i] ^= nothing;
-    v[i] ^= nothing;
+    m[i] = static_cast<State>(m[i] ^ nothing);
+    v[i] = static_cast<State>(v[i] ^ nothing);
   }
 }
 
 // The same of a child network in float32 parameters.
-BEST_INSTRUCTION_SET void pass_child(const Piece& piece, uint32_t zero) {
+template <class State>
+__attribute__((always_inline)) inline void pass_child(const Piece& piece, uint32_t zero) {
   uint32_t* __restrict p = static_cast<uint32_t*>(piece.p);
   const uint32_t* __restrict g = static_cast<const uint32_t*>(piece.g);
-  uint32_t* __restrict m = static_cast<uint32_t*>(piece.m);
-  uint32_t* __restrict v = static_cast<uint32_t*>(piece.v);
+  State* __restrict m = static_cast<State*>(piece.m);
+  State* __restrict v = static_cast<State*>(piece.v);
   uint32_t nothing = 0;
   for (int64_t i = 0; i < (piece.count + 31) / 32; ++i) nothing |= piece.mask[i] & zero;
   for (int64_t i = 0; i < piece.count; ++i) p[i] ^= (g[i] & zero) | nothing;
   for (int64_t i = 0; i < piece.kept; ++i) {
-    m[i] ^= nothing;
-    v[i] ^= nothing;
+    m[i] = static_cast<State>(m[i] ^ nothing);
+    v[i] = static_cast<State>(v[i] ^ nothing);
   }
 }
 
-BEST_INSTRUCTION_SET void pass_32(const Piece& piece, uint32_t zero) { pass<uint32_t>(piece, zero); }
-BEST_INSTRUCTION_SET void pass_16(const Piece& piece, uint32_t zero) { pass<uint16_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_32(const Piece& piece, uint32_t zero) { pass<uint32_t, uint32_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_16(const Piece& piece, uint32_t zero) { pass<uint16_t, uint32_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_32_8(const Piece& piece, uint32_t zero) { pass<uint32_t, uint8_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_16_8(const Piece& piece, uint32_t zero) { pass<uint16_t, uint8_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_child_32(const Piece& piece, uint32_t zero) { pass_child<uint32_t>(piece, zero); }
+BEST_INSTRUCTION_SET void pass_child_8(const Piece& piece, uint32_t zero) { pass_child<uint8_t>(piece, zero); }
 
 struct Work {
   const Piece* pieces;
   const int64_t* starts;  // slice i is the pieces from starts[i] to starts[i + 1]
   uint32_t zero;
   int weight_bytes;
+  int state_bytes;
 };
+
+using Pass = void (*)(const Piece&, uint32_t);
+
+Pass pass_of(const Work& work, bool child) {
+  const bool coded = work.state_bytes == 1;
+  if (child) return coded ? pass_child_8 : pass_child_32;
+  if (work.weight_bytes == 4) return coded ? pass_32_8 : pass_32;
+  return coded ? pass_16_8 : pass_16;
+}
 
 void run_slice(void* context, int64_t i) {
   const Work& work = *static_cast<const Work*>(context);
   for (int64_t k = work.starts[i]; k < work.starts[i + 1]; ++k) {
     const Piece& piece = work.pieces[k];
-    auto* pass = piece.mask ? pass_child : work.weight_bytes == 4 ? pass_32 : pass_16;
-    pass(piece, work.zero);
+    pass_of(work, piece.mask != nullptr)(piece, work.zero);
   }
 }
 
@@ -117,8 +133,8 @@ extern "C" void stream(uint32_t* words, int64_t count, int write, uint32_t value
                              &stream);
 }
 
-extern "C" void roof(const void* pieces, const int64_t* starts, int64_t slices, int weight_bytes, uint32_t zero,
-                     int threads) {
-  Work work{static_cast<const Piece*>(pieces), starts, zero, weight_bytes};
+extern "C" void roof(const void* pieces, const int64_t* starts, int64_t slices, int weight_bytes, int state_bytes,
+                     uint32_t zero, int threads) {
+  Work work{static_cast<const Piece*>(pieces), starts, zero, weight_bytes, state_bytes};
   childtune::parallel_slices(threads, slices, run_slice, &work);
 }

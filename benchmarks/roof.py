@@ -49,7 +49,8 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
     """Returns a function that reads and writes the bytes of a ChildAdamW step and changes no value.
 
     Args:
-        work: the tensors. The caller must keep them, and `masks`, as long as it uses the function.
+        work: the tensors. The caller must keep them, and `masks`, as long as it uses the function. Its state has four
+            bytes a value, or one.
         masks: the masks of a child network, one for each parameter. The parameters must then be float32, and the state
             of the child network is the first values of the workload's state. None moves the bytes of plain AdamW
             (default: None).
@@ -68,13 +69,13 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
     slices = len(starts) - 1
     pieces = (_Piece * len(pieces))(*pieces)
     starts = (ctypes.c_int64 * len(starts))(*starts)
-    weight_bytes = work.params[0].element_size()
+    sizes = work.params[0].element_size(), work.exp_avgs[0].element_size()
     function = _library().roof
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_uint32, ctypes.c_int]
     function.restype = None
 
     def roof() -> None:
-        function(pieces, starts, slices, weight_bytes, 0, torch.get_num_threads())
+        function(pieces, starts, slices, *sizes, 0, torch.get_num_threads())
 
     return roof
 

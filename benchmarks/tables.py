@@ -1,6 +1,7 @@
 """Makes the tables of a report, as Markdown, one for each group of benchmarks."""
 
 from .contestants import CHILD_TITLES, TITLES, title_of
+from .low_bit import LOW_BIT_CHILD_TITLES, LOW_BIT_TITLES
 from .markdown import markdown
 from .readings import Record, Results
 
@@ -28,6 +29,8 @@ SPECTRA_TITLES = {
     "weightwatcher": "WeightWatcher.analyze, 0.7.7",
 }
 
+_OF_D = {"ours": "D, p = 0.3, to it", "ours_p0.1": "D, p = 0.1, to it"}
+
 
 def measured(results: Results) -> list[str]:
     """Returns the tables of all benchmarks that were run, each under its heading."""
@@ -38,6 +41,8 @@ def measured(results: Results) -> list[str]:
         fisher_table,
         pass_table,
         child_table,
+        low_bit_table,
+        low_bit_child_table,
         choice_table,
         saving_table,
         memory_table,
@@ -156,21 +161,44 @@ def pass_table(results: Results) -> str:
 
 def child_table(results: Results) -> str:
     """Returns the table of a step's times with a child network and D's ratios to them; "" if nothing was measured."""
-    columns = results.by_threads("child_step")
+    heading = "## Child networks, 84 M weights in 20 tensors, fp32: ns per weight"
+    return _ratios_table(heading, results.by_threads("child_step"), CHILD_TITLES, _OF_D)
+
+
+def low_bit_table(results: Results) -> str:
+    """Returns the table of a step's times with averages of few bits, and our ratios to them; "" if not measured."""
+    columns = {
+        f"{dtype}, {title}": noted
+        for dtype in ("float32", "bfloat16")
+        for title, noted in results.by_threads("low_bit_step", dtype).items()
+    }
+    heading = "## Averages of few bits, 84 M weights in 20 tensors: ns per weight"
+    return _ratios_table(heading, columns, LOW_BIT_TITLES, {"ours": "F to it", "ours_p1": "p = 1 to it"})
+
+
+def low_bit_child_table(results: Results) -> str:
+    """Returns the same of child networks, in float32."""
+    heading = "## The same with child networks, fp32: ns per weight"
+    return _ratios_table(heading, results.by_threads("low_bit_child_step"), LOW_BIT_CHILD_TITLES, _OF_D)
+
+
+def _ratios_table(heading: str, columns: dict[str, Record], titles: dict[str, str], ours: dict[str, str]) -> str:
+    """Returns a table of times in ns per weight, and for each of `ours`, {contestant: head}, its ratios to them."""
     if not columns:
         return ""
     rows = []
-    for name in contestants_of(columns, CHILD_TITLES):
-        row = [title_of(name, CHILD_TITLES)]
+    for name in contestants_of(columns, titles):
+        row = [title_of(name, titles)]
         for step in columns.values():
-            row.append(f"{step['times_ns'][name]['median'] / step['weights']:.3g}")
-            ours = (step["ratios"][child] for child in ("ours", "ours_p0.1"))
-            row += [f"{ratios[name]['median']:.2f}" if name in ratios else "" for ratios in ours]
+            spread = step["times_ns"].get(name)
+            row.append(f"{spread['median'] / step['weights']:.3g}" if spread else "")
+            ratios = (step["ratios"][one].get(name) for one in ours)
+            row += [f"{ratio['median']:.2f}" if ratio else "" for ratio in ratios]
         rows.append(row)
     head = [""]
     for column in columns:
-        head += [column, "D, p = 0.3, to it", "D, p = 0.1, to it"]
-    return "## Child networks, 84 M weights in 20 tensors, fp32: ns per weight\n\n" + markdown(head, rows)
+        head += [column, *ours.values()]
+    return heading + "\n\n" + markdown(head, rows)
 
 
 def choice_table(results: Results) -> str:

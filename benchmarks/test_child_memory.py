@@ -10,6 +10,7 @@ from torch.nn import Parameter, ParameterList
 from childtune_fast import ChildAdamW, ChildNetwork
 
 from .contestants import HYPER, make_parameters, random_child
+from .costs import held_bytes, mask_tensors, state_tensors
 from .workloads import LARGE, make_workload
 
 
@@ -42,11 +43,11 @@ def trained():
 def test_child_state(benchmark, trained):
     benchmark.pedantic(trained.optimizer.step, rounds=1)
     dense = _dense(trained)
-    masks = [tensor for mask in trained.optimizer.child_masks.values() for tensor in (mask.bits, mask.offsets)]
+    states = {"child": trained.optimizer, "dense": dense}
     benchmark.extra_info.update(
         weights=trained.weights,
-        state_bytes={"child": _held(_states(trained.optimizer) + masks), "dense": _held(_states(dense))},
-        mask_bytes=_held(masks),
+        state_bytes={name: held_bytes(state_tensors(optimizer)) for name, optimizer in states.items()},
+        mask_bytes=held_bytes(mask_tensors(trained.optimizer.child_masks.values())),
     )
 
 
@@ -75,12 +76,3 @@ def _dense(trained):
     optimizer = torch.optim.AdamW(params, **HYPER, fused=True)
     optimizer.step()
     return optimizer
-
-
-def _states(optimizer):
-    return [tensor for state in optimizer.state.values() for tensor in state.values()]
-
-
-def _held(tensors):
-    """Returns the bytes of the tensors' memory; memory that several tensors share counts once."""
-    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())

@@ -1,21 +1,24 @@
-"""Measures other costs: memory of a step, Python around the compiled call, import, just-in-time build."""
+"""Measures other costs: memory of a step, 8-bit state, Python around the compiled call, import, just-in-time build."""
 
 import itertools
 
 import torch
 
+from childtune_fast import ChildAdamW
 from childtune_fast.native import load
 
-from .contestants import make_contestants
+from .contestants import HYPER, make_contestants, make_parameters, random_child
 from .costs import (
     TimedCall,
+    held_bytes,
     python_allocations,
     resident_growth,
     seconds_in_new_process,
+    state_tensors,
     torch_allocations,
 )
 from .race import spread
-from .workloads import WORKLOADS, make_workload
+from .workloads import LARGE, WORKLOADS, make_workload
 
 SINGLES = 1000  # number of parameters of one element each, whose step is almost only overhead
 
@@ -35,6 +38,20 @@ def test_memory_of_a_step(benchmark, rounds, quiet_process):
             "python_bytes": python_allocations(step),
         }
     benchmark.extra_info.update(weights=work.weights, tensors=len(work.params), allocated=measured)
+
+
+def test_low_bit_state(benchmark, rounds):
+    """Measures the tensors of 8-bit state after a step, masks included, in bytes for each weight."""
+    work = make_workload(LARGE[:2], torch.float32)
+    params = make_parameters(work, work.grads)
+    children = {"child": random_child(params, 0.3), "child_p0.1": random_child(params, 0.1)}
+    optimizers = {"ours": ChildAdamW(params, **HYPER, reserve_p=0.3, state="8bit")}
+    optimizers |= {name: ChildAdamW(params, **HYPER, child=child, state="8bit") for name, child in children.items()}
+    benchmark.pedantic(lambda: [optimizer.step() for optimizer in optimizers.values()], rounds=rounds(1))
+    sizes = {name: held_bytes(state_tensors(optimizer)) for name, optimizer in optimizers.items()}
+    benchmark.extra_info.update(
+        weights=work.weights, bytes_per_weight={name: size / work.weights for name, size in sizes.items()}
+    )
 
 
 def test_python_overhead(benchmark, monkeypatch, rounds, quiet_process):

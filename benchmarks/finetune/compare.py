@@ -89,6 +89,26 @@ def score_table(methods):
     return markdown(head, rows)
 
 
+def partner_table(methods):
+    """Returns the table of differences between methods that differ in one option alone; None without such methods."""
+    rows = []
+    for method, group in methods.items():
+        partner = METHODS[method].partner
+        paired = difference_to(methods.get(partner, []), group)
+        if paired:
+            mean_difference, low, high = (100 * x for x in paired)
+            rows.append([
+                METHODS[method].title,
+                METHODS[partner].title,
+                str(len(group)),
+                f"{mean_difference:+.3f}",
+                f"[{low:+.3f}, {high:+.3f}]",
+                f"{(high - low) / 2:.3f}",
+            ])  # fmt: skip
+    head = ["method", "at the same rate, to", "seeds", "mean difference", "95 %", "half width"]
+    return markdown(head, rows) if rows else None
+
+
 def search_table(methods):
     """Returns the table of one task's search: each learning rate's mean score, the best in bold."""
     rows = []
@@ -145,7 +165,8 @@ def tables(records):
                 f"prediction scores {100 * first['constant_score']:.1f}. Data {first['data']['fingerprint']}."
             )
             elsewhere = [elsewhere_table(reported[task], key) for key in ("domains", "heads_on")]
-            parts += [score_table(reported[task]), *filter(None, elsewhere), cost_table(reported[task])]
+            beside = [partner_table(reported[task]), *elsewhere]
+            parts += [score_table(reported[task]), *filter(None, beside), cost_table(reported[task])]
         if task in searched:
             parts.append(search_table(searched[task]))
     return "\n\n".join(parts)

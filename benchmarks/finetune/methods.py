@@ -3,6 +3,7 @@
 A method of Child-Tuning (D) also has a child network, chosen once before the first step.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class Settings:
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     evaluations: int = 3
+
+
+def same(settings):
+    """Returns 1, for a method that takes another's learning rate as it is."""
+    return 1
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,30 @@ class Method:
     child: Callable | None = None
     fisher: bool = False
 
+    @property
+    def partner(self):
+        """The method that differs from this one in one option alone, at the same learning rate; None without one."""
+        return self.rate_of[0] if self.rate_of and self.rate_of[1] is same else None
+
 
 def adamw(groups, lr, settings, seed, child):
     """Returns PyTorch's fastest AdamW."""
     return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def child_adamw_f(groups, lr, settings, seed, child):
-    """Returns Child-Tuning (F): the same call with `reserve_p` and a seed."""
+def child_adamw_f(groups, lr, settings, seed, child, state="float32"):
+    """Returns Child-Tuning (F): the same call with `reserve_p` and a seed, and averages of the type `state`."""
     from childtune_fast import ChildAdamW
 
     p = settings.reserve_p
-    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, reserve_p=p, seed=seed)
+    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, reserve_p=p, seed=seed, state=state)
 
 
-def child_adamw_d(groups, lr, settings, seed, child):
-    """Returns Child-Tuning (D): the same call with a child network."""
+def child_adamw_d(groups, lr, settings, seed, child, state="float32"):
+    """Returns Child-Tuning (D): the same call with a child network, and averages of the type `state`."""
     from childtune_fast import ChildAdamW
 
-    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, child=child)
+    return ChildAdamW(groups, lr=lr, weight_decay=settings.weight_decay, child=child, seed=seed, state=state)
 
 
 def highest(model, scores, settings, seed):
@@ -128,6 +139,11 @@ def lr(settings):
     return settings.lr
 
 
+def in_bytes(method):
+    """Returns how a method gets its optimizer with averages in one byte each."""
+    return functools.partial(method, state="8bit")
+
+
 # Where a search begins: at AdamW's rate; F moves weights sqrt(p) times as far; LoRA takes ten times AdamW's, as usual.
 METHODS = {
     "frozen": Method(
@@ -138,6 +154,8 @@ METHODS = {
     "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * root_p(s), rate_of=("f", root_p)),
     "f": Method("ChildAdamW (F)", child_adamw_f, lr, centre=lambda s: s.lr / root_p(s)),
     "d": Method("ChildAdamW (D)", child_adamw_d, lr, centre=lr, child=highest, fisher=True),
+    "f-8bit": Method("F, 8-bit state", in_bytes(child_adamw_f), lr, rate_of=("f", same)),
+    "d-8bit": Method("D, 8-bit state", in_bytes(child_adamw_d), lr, rate_of=("d", same), child=highest, fisher=True),
     "d-random": Method("D, child at random", child_adamw_d, lr, centre=lr, child=at_random),
     "d-lowest": Method("D, lowest Fisher", child_adamw_d, lr, centre=lr, child=lowest, fisher=True),
     "lora": Method("LoRA", adamw, lambda s: 10 * s.lr, centre=lambda s: 10 * s.lr, prepare=with_lora),

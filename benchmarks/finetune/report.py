@@ -17,6 +17,8 @@ COLOURS = {
     "vanilla-sqrtp": "#56B4E9",
     "f": "#D55E00",
     "d": "#009E73",
+    "f-8bit": "#A34600",
+    "d-8bit": "#005C43",
     "d-random": "#E69F00",
     "d-lowest": "#CC79A7",
     "lora": "#F0E442",

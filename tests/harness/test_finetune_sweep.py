@@ -81,13 +81,19 @@ def test_sqrtp_takes_what_f_found(tmp_path):
     assert order[-1].lr == 0.4 * 0.5
 
 
+def test_8_bit_state_takes_the_rate_of_float32_as_it_is(tmp_path):
+    order = play(tmp_path, plan_of(["d-8bit"], seeds=1), lambda spec: -abs(spec.lr - 0.4))
+    assert [(spec.method, spec.part) for spec in order[-2:]] == [("d", "tune"), ("d-8bit", "report")]
+    assert order[-1].lr == 0.4
+
+
 def test_every_method_has_as_many_runs(tmp_path):
     plan = plan_of(list(methods.METHODS), seeds=2)
     order = play(tmp_path, plan, lambda spec: -spec.lr)
     for method in methods.METHODS:
         parts = [spec.part for spec in order if spec.method == method]
         assert parts.count("report") == 2
-        assert parts.count("tune") == (0 if method == "vanilla-sqrtp" else 4)
+        assert parts.count("tune") == (0 if methods.METHODS[method].rate_of else 4)
     assert len(order) == sweep.most_runs(plan)
     assert len(sweep.finished(tmp_path, plan)) == len(order)
     assert sweep.finished(tmp_path, replace(plan, specs=[replace(SPEC, limit=33)])) == []
@@ -210,6 +216,16 @@ def test_differences_are_paired_by_seed():
     assert low == pytest.approx(0.0)  # three times the same seed, the one without a difference
     assert high == pytest.approx(0.2)
     assert compare.difference_to(vanilla, other[:1]) is None
+
+
+def test_8_bit_state_is_paired_with_float32(tmp_path):
+    of = {"f": [0.7, 0.8, 0.6], "f-8bit": [0.72, 0.82, 0.61], "d-8bit": [0.5, 0.6, 0.7]}
+    methods = {name: [record for _, record in reported(name, scores)] for name, scores in of.items()}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.partner_table(methods).splitlines()]
+    # 2, 2 and 1 points: their mean, and that of the least and of the greatest three that the bootstrap draws
+    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.667", "[+1.000, +2.000]", "0.500"]]
+    assert "half width" in compare.tables(written(tmp_path / "both", *(reported(*one) for one in of.items())))
+    assert "half width" not in compare.tables(written(tmp_path / "one", reported("f", of["f"])))
 
 
 def test_runs_of_different_sweeps_are_not_mixed(tmp_path):
