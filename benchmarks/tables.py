@@ -1,7 +1,7 @@
 """Makes the tables of a report, as Markdown, one for each group of benchmarks."""
 
 from .contestants import CHILD_TITLES, TITLES, title_of
-from .low_bit import LOW_BIT_CHILD_TITLES, LOW_BIT_TITLES
+from .eight_bit import LOW_BIT_CHILD_TITLES, LOW_BIT_TITLES
 from .markdown import markdown
 from .readings import Record, Results
 

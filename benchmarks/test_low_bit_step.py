@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .contestants import held_to_narrower_sets
-from .low_bit import make_low_bit_child_contestants, make_low_bit_contestants
+from .eight_bit import make_low_bit_child_contestants, make_low_bit_contestants
 from .race import Race
 from .workloads import DTYPES, LARGE, make_workload
 

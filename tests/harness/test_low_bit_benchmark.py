@@ -6,15 +6,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import low_bit
-from benchmarks.eight_bit_peers import PEERS
-from benchmarks.low_bit import (
+from benchmarks.eight_bit import (
     LOW_BIT_CHILD_TITLES,
     LOW_BIT_TITLES,
     CodedState,
     make_low_bit_child_contestants,
     make_low_bit_contestants,
 )
+from benchmarks.eight_bit_peers import PEERS
 from benchmarks.promises import PROMISES
 from benchmarks.readings import Results
 from benchmarks.tables import low_bit_child_table, low_bit_table
