@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks import eight_bit
 from benchmarks.eight_bit import (
     LOW_BIT_CHILD_TITLES,
     LOW_BIT_TITLES,
@@ -27,7 +28,7 @@ SHAPES = [(64, 128), (4097,)]
 @pytest.fixture
 def no_peers(monkeypatch):
     """Leaves out the peers, whether they are installed or not: torchao compiles its step for a minute."""
-    monkeypatch.setattr(low_bit, "make_peer", lambda name, params, **hyper: None)
+    monkeypatch.setattr(eight_bit, "make_peer", lambda name, params, **hyper: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -92,7 +93,7 @@ def test_a_peer_takes_part_after_a_step_where_it_is_installed_and_steps(monkeypa
     assert contestants.keys() & PEERS.keys() == ({name} if steps else set())
     if steps:
         assert contestants[name].step.__self__.steps == 1
-        assert contestants[name].every == low_bit.RARELY
+        assert contestants[name].every == eight_bit.RARELY
     assert ("no kernel" in capsys.readouterr().out) is not steps
 
 
