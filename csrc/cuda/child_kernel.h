@@ -28,17 +28,12 @@ struct SlotPlaces {
   uint16_t of[kPackedBlock];
 };
 
-// The phases of one packed block, each as one lane goes through it.
-template <class P, bool kAmsgrad>
-struct ChildStep {
+// A packed block, whose slots are listed, and whose weights outside decay. Item: ChildItem or RoundedItem.
+template <class P, class Item>
+struct SlotLister {
   using T = typename ComputeType<P>::type;
-  struct Slot {
-    P* param;
-    P weight, grad;
-    T exp_avg, exp_avg_sq, max_exp_avg_sq;
-  };
 
-  const ChildItem& item;
+  const Item& item;
   const AdamWConstants<T>& constants;
   int64_t begin;   // of the packed block, in the parameter
   int64_t offset;  // of its first slot, in the compact state
@@ -78,6 +73,21 @@ struct ChildStep {
       store_four(item.data[kParam], span, four);
     }
   }
+};
+
+// The phases of one packed block, each as one lane goes through it.
+template <class P, bool kAmsgrad>
+struct ChildStep : SlotLister<P, ChildItem> {
+  using typename SlotLister<P, ChildItem>::T;
+  using SlotLister<P, ChildItem>::item;
+  using SlotLister<P, ChildItem>::constants;
+  using SlotLister<P, ChildItem>::begin;
+  using SlotLister<P, ChildItem>::offset;
+  struct Slot {
+    P* param;
+    P weight, grad;
+    T exp_avg, exp_avg_sq, max_exp_avg_sq;
+  };
 
   CHILDTUNE_MEMBER T& state(Stream stream, int slot) const {
     return *(static_cast<T*>(item.data[stream]) + (offset + slot));
@@ -130,7 +140,7 @@ CHILDTUNE_INLINE void step_child_warp(const Table& table, uint32_t block, int wa
   const int64_t packed_block = int64_t{kThreads / kWarp} * (block - item.first_block) + warp_number;
   if (packed_block >= packed_blocks(item.numel)) return;
   const int64_t offset = item.child.offsets[packed_block];
-  warp.run(ChildStep<P, kAmsgrad>{item, of_class.constants, packed_block * kPackedBlock, offset}, places);
+  warp.run(ChildStep<P, kAmsgrad>{{item, of_class.constants, packed_block * kPackedBlock, offset}}, places);
 }
 
 }  // namespace childtune

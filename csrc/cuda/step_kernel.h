@@ -33,6 +33,56 @@ struct Kept {
   uint32_t of[2];
 };
 
+// Returns in bit k whether half-word k % 2 of word k / 2 of a lane's counter keeps its element; `mask_block` is the
+// first one of the tile.
+CHILDTUNE_INLINE uint32_t draw_masks(const MaskKey& key, uint64_t mask_block, int lane, uint32_t keep_threshold) {
+  const Philox4 words = mask_words(key, mask_block + static_cast<uint64_t>(lane / kMaskCounters),
+                                   static_cast<uint32_t>(lane % kMaskCounters));
+  uint32_t bits = 0;
+  CHILDTUNE_UNROLLED
+  for (int k = 0; k < 8; ++k) {
+    bits |= static_cast<uint32_t>(keeps(words.word[k / 2], k % 2, keep_threshold)) << k;
+  }
+  return bits;
+}
+
+template <bool kAmsgrad, class P, class Updated>
+CHILDTUNE_INLINE void move_weights(Quad<P>& quad, const Updated& updated) {
+  using T = typename ComputeType<P>::type;
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < 4; ++i) {
+    const T second_moment = kAmsgrad ? quad.max_exp_avg_sq.of[i] : quad.exp_avg_sq.of[i];
+    store(quad.param.of[i], updated(T(load(quad.param.of[i])), quad.exp_avg.of[i], second_moment));
+  }
+}
+
+// Updates four weights and their state; `kept` is Kept's for them.
+//
+// Roots and quotients cost most on a GPU, and those of zeros ten times as much. So four weights that never had a
+// gradient, as in rows of tokens that do not occur, go without; and so do quotients by 1.
+template <bool kMasked, bool kAmsgrad, class P>
+CHILDTUNE_INLINE void update_quad(const AdamWConstants<typename ComputeType<P>::type>& constants, uint32_t kept,
+                                  Quad<P>& quad) {
+  using T = typename ComputeType<P>::type;
+  auto used = bits_of(T(0));
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < 4; ++i) {
+    const bool keep = !kMasked || (kept >> (8 * i) & 1) != 0;
+    const T second_moment = update_moments<kAmsgrad>(constants, keep, T(load(quad.grad.of[i])), quad.exp_avg.of[i],
+                                                     quad.exp_avg_sq.of[i], quad.max_exp_avg_sq.of[i]);
+    used |= bits_of(quad.exp_avg.of[i]) | bits_of(second_moment);
+  }
+  if (used == 0 && constants.eps > T(0)) {
+    move_weights<kAmsgrad>(quad, [&](T param, T exp_avg, T) { return updated_at_zero(constants, param, exp_avg); });
+  } else if (constants.bias_correction2_sqrt == T(1)) {
+    move_weights<kAmsgrad>(
+        quad, [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, second); });
+  } else {
+    move_weights<kAmsgrad>(
+        quad, [&](T param, T exp_avg, T second) { return updated_weight<true>(constants, param, exp_avg, second); });
+  }
+}
+
 // The phases of one tile, each as one lane goes through it. kWhole: all of the tile's elements exist, and the quads of
 // every stream are aligned.
 template <class P, bool kMasked, bool kAmsgrad, bool kWhole>
@@ -80,59 +130,18 @@ struct TileStep {
     return loaded;
   }
 
-  // Returns in bit k whether half-word k % 2 of word k / 2 of the lane's counter keeps its element.
-  CHILDTUNE_MEMBER uint32_t draw(int lane) const {
-    const Philox4 words = mask_words(key, span.mask_block + static_cast<uint64_t>(lane / kMaskCounters),
-                                     static_cast<uint32_t>(lane % kMaskCounters));
-    uint32_t bits = 0;
-    CHILDTUNE_UNROLLED
-    for (int k = 0; k < 8; ++k) {
-      bits |= static_cast<uint32_t>(keeps(words.word[k / 2], k % 2, keep_threshold)) << k;
-    }
-    return bits;
-  }
+  CHILDTUNE_MEMBER uint32_t draw(int lane) const { return draw_masks(key, span.mask_block, lane, keep_threshold); }
 
   CHILDTUNE_MEMBER void update(int lane, const Kept& kept, Loaded& loaded) const {
     CHILDTUNE_UNROLLED
     for (int half = 0; half < 2; ++half) {
       Quad<P>& quad = loaded.quad[half];
-      update_quad(kept.of[half], quad);
+      update_quad<kMasked, kAmsgrad>(constants, kept.of[half], quad);
       const QuadSpan at = quad_span(lane, half);
       store_four(item.data[kParam], of_stream(at, kParam), quad.param);
       store_four(item.data[kExpAvg], of_stream(at, kExpAvg), quad.exp_avg);
       store_four(item.data[kExpAvgSq], of_stream(at, kExpAvgSq), quad.exp_avg_sq);
       if (kAmsgrad) store_four(item.data[kMaxExpAvgSq], of_stream(at, kMaxExpAvgSq), quad.max_exp_avg_sq);
-    }
-  }
-
-  // Roots and quotients cost most on a GPU, and those of zeros ten times as much. So four weights that never had a
-  // gradient, as in rows of tokens that do not occur, go without; and so do quotients by 1.
-  CHILDTUNE_MEMBER void update_quad(uint32_t kept, Quad<P>& quad) const {
-    auto used = bits_of(T(0));
-    CHILDTUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) {
-      const bool keep = !kMasked || (kept >> (8 * i) & 1) != 0;
-      const T second_moment =
-          update_moments<kAmsgrad>(constants, keep, T(childtune::load(quad.grad.of[i])), quad.exp_avg.of[i],
-                                   quad.exp_avg_sq.of[i], quad.max_exp_avg_sq.of[i]);
-      used |= bits_of(quad.exp_avg.of[i]) | bits_of(second_moment);
-    }
-    if (used == 0 && constants.eps > T(0)) {
-      move(quad, [&](T param, T exp_avg, T) { return updated_at_zero(constants, param, exp_avg); });
-    } else if (constants.bias_correction2_sqrt == T(1)) {
-      move(quad,
-           [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, second); });
-    } else {
-      move(quad, [&](T param, T exp_avg, T second) { return updated_weight<true>(constants, param, exp_avg, second); });
-    }
-  }
-
-  template <class Updated>
-  CHILDTUNE_MEMBER void move(Quad<P>& quad, const Updated& updated) const {
-    CHILDTUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) {
-      const T second_moment = kAmsgrad ? quad.max_exp_avg_sq.of[i] : quad.exp_avg_sq.of[i];
-      store(quad.param.of[i], updated(T(childtune::load(quad.param.of[i])), quad.exp_avg.of[i], second_moment));
     }
   }
 };
