@@ -4,6 +4,8 @@
 #include "cuda/child_kernel.h"
 #include "cuda/device_constants.h"
 #include "cuda/norm_kernel.h"
+#include "cuda/rounded_child_kernel.h"
+#include "cuda/rounded_kernel.h"
 #include "cuda/select_kernel.h"
 #include "cuda/squares_kernel.h"
 #include "cuda/step_kernel.h"
@@ -19,6 +21,12 @@ template <class P, bool kAmsgrad, class Table>
 __device__ __forceinline__ void step_child_block(const Table& table) {
   __shared__ SlotPlaces places[kThreads / kWarp];
   step_child_warp<P, kAmsgrad>(table, blockIdx.x, warp_number(), places[warp_number()], this_warp());
+}
+
+template <class P, class Table>
+__device__ __forceinline__ void step_rounded_child_block(const Table& table) {
+  __shared__ SlotPlaces places[kThreads / kWarp];
+  step_rounded_child_warp<P>(table, blockIdx.x, warp_number(), places[warp_number()], this_warp());
 }
 
 }  // namespace childtune
@@ -37,6 +45,13 @@ __device__ __forceinline__ void step_child_block(const Table& table) {
   }
 #define CHILDTUNE_CHILD_STEP(name, P, kMasked, kAmsgrad, kBytes) \
   CHILDTUNE_KERNEL(name, P, ChildItem, kMasked, kAmsgrad, kBytes) { childtune::step_child_block<P, kAmsgrad>(table); }
+// These serve amsgrad too.
+#define CHILDTUNE_ROUNDED_STEP(name, P, kMasked, kAmsgrad, kBytes)                                                 \
+  CHILDTUNE_KERNEL(name, P, RoundedItem, kMasked, kAmsgrad, kBytes) {                                              \
+    childtune::step_rounded_warp<P, kMasked>(table, blockIdx.x, childtune::warp_number(), childtune::this_warp()); \
+  }
+#define CHILDTUNE_ROUNDED_CHILD_STEP(name, P, kMasked, kAmsgrad, kBytes) \
+  CHILDTUNE_KERNEL(name, P, RoundedItem, kMasked, kAmsgrad, kBytes) { childtune::step_rounded_child_block<P>(table); }
 
 // Compilers know large arguments since CUDA 12.1.
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
@@ -56,10 +71,18 @@ __device__ __forceinline__ void step_child_block(const Table& table) {
   CHILDTUNE_SIZES(CHILDTUNE_CHILD_STEP, name##_child, P, true, false)   \
   CHILDTUNE_SIZES(CHILDTUNE_CHILD_STEP, name##_child_amsgrad, P, true, true)
 
+#define CHILDTUNE_ROUNDED_KINDS(name, P)                                        \
+  CHILDTUNE_SIZES(CHILDTUNE_ROUNDED_STEP, name##_rounded, P, false, true)       \
+  CHILDTUNE_SIZES(CHILDTUNE_ROUNDED_STEP, name##_masked_rounded, P, true, true) \
+  CHILDTUNE_SIZES(CHILDTUNE_ROUNDED_CHILD_STEP, name##_child_rounded, P, true, true)
+
 CHILDTUNE_KINDS(step_float32, float)
 CHILDTUNE_KINDS(step_float64, double)
 CHILDTUNE_KINDS(step_bfloat16, childtune::BFloat16)
 CHILDTUNE_KINDS(step_float16, childtune::Float16)
+CHILDTUNE_ROUNDED_KINDS(step_float32, float)
+CHILDTUNE_ROUNDED_KINDS(step_bfloat16, childtune::BFloat16)
+CHILDTUNE_ROUNDED_KINDS(step_float16, childtune::Float16)
 
 #define CHILDTUNE_SIMPLE(name, Argument)                            \
   extern "C" __global__ void __launch_bounds__(childtune::kThreads) \

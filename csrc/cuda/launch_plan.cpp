@@ -9,10 +9,31 @@ namespace {
 
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;  // of a launch: CUDA's limit
 
+// The order of dtypes in the kernels' numbers: the one that has no rounded kernels is the last.
+constexpr DType kOrder[kDTypes] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+
+bool has_16_bits(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// Returns whether a step draws random bits to round. Wider weights are stored as they are computed.
+bool is_rounded(const StepItem& item) {
+  return item.state != StateKind::kComputed || (item.stochastic && has_16_bits(item.dtype));
+}
+
 // Returns the kind of the item's kernel; `large` is not known here, and false.
 Kind kind_of(const StepItem& item) {
   const Trained trained = item.child.bits != nullptr ? Trained::kChild : item.masked ? Trained::kMasked : Trained::kAll;
-  return {item.dtype, trained, item.data[kMaxExpAvgSq] != nullptr, false};
+  const Storage storage = is_rounded(item)                     ? Storage::kRounded
+                          : item.data[kMaxExpAvgSq] != nullptr ? Storage::kAmsgrad
+                                                               : Storage::kPlain;
+  return {item.dtype, trained, storage, false};
+}
+
+// Returns the bytes of an element of a stream.
+uintptr_t element_size(const StepItem& item, int stream) {
+  if (stream <= kGrad && has_16_bits(item.dtype)) return 2;
+  if (stream > kGrad && item.state == StateKind::kBFloat16) return 2;
+  if (stream > kGrad && item.state == StateKind::kCodes) return 1;
+  return item.dtype == DType::kFloat64 ? 8 : 4;
 }
 
 int64_t run_of(const StepItem& item) { return item.slice.run == 0 ? item.numel : std::min(item.slice.run, item.numel); }
@@ -38,12 +59,10 @@ int64_t blocks_of(const StepItem& item) {
 // every run. A stream that is not there is aligned.
 uint8_t vectors_of(const StepItem& item) {
   if (run_of(item) < item.numel && (item.slice.run % 4 != 0 || item.slice.stride % 4 != 0)) return 0;
-  const uintptr_t state_size = item.dtype == DType::kFloat64 ? 8 : 4;
-  const uintptr_t param_size = item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : state_size;
   uint8_t vectors = kAllVectors;
   for (int s = 0; s < kStreams; ++s) {
     if (item.data[s] == nullptr) continue;
-    const uintptr_t size = s <= kGrad ? param_size : state_size;
+    const uintptr_t size = element_size(item, s);
     const uintptr_t first_quad = reinterpret_cast<uintptr_t>(item.data[s]) - item.slice.offset % 4 * size;
     if (first_quad % std::min<uintptr_t>(4 * size, 16) != 0) vectors &= static_cast<uint8_t>(~(1u << s));
   }
@@ -70,6 +89,15 @@ void describe(const StepItem& item, TableItem* entry) {
 
 void describe(const StepItem& item, ChildItem* entry) {
   entry->child = item.child;
+  entry->decay_outside = item.decay_outside;
+}
+
+void describe(const StepItem& item, RoundedItem* entry) {
+  std::copy(item.scales, item.scales + kAverages, entry->scales);
+  entry->child = item.child;
+  entry->first_mask_block = item.slice.offset / kMaskBlock;
+  entry->state = item.state;
+  entry->stochastic = item.stochastic;
   entry->decay_outside = item.decay_outside;
 }
 
@@ -119,24 +147,29 @@ Refusal refusal(const StepItem& item) {
   if (item.numel == 0) return Refusal::kNone;
   if (reinterpret_cast<uintptr_t>(item.child.bits) % kMaskAlignment != 0) return Refusal::kMisaligned;
   if (blocks_of(item) > kMostBlocks) return Refusal::kTooLarge;
+  const bool whole = item.slice.offset % kMaskBlock == 0 && run_of(item) == item.numel;
+  if (is_rounded(item) && !(whole && item.dtype != DType::kFloat64)) return Refusal::kNotRounded;
   return Refusal::kNone;
 }
 
 int kind_number(const Kind& kind) {
-  const int trained = static_cast<int>(kind.dtype) * kTrained + static_cast<int>(kind.trained);
-  return (trained * 2 + kind.amsgrad) * 2 + kind.large;
+  const int dtype = static_cast<int>(std::find(kOrder, kOrder + kDTypes, kind.dtype) - kOrder);
+  const int of_dtype = static_cast<int>(kind.storage) * kDTypes + dtype;
+  return (of_dtype * kTrained + static_cast<int>(kind.trained)) * 2 + kind.large;
 }
 
 Kind kind_of_number(int number) {
-  return {static_cast<DType>(number / (kTrained * 4)), static_cast<Trained>(number / 4 % kTrained), (number & 2) != 0,
-          (number & 1) != 0};
+  const int of_dtype = number / (kTrained * 2);
+  return {kOrder[of_dtype % kDTypes], static_cast<Trained>(number / 2 % kTrained),
+          static_cast<Storage>(of_dtype / kDTypes), number % 2 != 0};
 }
 
 std::string kernel_name(const Kind& kind) {
   static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   static const char* const trained[] = {"", "_masked", "_child"};
+  static const char* const storages[] = {"", "_amsgrad", "_rounded"};
   return std::string("step_") + dtypes[static_cast<int>(kind.dtype)] + trained[static_cast<int>(kind.trained)] +
-         (kind.amsgrad ? "_amsgrad" : "") + (kind.large ? "_large" : "_small");
+         storages[static_cast<int>(kind.storage)] + (kind.large ? "_large" : "_small");
 }
 
 bool LaunchPlan::build(const std::vector<StepItem>& items, const DeviceConstants* constants, const float* found_inf) {
@@ -151,7 +184,9 @@ bool LaunchPlan::build(const std::vector<StepItem>& items, const DeviceConstants
     if (counts[number] == 0) continue;
     const Kind kind = kind_of_number(number);
     const bool is_double = kind.dtype == DType::kFloat64;
-    if (kind.trained == Trained::kChild) {
+    if (kind.storage == Storage::kRounded) {
+      add_kind<float, RoundedItem>(kind, counts[number], items, header);
+    } else if (kind.trained == Trained::kChild) {
       is_double ? add_kind<double, ChildItem>(kind, counts[number], items, header)
                 : add_kind<float, ChildItem>(kind, counts[number], items, header);
     } else {

@@ -9,8 +9,9 @@
 
 namespace childtune {
 
-// Why the kernels cannot step a parameter, so that another backend must.
-enum class Refusal { kNone, kStrided, kMisaligned, kTooLarge };
+// Why the kernels cannot step a parameter, so that another backend must. kNotRounded: it is a RoundedItem's, but in
+// double precision, or no single run that begins at a mask block.
+enum class Refusal { kNone, kStrided, kMisaligned, kTooLarge, kNotRounded };
 
 Refusal refusal(const StepItem& item);
 
@@ -18,13 +19,19 @@ Refusal refusal(const StepItem& item);
 enum class Trained : uint8_t { kAll, kMasked, kChild };
 constexpr int kTrained = 3;
 
+// How state and weights are stored: without rounding but to the weights' nearest, where kernels differ by amsgrad; or
+// rounded in other ways (RoundedItem), where one kernel serves every kind of state, with amsgrad and without.
+enum class Storage : uint8_t { kPlain, kAmsgrad, kRounded };
+constexpr int kStorages = 3;
+
 // What a kernel is compiled for.
 struct Kind {
-  DType dtype;
+  DType dtype;  // not kFloat64 with kRounded
   Trained trained;
-  bool amsgrad, large;  // large: its table is of kLargeArguments
+  Storage storage;
+  bool large;  // its table is of kLargeArguments
 };
-constexpr int kKinds = kDTypes * kTrained * 2 * 2;
+constexpr int kKinds = (kDTypes * kStorages - 1) * kTrained * 2;
 
 int kind_number(const Kind& kind);  // below kKinds
 Kind kind_of_number(int number);

@@ -26,8 +26,8 @@ CHILDTUNE_INLINE QuadSpan quad_at(int64_t at, int64_t numel, bool aligned) {
   return {at, 0, high, aligned && high == 4};
 }
 
-// Hides from the compiler what four 2-byte elements are made of: else it takes a vector apart in the branch that loads
-// it, so that each load is waited for before the next.
+// Hides from the compiler what four elements of 1 or 2 bytes are made of: else it takes a vector apart in the branch
+// that loads it, so that each load is waited for before the next.
 template <class V>
 CHILDTUNE_INLINE void keep_packed(Four<V>& four) {
 #if defined(__CUDA_ARCH__)
@@ -36,6 +36,11 @@ CHILDTUNE_INLINE void keep_packed(Four<V>& four) {
     memcpy(words, &four, sizeof(words));
     asm("" : "+r"(words[0]), "+r"(words[1]));
     memcpy(&four, words, sizeof(words));
+  } else if constexpr (sizeof(V) == 1) {
+    uint32_t word;
+    memcpy(&word, &four, sizeof(word));
+    asm("" : "+r"(word));
+    memcpy(&four, &word, sizeof(word));
   }
 #else
   static_cast<void>(four);

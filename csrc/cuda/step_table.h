@@ -49,13 +49,30 @@ struct ChildItem {
   bool decay_outside;
 };
 
+// A parameter whose state is stored in fewer bits than computes, or whose weights are rounded stochastically. It is one
+// run, which begins at a mask block. With a child network, its state is the child network's alone.
+struct RoundedItem {
+  void* data[kStreams];        // of state; kMaxExpAvgSq: nullptr without amsgrad
+  uint8_t* scales[kAverages];  // of StateKind::kCodes, as in StepItem
+  int64_t numel;
+  PackedMask child;           // bits is nullptr without a child network
+  uint64_t first_mask_block;  // in the whole parameter
+  uint32_t first_block;       // this and the next three as in TableItem
+  uint32_t param_index;
+  uint32_t step_class;
+  uint8_t vectors;
+  StateKind state;
+  bool stochastic;  // the weights are rounded stochastically
+  bool decay_outside;
+};
+
 struct TableHeader {
   const DeviceConstants* constants;  // on the device, by param_index; nullptr: StepClass's are used
   const float* found_inf;            // on the device: unless zero, nothing is written; nullptr: zero
   int64_t items;
 };
 
-// T: the type that computes. Item: TableItem or ChildItem.
+// T: the type that computes. Item: TableItem, ChildItem or RoundedItem.
 template <class T, class Item, int kBytes>
 struct StepTable {
   static constexpr int kClasses = kBytes / 512;

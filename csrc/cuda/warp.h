@@ -5,6 +5,8 @@
 
 #include "core/compiler.h"
 #include "cuda/child_kernel.h"
+#include "cuda/rounded_child_kernel.h"
+#include "cuda/rounded_kernel.h"
 #include "cuda/step_kernel.h"
 
 namespace childtune {
@@ -24,18 +26,92 @@ struct GpuWarp {
   __device__ __forceinline__ void run(const Step& step, SlotPlaces& places) const {
     const uint32_t word = step.word(lane);
     const int own = count_ones(word);
-    int until = own;  // slots of this lane and of those before
-    CHILDTUNE_UNROLLED
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int before = __shfl_up_sync(~0u, until, distance);
-      if (lane >= distance) until += before;
-    }
+    const int until = sum_until(own);
     const int slots = __shfl_sync(~0u, until, kWarp - 1);
     if (!step.fits(slots)) return;
     step.list(lane, word, until - own, places);
     if (step.item.decay_outside) step.decay(lane);
     __syncwarp();
     step.update(lane, slots, places);
+  }
+
+  // Runs the phases of a tile of a RoundedItem. All lanes of a warp must call it together.
+  template <class Tile>
+  __device__ __forceinline__ void run_rounded(const Tile& tile) const {
+    const RoundingWords drawn = tile.draw_words(lane);
+    const Kept kept = Tile::kDraws ? exchange(tile.draw(lane)) : Kept{};
+    CHILDTUNE_UNROLLED
+    for (int half = 0; half < 2; ++half) {
+      const typename Tile::Loaded loaded = tile.load(lane, half);
+      const RoundingWords words = of_lane(drawn, kWarp / 2 * half);
+      Quad<float> quad = tile.update(lane, half, kept.of[half], words, loaded);
+      PerAverage most{};
+      if (tile.has_codes()) most = greatest(tile.most(lane, half, quad), tile.averages());
+      tile.store(lane, half, most, words, quad);
+    }
+  }
+
+  // Runs the phases of a packed block of a RoundedItem. All lanes of a warp must call it together; `places` is memory
+  // that they share.
+  template <class Step>
+  __device__ __forceinline__ void run_rounded(const Step& step, SlotPlaces& places) const {
+    const uint32_t word = step.word(lane);
+    const int own = count_ones(word);
+    const int until = sum_until(own);
+    if (!step.fits(__shfl_sync(~0u, until, kWarp - 1))) return;
+    step.list(lane, word, until - own, places);
+    if (step.item.decay_outside) step.decay(lane);
+    __syncwarp();
+    const RoundingWords drawn = step.draw_words(lane);
+    SlotSpan slots{0, 0, 0};
+#pragma unroll 1
+    for (; slots.number < kMaskBlocks; ++slots.number) {
+      slots.first = slots.end;
+      slots.end = __shfl_sync(~0u, until, kMaskLanes * slots.number + kMaskLanes - 1);
+      const RoundingWords words = of_lane(drawn, slots.number);
+      const typename Step::Loaded loaded = step.load(lane, slots, places);
+      Quad<float> quad = step.update(lane, slots, words, loaded);
+      const PerAverage most = step.has_codes() ? greatest(step.most(lane, slots, quad), step.averages()) : PerAverage{};
+      step.store(lane, slots, most, words, loaded, quad);
+    }
+  }
+
+  // Returns the sum of what this lane and those before it have.
+  __device__ __forceinline__ int sum_until(int own) const {
+    int until = own;
+    CHILDTUNE_UNROLLED
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int before = __shfl_up_sync(~0u, until, distance);
+      if (lane >= distance) until += before;
+    }
+    return until;
+  }
+
+  // Returns what lane `from` has.
+  __device__ __forceinline__ RoundingWords of_lane(const RoundingWords& own, int from) const {
+    return {__shfl_sync(~0u, own.exp_avg, from), __shfl_sync(~0u, own.exp_avg_sq, from),
+            __shfl_sync(~0u, own.param, from), __shfl_sync(~0u, own.max_exp_avg_sq, from)};
+  }
+
+  // Returns the greatest of what all lanes have.
+  __device__ __forceinline__ PerAverage greatest(PerAverage own, int averages) const {
+    CHILDTUNE_UNROLLED
+    for (int a = 0; a < kAverages; ++a) {
+      if (a < averages) own.of[a] = greatest(own.of[a]);
+    }
+    return own;
+  }
+  __device__ __forceinline__ uint32_t greatest(uint32_t own) const {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(~0u, own);
+#else
+    CHILDTUNE_UNROLLED
+    for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
+      const uint32_t other = __shfl_xor_sync(~0u, own, distance);
+      own = other > own ? other : own;
+    }
+    return own;
+#endif
   }
 
   // Gives each lane the masks of its own elements, of what all lanes have drawn. First the lanes 4 * j .. 4 * j + 3 put

@@ -55,7 +55,7 @@ class GpuKernels {
   GpuKernels(int device, const py::bytes& image)
       : device_(device),
         kernels_(device, image, kernel_names(cuda_driver_version() >= kLargeArgumentsSince)),
-        large_arguments_(kernels_.has(kind_number({DType::kFloat32, Trained::kAll, false, true}))) {
+        large_arguments_(kernels_.has(kind_number({DType::kFloat32, Trained::kAll, Storage::kPlain, true}))) {
     if (!kernels_.has(0)) throw CudaError("the device code has no kernels of childtune_fast");
   }
 

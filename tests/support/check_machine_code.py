@@ -227,7 +227,7 @@ def main_paths(name, kernel):
 
 def blocks_wanted(name):
     """Returns how many blocks of threads must fit into a multiprocessor."""
-    return 3 if "amsgrad" in name else 4
+    return 3 if "amsgrad" in name or "rounded" in name else 4
 
 
 def faults_of_kernel(name, kernel, registers, column):
@@ -235,7 +235,7 @@ def faults_of_kernel(name, kernel, registers, column):
     blocks = REGISTERS // (THREADS * -(-registers // 8) * 8)
     if blocks < blocks_wanted(name):
         yield f"{name}: {blocks} blocks of {blocks_wanted(name)}, {registers} registers"
-    if not re.search("(masked|child).*_large", name):  # smaller tables have the same code
+    if not re.search("(masked|child)(_amsgrad)?_large", name):  # smaller tables have the same code
         return
     kind = name.removesuffix("_large")
     way, count = main_paths(name, kernel)
