@@ -1,6 +1,7 @@
 // A GPU in loops: calls the functions of csrc/cuda for every block, warp and lane of a plan's launches.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -8,6 +9,8 @@
 #include "cuda/device_plan.h"
 #include "cuda/launch_plan.h"
 #include "cuda/norm_kernel.h"
+#include "cuda/rounded_child_kernel.h"
+#include "cuda/rounded_kernel.h"
 #include "cuda/select_kernel.h"
 #include "cuda/squares_kernel.h"
 #include "cuda/step_kernel.h"
@@ -47,6 +50,50 @@ struct EmulatedWarp {
     }
     for (int lane = kWarp - 1; step.item.decay_outside && lane >= 0; --lane) step.decay(lane);
     for (int lane = 0; lane < kWarp; ++lane) step.update(lane, slots, places);
+  }
+
+  template <class Tile>
+  void run_rounded(const Tile& tile) const {
+    uint32_t drawn[kWarp] = {};
+    for (int lane = 0; Tile::kDraws && lane < kWarp; ++lane) drawn[lane] = tile.draw(lane);
+    for (int half = 0; half < 2; ++half) {
+      const RoundingWords words = tile.draw_words(kWarp / 2 * half);
+      typename Tile::Loaded loaded[kWarp];
+      Quad<float> quads[kWarp];
+      PerAverage most{};
+      for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = tile.load(lane, half);
+      for (int lane = kWarp - 1; lane >= 0; --lane) {
+        quads[lane] = tile.update(lane, half, kept(drawn, lane).of[half], words, loaded[lane]);
+        if (tile.has_codes()) raise(tile.most(lane, half, quads[lane]), &most);
+      }
+      for (int lane = 0; lane < kWarp; ++lane) tile.store(lane, half, most, words, quads[lane]);
+    }
+  }
+
+  template <class Step>
+  void run_rounded(const Step& step, SlotPlaces& places) const {
+    int before[kWarp + 1] = {};
+    for (int lane = 0; lane < kWarp; ++lane) before[lane + 1] = before[lane] + count_ones(step.word(lane));
+    if (!step.fits(before[kWarp])) return;
+    for (int lane = 0; lane < kWarp; ++lane) step.list(lane, step.word(lane), before[lane], places);
+    for (int lane = kWarp - 1; step.item.decay_outside && lane >= 0; --lane) step.decay(lane);
+    for (int block = 0; block < kMaskBlocks; ++block) {
+      const SlotSpan slots{block, before[kMaskLanes * block], before[kMaskLanes * (block + 1)]};
+      const RoundingWords words = step.draw_words(block);
+      typename Step::Loaded loaded[kWarp];
+      Quad<float> quads[kWarp];
+      PerAverage most{};
+      for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = step.load(lane, slots, places);
+      for (int lane = kWarp - 1; lane >= 0; --lane) {
+        quads[lane] = step.update(lane, slots, words, loaded[lane]);
+        if (step.has_codes()) raise(step.most(lane, slots, quads[lane]), &most);
+      }
+      for (int lane = 0; lane < kWarp; ++lane) step.store(lane, slots, most, words, loaded[lane], quads[lane]);
+    }
+  }
+
+  static void raise(const PerAverage& of_lane, PerAverage* most) {
+    for (int a = 0; a < kAverages; ++a) most->of[a] = std::max(most->of[a], of_lane.of[a]);
   }
 
   template <class OfLane>
@@ -145,16 +192,25 @@ inline void emulate_add_ties(const ScoreTable& table, uint32_t blocks) {
 }
 
 template <class P, bool kMasked, bool kAmsgrad, class T, int kBytes>
-void emulate_kernel(const StepTable<T, TableItem, kBytes>& table, uint32_t blocks) {
+void emulate_kernel(const Kind&, const StepTable<T, TableItem, kBytes>& table, uint32_t blocks) {
   for_warps(blocks,
             [&](uint32_t block, int warp) { step_warp<P, kMasked, kAmsgrad>(table, block, warp, EmulatedWarp{}); });
 }
 
 template <class P, bool kMasked, bool kAmsgrad, class T, int kBytes>
-void emulate_kernel(const StepTable<T, ChildItem, kBytes>& table, uint32_t blocks) {
+void emulate_kernel(const Kind&, const StepTable<T, ChildItem, kBytes>& table, uint32_t blocks) {
   SlotPlaces places;
   for_warps(blocks, [&](uint32_t block, int warp) {
     step_child_warp<P, kAmsgrad>(table, block, warp, places, EmulatedWarp{});
+  });
+}
+
+template <class P, bool kMasked, bool kAmsgrad, int kBytes>
+void emulate_kernel(const Kind& kind, const StepTable<float, RoundedItem, kBytes>& table, uint32_t blocks) {
+  SlotPlaces places;
+  for_warps(blocks, [&](uint32_t block, int warp) {
+    kind.trained == Trained::kChild ? step_rounded_child_warp<P>(table, block, warp, places, EmulatedWarp{})
+                                    : step_rounded_warp<P, kMasked>(table, block, warp, EmulatedWarp{});
   });
 }
 
@@ -168,6 +224,9 @@ void visit_table(const Kind& kind, const void* argument, Visit visit) {
                : visit(*static_cast<const StepTable<T, Item, kSmallArguments>*>(argument), param);
   };
   const auto sized = [&](auto param) {
+    if constexpr (sizeof(param) < sizeof(double)) {
+      if (kind.storage == Storage::kRounded) return of_items(param, RoundedItem{});
+    }
     kind.trained == Trained::kChild ? of_items(param, ChildItem{}) : of_items(param, TableItem{});
   };
   switch (kind.dtype) {
@@ -185,12 +244,13 @@ void visit_table(const Kind& kind, const void* argument, Visit visit) {
 inline void emulate(const Launch& launch, const void* argument) {
   visit_table(launch.kind, argument, [&](const auto& table, auto param) {
     using P = decltype(param);
-    if (launch.kind.trained == Trained::kMasked) {
-      launch.kind.amsgrad ? emulate_kernel<P, true, true>(table, launch.blocks)
-                          : emulate_kernel<P, true, false>(table, launch.blocks);
+    const Kind& kind = launch.kind;
+    if (kind.trained == Trained::kMasked) {
+      kind.storage == Storage::kAmsgrad ? emulate_kernel<P, true, true>(kind, table, launch.blocks)
+                                        : emulate_kernel<P, true, false>(kind, table, launch.blocks);
     } else {
-      launch.kind.amsgrad ? emulate_kernel<P, false, true>(table, launch.blocks)
-                          : emulate_kernel<P, false, false>(table, launch.blocks);
+      kind.storage == Storage::kAmsgrad ? emulate_kernel<P, false, true>(kind, table, launch.blocks)
+                                        : emulate_kernel<P, false, false>(kind, table, launch.blocks);
     }
   });
 }
