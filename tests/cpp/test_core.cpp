@@ -206,6 +206,7 @@ void test_cuda_plan();
 void test_cuda_steps();
 void test_cuda_counted_steps();
 void test_cuda_child_steps();
+void test_cuda_rounded_steps();
 void test_cuda_scores();
 
 int main() {
@@ -218,6 +219,7 @@ int main() {
   test_cuda_steps();
   test_cuda_counted_steps();
   test_cuda_child_steps();
+  test_cuda_rounded_steps();
   test_cuda_scores();
   for (const std::string& name : supported_instruction_sets()) {
     expect(set_instruction_set(name), "set_instruction_set");

@@ -21,9 +21,11 @@ static void test_last_block(const TableItem& item, uint32_t end) {
   expect(beyond.low >= beyond.high || beyond.begin >= beyond.high, "a block more would have none", item.numel);
 }
 
-static void test_last_block(const ChildItem& item, uint32_t end) {
+template <class Item>
+static void test_last_block(const Item& item, uint32_t end) {
   const int64_t chunk = int64_t{kChunkTiles} * kTile, blocks = end - item.first_block;
-  expect((blocks - 1) * chunk < item.numel && item.numel <= blocks * chunk, "blocks of a child network", item.numel);
+  expect((blocks - 1) * chunk < item.numel && item.numel <= blocks * chunk, "blocks of a parameter without runs",
+         item.numel);
 }
 
 // Blocks of threads follow each other without a gap, each finds its item, and each item has as many as it needs.
@@ -108,6 +110,14 @@ static void test_launches() {
   expect(of_child.build(with_child, nullptr, nullptr), "BERT-large with a child network");
   test_blocks(of_child);
   expect(of_child.launches().size() == 3, "launches of D", static_cast<long long>(of_child.launches().size()));
+  std::vector<StepItem> in_codes = with_child;  // small parameters keep their state
+  for (StepItem& item : in_codes) item.state = item.numel < 4096 ? StateKind::kComputed : StateKind::kCodes;
+  for (bool large : {false, true}) {
+    LaunchPlan plan(large);
+    expect(plan.build(in_codes, nullptr, nullptr), "BERT-large with 8-bit state");
+    test_blocks(plan);
+    expect(!large || plan.launches().size() <= 5, "launches with 8-bit state", plan.launches().size());
+  }
   DevicePlan counted;
   const int64_t bytes = counted.build(items, {DeviceGroup{}}, {nullptr, nullptr});
   expect(counted.constants_tables().size() + 2 <= 4, "launches for BERT-large where the GPU counts");
@@ -140,6 +150,14 @@ static void test_vectors() {
   half.dtype = DType::kBFloat16;
   half.data[kParam] = half.data[kExpAvg] = reinterpret_cast<void*>(uintptr_t{4096 + 8});
   expect(vectors(half) == (kAllVectors & ~(1 << kExpAvg)), "vectors of four 16-bit weights have 8 bytes");
+  StepItem codes = imagined(8);
+  codes.state = StateKind::kCodes;
+  codes.data[kExpAvg] = reinterpret_cast<void*>(uintptr_t{4096 + 4});
+  codes.data[kExpAvgSq] = reinterpret_cast<void*>(uintptr_t{4096 + 2});
+  expect(vectors(codes) == (kAllVectors & ~(1 << kExpAvgSq)), "vectors of four codes have 4 bytes");
+  codes.state = StateKind::kBFloat16;
+  codes.data[kExpAvgSq] = reinterpret_cast<void*>(uintptr_t{4096 + 8});
+  expect(vectors(codes) == (kAllVectors & ~(1 << kExpAvg)), "vectors of four bfloat16 values have 8 bytes");
 }
 
 static void test_refusals() {
@@ -158,23 +176,37 @@ static void test_refusals() {
   expect(refusal(child) == Refusal::kNone, "a child network");
   child.child.bits = bits + 8;
   expect(refusal(child) == Refusal::kMisaligned, "a mask that is not aligned");
+  StepItem codes = imagined(256, {128, 256, 0});
+  codes.state = StateKind::kCodes;
+  expect(refusal(codes) == Refusal::kNone, "codes");
+  codes.slice.offset = 127;
+  expect(refusal(codes) == Refusal::kNotRounded, "codes whose run begins within a mask block");
+  codes.slice = {0, 128, 512};
+  expect(refusal(codes) == Refusal::kNotRounded, "codes of two runs");
+  codes.slice = {};
+  codes.dtype = DType::kFloat64;
+  expect(refusal(codes) == Refusal::kNotRounded, "codes of float64");
   LaunchPlan plan(true);
   expect(!plan.build({imagined(8), strided}, nullptr, nullptr) && plan.launches().empty(), "no plan with a refusal");
   expect(plan.build({}, nullptr, nullptr) && plan.launches().empty(), "nothing to do");
 }
 
 static void test_kernel_names() {
-  const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   std::set<std::string> names;
   for (int n = 0; n < kKinds; ++n) {
     const Kind kind = kind_of_number(n);
-    const char* const trained[] = {"", "_masked", "_child"};
-    const std::string name = std::string("step_") + dtypes[n / (kKinds / kDTypes)] +
-                             trained[static_cast<int>(kind.trained)] + (kind.amsgrad ? "_amsgrad" : "") +
-                             (kind.large ? "_large" : "_small");
-    expect(kernel_name(kind) == name && kind_number(kind) == n, "a kernel's name", n);
-    names.insert(name);
+    expect(kind_number(kind) == n, "a kernel's number", n);
+    expect(kind.dtype != DType::kFloat64 || kind.storage != Storage::kRounded, "float64 is not rounded", n);
+    names.insert(kernel_name(kind));
   }
+  const auto name = [](DType dtype, Trained trained, Storage storage, bool large) {
+    return kernel_name({dtype, trained, storage, large});
+  };
+  expect(name(DType::kFloat64, Trained::kAll, Storage::kPlain, false) == "step_float64_small", "a plain kernel");
+  expect(name(DType::kFloat16, Trained::kMasked, Storage::kAmsgrad, true) == "step_float16_masked_amsgrad_large",
+         "a kernel with amsgrad");
+  expect(name(DType::kBFloat16, Trained::kChild, Storage::kRounded, true) == "step_bfloat16_child_rounded_large",
+         "a kernel that rounds");
   expect(names.size() == kKinds, "every kernel has a name of its own");
 }
 
