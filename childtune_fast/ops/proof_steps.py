@@ -20,7 +20,7 @@ from . import reference
 from .on_gpu import GpuMemory, step_on_gpu
 from .proof_tensors import DTYPES, SIZES, Parameter, difference, name_of, shapes_of
 from .random_mask import KEEP_ALL
-from .step_group import StepGroup
+from .step_group import SCALE_FIELDS, StepGroup
 
 Trained = Literal["all weights", "a random mask", "a child network"]
 TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network")
@@ -28,12 +28,14 @@ TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network
 
 @dataclass(frozen=True)
 class StepCase:
-    """What is stepped, and how.
+    """What is stepped, and how. No GPU has run the kernels that round yet, but a CPU, in loops.
 
     Attributes:
         dtype: dtype of the parameters.
         trained: which weights a step trains.
         amsgrad: whether the running maximum is kept; without it, half of the parameters take variant="hf".
+        state: how the averages are stored.
+        stochastic: whether the parameters are rounded stochastically.
         tensors: "tiny" ones; a "few" of many sizes; "many" small ones, in one step; or "shards".
         counted: whether the GPU counts the steps, reads learning rates and a GradScaler's numbers there, and clips.
         way: "at once", "on a side stream", or "captured" by a CUDA graph, which then replays the step.
@@ -42,6 +44,8 @@ class StepCase:
     dtype: torch.dtype
     trained: Trained
     amsgrad: bool = False
+    state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    stochastic: bool = False
     tensors: Literal["tiny", "few", "many", "shards"] = "few"
     counted: bool = False
     way: Literal["at once", "on a side stream", "captured"] = "at once"
@@ -51,9 +55,16 @@ class StepCase:
         """What the case is of, for a user."""
         said = [self.tensors + ("" if self.tensors == "shards" else " tensors")]
         said += ["amsgrad"] * self.amsgrad
+        said += [f"state in {self.state}"] * (self.state != "float32")
+        said += ["rounded stochastically"] * self.stochastic
         said += ["steps counted, scaled, skipped and clipped on the GPU"] * self.counted
         said += [self.way] * (self.way != "at once")
         return f"step of {self.trained}, {name_of(self.dtype)}: " + ", ".join(said)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the step draws random bits to round."""
+        return self.stochastic or self.state != "float32"
 
     @property
     def steps(self) -> int:
@@ -65,10 +76,12 @@ class StepCase:
         options: dict[str, Any] = {
             "masked": self.trained == "a child network",
             "amsgrad": self.amsgrad,
+            "state": self.state,
             "steps": self.steps,
             "special": not self.counted,
         }
-        params = [Parameter(self.dtype, i, *shape, **options) for i, shape in enumerate(shapes_of(self.tensors))]
+        shapes = shapes_of(self.tensors, self.rounded)
+        params = [Parameter(self.dtype, i, *shape, **options) for i, shape in enumerate(shapes)]
         on_gpu, on_cpu = _Run(self, params, device), _Run(self, params, None)
         with gpu.side_stream(device) if self.way == "on a side stream" else contextlib.nullcontext():
             for number in range(self.steps):
@@ -101,6 +114,21 @@ def step_cases() -> Iterator[StepCase]:
             yield StepCase(torch.float32, trained, amsgrad=True, counted=True, tensors="shards")
     for dtype, trained, amsgrad in itertools.product(DTYPES, TRAINED, (False, True)):
         yield StepCase(dtype, trained, amsgrad=amsgrad, tensors="many")
+    yield from _rounded_cases()
+
+
+def _rounded_cases() -> Iterator[StepCase]:
+    """Yields the cases of the kernels that round."""
+    for dtype, trained in itertools.product(DTYPES, TRAINED):
+        if dtype == torch.float64:
+            continue
+        codes = StepCase(dtype, trained, state="8bit")
+        yield from (codes, replace(codes, counted=True), replace(codes, amsgrad=True, tensors="many"))
+        yield StepCase(dtype, trained, amsgrad=True, state="bfloat16")
+        if trained != "a child network":
+            yield replace(codes, tensors="shards")
+        if dtype != torch.float32:
+            yield from (replace(codes, amsgrad=True, stochastic=True), StepCase(dtype, trained, stochastic=True))
 
 
 class _Run:
@@ -141,6 +169,7 @@ class _Run:
         numbers: dict[str, Any] = {
             "eps": 1e-8,
             "amsgrad": case.amsgrad,
+            "stochastic": case.stochastic,
             "seed": 0xFEED_0123_4567_89AB,
             "capturable": case.counted,
         }
@@ -224,6 +253,9 @@ def _add(group: StepGroup, index: int, param: Parameter, grad: Tensor) -> None:
     group.indices.append(index)
     if group.amsgrad:
         group.max_exp_avg_sqs.append(param.state["max_exp_avg_sq"])
+    for scales in SCALE_FIELDS:
+        if scales in param.state:
+            getattr(group, scales).append(param.state[scales])
     if param.mask is not None:
         group.child_bits.append(param.mask.bits)
         group.child_offsets.append(param.mask.offsets)

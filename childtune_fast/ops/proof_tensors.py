@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from .packed_mask import PackedMask
+from .codes import NEAREST, block_count, block_numbers, encode_average, encode_square
+from .packed_mask import PackedMask, unpack
 from .step_group import compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,6 +23,11 @@ SLICES = (
     ((0, 128, 256), 9),
     ((1 << 33, 1025, 4096), 3),
     (((1 << 36) + 77, 4097, 0), 1),
+)
+# Of shards that are rounded stochastically: one run, which begins at a multiple of 128.
+ROUNDED_SLICES = (
+    ((128, 1025, 0), 1),
+    (((1 << 39) - 256, 4097, 0), 1),
 )
 
 
@@ -46,12 +52,12 @@ def difference(found: Tensor, wanted: Tensor) -> str:
     return f"{int((~same).sum())} of {same.numel()} values differ, first at {where}: {got!r}, not {right!r}"
 
 
-def shapes_of(tensors: str) -> list[tuple[int, tuple[int, int, int] | None]]:
-    """Returns for each parameter its size, and where it lies if it is a shard."""
+def shapes_of(tensors: str, rounded: bool) -> list[tuple[int, tuple[int, int, int] | None]]:
+    """Returns for each parameter its size, and where it lies if it is a shard; `rounded`: stochastically."""
     if tensors == "many":
         return [((33, 0, 128, 257, 1, 1030)[i % 6], None) for i in range(MANY)]
     if tensors == "shards":
-        return [(place[1] * runs, place) for place, runs in SLICES for _ in range(2)]
+        return [(place[1] * runs, place) for place, runs in (ROUNDED_SLICES if rounded else SLICES) for _ in range(2)]
     sizes = TINY_SIZES if tensors == "tiny" else (*SIZES, *ODD_SIZES)
     return [(size, None) for size in sizes for _ in range(2)]
 
@@ -62,7 +68,8 @@ class Parameter:
     Attributes:
         param: values of shape [numel].
         grads: gradients of that shape, one for each step.
-        state: the entries of its state, by torch.optim.AdamW's names; the step count begins on the CPU.
+        state: the entries of its state, by torch.optim.AdamW's names; the step count begins on the CPU. In 8 bits the
+            averages are codes, with scales by the names of StepGroup's fields.
         mask: mask of the child network, or None.
         slice: of a shard, as in StepGroup.slices; else None.
     """
@@ -76,6 +83,7 @@ class Parameter:
         *,
         masked: bool,
         amsgrad: bool,
+        state: str,
         steps: int,
         special: bool,
     ) -> None:
@@ -106,6 +114,19 @@ class Parameter:
         }
         if amsgrad:
             self.state["max_exp_avg_sq"] = normal(size).to(compute).square()
+        for key in list(self.state)[1:] if state != "float32" else ():
+            self._store_in_fewer_bits(key, state)
+
+    def _store_in_fewer_bits(self, key: str, state: str) -> None:
+        """Replaces an average by what `state` stores of it."""
+        values, numel = self.state[key], self.param.numel()
+        if state == "bfloat16":
+            self.state[key] = values.bfloat16()
+            return
+        inside = None if self.mask is None else unpack(self.mask.bits, self.param.shape)
+        blocks = block_numbers(numel, inside, values.device)
+        encode = encode_average if key == "exp_avg" else encode_square
+        self.state[key], self.state[f"{key}_scales"] = encode(values, blocks, block_count(numel), NEAREST)
 
     def moved(self, device: torch.device, odd_grad: bool, odd: bool) -> "Parameter":
         """Returns a copy, all but the step count on a device, if odd at addresses that no vector begins at.

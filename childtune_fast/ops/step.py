@@ -79,20 +79,18 @@ class StepKernels(NamedTuple):
         """Returns what reads usual parameters on the CPU, as csrc/python/state_reader.h says; None if nothing does."""
         return None if self.native is None else self.native.StateReader(states, masks)
 
-    def elsewhere(self, tensors: Sequence[Tensor], rounded: bool = False) -> Where:
+    def elsewhere(self, tensors: Sequence[Tensor]) -> Where:
         """Returns who steps a parameter that is not on the CPU.
 
         Args:
             tensors: the parameter, its gradient and the averages in its state, with the scales of 8-bit ones; for a
                 sharded parameter, their local parts.
-            rounded: whether the step rounds anything stochastically: state of fewer bits, or the parameter
-                (default: False).
 
         Raises:
             BackendError: the kernels of its GPU are asked for and there are none. Nothing has been written then.
         """
         param = tensors[0]
-        if self.native is None or not param.is_cuda or rounded:
+        if self.native is None or not param.is_cuda:
             return None
         device = param.device.index
         if device not in self.on_gpus:

@@ -11,7 +11,7 @@ from ..arguments import is_sharded, resolved
 from ..ops.packed_mask import Masks
 from ..ops.step import StepKernels, Where
 from ..ops.step_group import MASK_FIELDS, SCALE_FIELDS, State, check_mask
-from .kinds import is_rounded, kind_of
+from .kinds import kind_of
 from .state import averages_of, begin, begun, has_begun, unlike
 
 # A row holds the entries of one parameter in a StepGroup's lists, a column is a list. These are the names of the lists,
@@ -171,9 +171,7 @@ def add_rounded_rows(
             check_mask(mask, param)
             row = (*row, mask.bits, mask.offsets, mask.count)
             own_fields += MASK_FIELDS
-        rounded = is_rounded(kind, group["rounding"], param)
-        tensors = [param, grad, *averages, *scales]
-        where = kernels.on_cpu if param.is_cpu else kernels.elsewhere(tensors, rounded)
+        where = kernels.on_cpu if param.is_cpu else kernels.elsewhere([param, grad, *averages, *scales])
         rows[where, own_fields, kind, group["rounding"] == "stochastic" and param.element_size() == 2].append(row)
     return sharded
 

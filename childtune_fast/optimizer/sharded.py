@@ -57,7 +57,7 @@ def add_sharded_rows(
         scales = [local_tensor(of_average).view(-1) for of_average in scales]
         row: tuple[Any, ...] = (param._local_tensor, grad, *averages[:2], state["step"], i, *averages[2:])
         tensors = [*row[:4], *row[6:], *scales]
-        where = kernels.on_cpu if grad.is_cpu else kernels.elsewhere(tensors, rounded)
+        where = kernels.on_cpu if grad.is_cpu else kernels.elsewhere(tensors)
         own_fields, own = (*SCALE_FIELDS[: len(scales)], "sharded"), (*scales, param)
         if mask is not None:
             check_mask(mask, param)

@@ -88,7 +88,12 @@ FAULTS = {
         "header.constants == nullptr || header.items > 64",
         STEP,
     ),
-    "a NaN is stored as an infinity": ("core/dtypes.h", "magnitude > 0x7F800000u ? 0x7E00u : number", "number", STEP),
+    "a NaN keeps its sign": (
+        "core/dtypes.h",
+        "(bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded",
+        "rounded",
+        STEP,
+    ),
     "the maximum is not kept": (
         "core/adamw.h",
         "exp_avg_sq <= max_exp_avg_sq ? max_exp_avg_sq : exp_avg_sq;",
@@ -99,6 +104,36 @@ FAULTS = {
         "cuda/step_kernel.h",
         "table.classes[item.step_class]",
         "table.classes[0]",
+        STEP,
+    ),
+    "the elements that a tensor lacks count in a block's scale": (
+        "cuda/rounded_state.h",
+        "(exist >> i & 1) != 0 && magnitude > most.of[a]",
+        "magnitude > most.of[a]",
+        STEP,
+    ),
+    "codes of a block are made before all lanes know its scale": (
+        "cpp/emulated_gpu.h",
+        "tile.store(lane, half, most, words, quads[lane]);",
+        "tile.store(lane, half, (ON) ? tile.most(lane, half, quads[lane]) : most, words, quads[lane]);",
+        STEP,
+    ),
+    "both mask blocks of a tile are rounded by the words of the first": (
+        "cpp/emulated_gpu.h",
+        "tile.draw_words(kWarp / 2 * half)",
+        "tile.draw_words(0)",
+        MASKED,
+    ),
+    "slots are rounded by their places in the packed block": (
+        "cuda/rounded_child_kernel.h",
+        "static_cast<uint32_t>(loaded.place[i] % kMaskBlock)",
+        "static_cast<uint32_t>(loaded.place[i] / kMaskBlock)",
+        CHILD,
+    ),
+    "a shard is rounded as if it began the parameter": (
+        "cuda/rounded_kernel.h",
+        "item.first_mask_block + static_cast<uint64_t>(block_of(0));",
+        "static_cast<uint64_t>(block_of(0));",
         STEP,
     ),
 }
