@@ -32,13 +32,19 @@ CHILDTUNE_INLINE RoundingWords rounding_words(const MaskKey& key, uint64_t block
 }
 
 // Returns what element `j` of a block adds to the word: its seven bits, the lowest of which becomes the highest of all.
-constexpr uint32_t spread_of(uint32_t j) {
+CHILDTUNE_INLINE constexpr uint32_t spread_of(uint32_t j) {
   uint32_t reversed = 0;
   for (int bit = 0; bit < 7; ++bit) reversed |= (j >> bit & 1u) << (31 - bit);
   return reversed;
 }
 
 // Returns the 32 random bits of element `j` of a block, of which rounding takes as many high ones as it needs.
-CHILDTUNE_INLINE uint32_t rounding_bits(uint32_t word, uint32_t j) { return word ^ spread_of(j); }
+CHILDTUNE_INLINE uint32_t rounding_bits(uint32_t word, uint32_t j) {
+#if defined(__CUDA_ARCH__)
+  return word ^ __brev(j);  // the same in one instruction, as j has no other bits
+#else
+  return word ^ spread_of(j);
+#endif
+}
 
 }  // namespace childtune

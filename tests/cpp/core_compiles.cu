@@ -1,11 +1,13 @@
 // Uses every core header in device code: compiling it (`make cuda`) is the test, it is never run.
 #include "core/adamw.h"
+#include "core/codes.h"
 #include "core/constants.h"
 #include "core/dtypes.h"
 #include "core/fisher.h"
 #include "core/mask.h"
 #include "core/packed_mask.h"
 #include "core/philox.h"
+#include "core/rounding.h"
 #include "core/score_key.h"
 #include "core/scored_tensor.h"
 #include "core/squares_item.h"
@@ -53,6 +55,20 @@ template __global__ void add_squares<Float16>(float, float, const Float16*, floa
 __global__ void clear_outside(PackedMask child, float* values, int64_t numel) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < numel && !in_child(child.bits, i)) values[i] = 0;
+}
+
+// Rounds averages to codes, of blocks of which the scales are known.
+__global__ void encode_averages(MaskKey key, const uint8_t* scales, float* exp_avg, float* exp_avg_sq, uint8_t* codes,
+                                BFloat16* param, int64_t count) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const RoundingWords words = rounding_words(key, static_cast<uint64_t>(i / kCodeBlock));
+  const uint32_t j = static_cast<uint32_t>(i % kCodeBlock), scale = scales[i / kCodeBlock];
+  float unused = 0;
+  sanitize(exp_avg[i], exp_avg_sq[i], unused);
+  codes[i] = encode_average(exp_avg[i], inverse_scale_of(scale), rounding_bits(words.exp_avg, j));
+  codes[count + i] = encode_square(exp_avg_sq[i], least_square_of(scale), rounding_bits(words.exp_avg_sq, j));
+  store_random(param[i], decode_average(codes[i], scale_of(scale)), rounding_bits(words.param, j));
 }
 
 __global__ void score_keys(const float* scores, uint32_t* keys, uint32_t* nan, int64_t count) {
