@@ -60,17 +60,18 @@ struct SlotLister {
 
   // Decays the weights outside, four at a time; the updates come after, and overwrite what this writes of the others.
   CHILDTUNE_MEMBER void decay(int lane) const {
+    void* const param = item.data[kParam];  // a copy: else the compiler makes no vector stores
     for (int64_t at = begin + 4 * lane; at < begin + kPackedBlock; at += 4 * kWarp) {
       const QuadSpan span = quad_at(at, item.numel, (item.vectors >> kParam & 1) != 0);
       Four<P> four{};
-      load_four(item.data[kParam], span, four);
+      load_four(param, span, four);
       const uint32_t in_child = item.child.bits[at / 8] >> (at % 8);
       CHILDTUNE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         if ((in_child >> i & 1) != 0) continue;
         store(four.of[i], decayed_outside(constants, T(childtune::load(four.of[i]))));
       }
-      store_four(item.data[kParam], span, four);
+      store_four(param, span, four);
     }
   }
 };

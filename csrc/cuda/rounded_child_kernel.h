@@ -3,10 +3,10 @@
 //
 // Packed blocks, slots and their places are those of cuda/child_kernel.h. A packed block has eight mask blocks, which
 // the warp takes one after the other, because a mask block's values share their scales and their words for rounding.
-// Its slots follow each other: a lane takes every 32nd of them, at most four.
+// Its slots follow each other: a lane takes every 32nd of them, at most four, in rounds of two.
 //
-// So a packed block has the phases list and decay, and each of its mask blocks load, update, most and store, with an
-// exchange before store. A `Warp` runs them: GpuWarp (cuda/warp.h) does on a GPU.
+// So a packed block has the phases list and decay, and each of its mask blocks load and update in two rounds, most and
+// store, with an exchange before store. A `Warp` runs them: GpuWarp (cuda/warp.h) does on a GPU.
 #pragma once
 
 #include "cuda/child_kernel.h"
@@ -24,9 +24,9 @@ struct SlotSpan {
   int first, end;
 };
 
-// The averages of a lane's slots of a mask block, as they are stored, in the low bits.
+// The averages of a lane's slots of a round, as they are stored, in the low bits.
 struct SlotState {
-  uint32_t bits[kAverages][4];
+  uint32_t bits[kAverages][kSlotRounds];
 
   template <class V>
   CHILDTUNE_MEMBER void get(int average, int i, V& to) const {
@@ -42,8 +42,8 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
   using SlotLister<P, RoundedItem>::begin;
   using SlotLister<P, RoundedItem>::offset;
   struct Loaded {
-    int place[4];  // in the packed block; that of slots beyond the last one is not read
-    P param[4], grad[4];
+    int place[kSlotRounds];  // in the packed block
+    P param[kSlotRounds], grad[kSlotRounds];
     SlotState state;
     PerAverage scales;
   };
@@ -59,22 +59,27 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
     return rounding_words(key, item.first_mask_block + static_cast<uint64_t>(block_of(lane % kMaskBlocks)));
   }
 
-  CHILDTUNE_MEMBER Loaded load(int lane, const SlotSpan& slots, const SlotPlaces& places) const {
+  // Returns the number of slot `i` of a lane; there is none from slots.end on.
+  CHILDTUNE_MEMBER int slot_of(int lane, const SlotSpan& slots, int i) const { return slots.first + lane + kWarp * i; }
+
+  CHILDTUNE_MEMBER Loaded load(int lane, const SlotSpan& slots, int round, const SlotPlaces& places) const {
     const P* const param = static_cast<const P*>(item.data[kParam]) + begin;
     const P* const grad = static_cast<const P*>(item.data[kGrad]) + begin;
     Loaded loaded{};
     loaded.scales = load_scales(item, block_of(slots.number));
     visit_state(item.state, [&](auto kind) {
       CHILDTUNE_UNROLLED
-      for (int i = 0; i < 4; ++i) {
-        const int slot = slots.first + lane + kWarp * i;
+      for (int i = 0; i < kSlotRounds; ++i) {
+        const int slot = slot_of(lane, slots, kSlotRounds * round + i);
         if (slot >= slots.end) continue;
         loaded.place[i] = places.of[slot];
         loaded.param[i] = param[loaded.place[i]];
         loaded.grad[i] = grad[loaded.place[i]];
         CHILDTUNE_UNROLLED
         for (int a = 0; a < kAverages; ++a) {
-          if (a < averages()) memcpy(&loaded.state.bits[a][i], &state(kind, a, slot), sizeof(kind));
+          if (a >= averages()) continue;
+          kind = state(kind, a, slot);
+          memcpy(&loaded.state.bits[a][i], &kind, sizeof(kind));
         }
       }
     });
@@ -86,50 +91,48 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
     return *(static_cast<V*>(item.data[kExpAvg + average]) + (offset + slot));
   }
 
-  CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, const Loaded& loaded, int i) const {
-    return rounding_bits(word, static_cast<uint32_t>(loaded.place[i] % kMaskBlock));
+  CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, int place) const {
+    return rounding_bits(word, static_cast<uint32_t>(place % kMaskBlock));
   }
 
-  CHILDTUNE_MEMBER Quad<float> update(int lane, const SlotSpan& slots, const RoundingWords& words,
-                                      const Loaded& loaded) const {
+  // Sets the quad's averages of the round's slots to what they become, and stores the weights.
+  CHILDTUNE_MEMBER void update(int lane, const SlotSpan& slots, int round, const RoundingWords& words,
+                               const Loaded& loaded, Quad<float>& quad) const {
     P* const param = static_cast<P*>(item.data[kParam]) + begin;
-    Quad<float> quad;
-    decode_state(item, loaded.state, loaded.scales, quad);
+    decode_state<kSlotRounds>(item, loaded.state, loaded.scales, kSlotRounds * round, quad);
     CHILDTUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) {
-      if (slots.first + lane + kWarp * i >= slots.end) continue;
+    for (int i = 0; i < kSlotRounds; ++i) {
+      const int at = kSlotRounds * round + i;
+      if (slot_of(lane, slots, at) >= slots.end) continue;
       float weight = childtune::load(loaded.param[i]);
-      adamw_update<true>(constants, true, childtune::load(loaded.grad[i]), weight, quad.exp_avg.of[i],
-                         quad.exp_avg_sq.of[i], quad.max_exp_avg_sq.of[i]);
-      P stored;
-      store_weight(item, weight, random_of(words.param, loaded, i), stored);
-      param[loaded.place[i]] = stored;
+      adamw_update<true>(constants, true, childtune::load(loaded.grad[i]), weight, quad.exp_avg.of[at],
+                         quad.exp_avg_sq.of[at], quad.max_exp_avg_sq.of[at]);
+      store_weight(item, weight, random_of(words.param, loaded.place[i]), param[loaded.place[i]]);
     }
-    return quad;
   }
 
   // With codes: returns the largest magnitudes of the lane's slots.
   CHILDTUNE_MEMBER PerAverage most(int lane, const SlotSpan& slots, Quad<float>& quad) const {
     uint32_t exist = 0;
     CHILDTUNE_UNROLLED
-    for (int i = 0; i < 4; ++i) exist |= (slots.first + lane + kWarp * i < slots.end ? 1u : 0u) << i;
+    for (int i = 0; i < 4; ++i) exist |= (slot_of(lane, slots, i) < slots.end ? 1u : 0u) << i;
     return sanitize_state(exist, quad);
   }
 
   // `most` has those of the mask block.
-  CHILDTUNE_MEMBER void store(int lane, const SlotSpan& slots, const PerAverage& most, const RoundingWords& words,
-                              const Loaded& loaded, Quad<float>& quad) const {
+  CHILDTUNE_MEMBER void store(int lane, const SlotSpan& slots, const SlotPlaces& places, const PerAverage& most,
+                              const RoundingWords& words, Quad<float>& quad) const {
     const PerAverage scales = scales_for(most);
     visit_state(item.state, [&](auto kind) {
       CHILDTUNE_UNROLLED
       for (int i = 0; i < 4; ++i) {
-        const int slot = slots.first + lane + kWarp * i;
+        const int slot = slot_of(lane, slots, i);
         if (slot >= slots.end) continue;
+        const int place = places.of[slot];
         CHILDTUNE_UNROLLED
         for (int a = 0; a < kAverages; ++a) {
           if (a >= averages()) continue;
-          encode(a, average_of(quad, a).of[i], scales.of[a], random_of(word_of(words, a), loaded, i),
-                 state(kind, a, slot));
+          encode(a, average_of(quad, a).of[i], scales.of[a], random_of(word_of(words, a), place), state(kind, a, slot));
         }
       }
     });
@@ -142,7 +145,7 @@ template <class P, class Table, class Warp>
 CHILDTUNE_INLINE void step_rounded_child_warp(const Table& table, uint32_t block, int warp_number, SlotPlaces& places,
                                               const Warp& warp) {
   if (is_skipped(table.header)) return;
-  const RoundedItem item = table.items[item_of_block(table, block)];
+  const RoundedItem& item = table.items[item_of_block(table, block)];  // a copy would take too many registers
   const auto of_class = class_of(table.header, table.classes[item.step_class], item);
   const int64_t packed_block = int64_t{kThreads / kWarp} * (block - item.first_block) + warp_number;
   if (packed_block >= packed_blocks(item.numel)) return;

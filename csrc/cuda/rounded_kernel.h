@@ -86,7 +86,7 @@ struct RoundedTile {
       quad.param.of[i] = childtune::load(loaded.param.of[i]);
       quad.grad.of[i] = childtune::load(loaded.grad.of[i]);
     }
-    decode_state(item, loaded.state, loaded.scales, quad);
+    decode_state<4>(item, loaded.state, loaded.scales, 0, quad);
     update_quad<kMasked, true>(constants, kept, quad);
     Four<P> param;
     CHILDTUNE_UNROLLED

@@ -86,22 +86,26 @@ CHILDTUNE_INLINE void store_scales(const RoundedItem& item, int64_t block, const
   }
 }
 
-// Sets the quad's averages to what `stored` holds: stored.get(average, i, to) must return value i as it is stored.
-template <class Stored>
-CHILDTUNE_INLINE void decode_state(const RoundedItem& item, const Stored& stored, const PerAverage& scales,
+// Sets kCount of the quad's averages, from the one numbered `first` on, to what `stored` holds: stored.get(average, i,
+// to) must set `to` to value i as it is stored.
+template <int kCount, class Stored>
+CHILDTUNE_INLINE void decode_state(const RoundedItem& item, const Stored& stored, const PerAverage& scales, int first,
                                    Quad<float>& quad) {
   visit_state(item.state, [&](auto kind) {
     CHILDTUNE_UNROLLED
     for (int a = 0; a < kAverages; ++a) {
       CHILDTUNE_UNROLLED
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         stored.get(a, i, kind);
-        average_of(quad, a).of[i] = decoded(a, kind, scale_of(scales.of[a]));
+        average_of(quad, a).of[first + i] = decoded(a, kind, scale_of(scales.of[a]));
       }
     }
   });
   const float none = bit_cast<float>(0xFF800000u);
-  if (averages_of(item) < kAverages) quad.max_exp_avg_sq = {{none, none, none, none}};
+  CHILDTUNE_UNROLLED
+  for (int i = 0; i < kCount; ++i) {
+    if (averages_of(item) < kAverages) quad.max_exp_avg_sq.of[first + i] = none;
+  }
 }
 
 // Makes the quad's averages such as codes can hold, and returns the bits of the largest magnitudes among those values

@@ -69,10 +69,14 @@ struct GpuWarp {
       slots.first = slots.end;
       slots.end = __shfl_sync(~0u, until, kMaskLanes * slots.number + kMaskLanes - 1);
       const RoundingWords words = of_lane(drawn, slots.number);
-      const typename Step::Loaded loaded = step.load(lane, slots, places);
-      Quad<float> quad = step.update(lane, slots, words, loaded);
+      Quad<float> quad{};
+      CHILDTUNE_UNROLLED
+      for (int round = 0; round < 4 / kSlotRounds; ++round) {
+        const typename Step::Loaded loaded = step.load(lane, slots, round, places);
+        step.update(lane, slots, round, words, loaded, quad);
+      }
       const PerAverage most = step.has_codes() ? greatest(step.most(lane, slots, quad), step.averages()) : PerAverage{};
-      step.store(lane, slots, most, words, loaded, quad);
+      step.store(lane, slots, places, most, words, quad);
     }
   }
 

@@ -81,14 +81,14 @@ struct EmulatedWarp {
       const SlotSpan slots{block, before[kMaskLanes * block], before[kMaskLanes * (block + 1)]};
       const RoundingWords words = step.draw_words(block);
       typename Step::Loaded loaded[kWarp];
-      Quad<float> quads[kWarp];
+      Quad<float> quads[kWarp] = {};
       PerAverage most{};
-      for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = step.load(lane, slots, places);
-      for (int lane = kWarp - 1; lane >= 0; --lane) {
-        quads[lane] = step.update(lane, slots, words, loaded[lane]);
-        if (step.has_codes()) raise(step.most(lane, slots, quads[lane]), &most);
+      for (int round = 0; round < 4 / kSlotRounds; ++round) {
+        for (int lane = 0; lane < kWarp; ++lane) loaded[lane] = step.load(lane, slots, round, places);
+        for (int lane = 0; lane < kWarp; ++lane) step.update(lane, slots, round, words, loaded[lane], quads[lane]);
       }
-      for (int lane = 0; lane < kWarp; ++lane) step.store(lane, slots, most, words, loaded[lane], quads[lane]);
+      for (int lane = 0; step.has_codes() && lane < kWarp; ++lane) raise(step.most(lane, slots, quads[lane]), &most);
+      for (int lane = 0; lane < kWarp; ++lane) step.store(lane, slots, places, most, words, quads[lane]);
     }
   }
 

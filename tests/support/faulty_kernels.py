@@ -126,8 +126,8 @@ FAULTS = {
     ),
     "slots are rounded by their places in the packed block": (
         "cuda/rounded_child_kernel.h",
-        "static_cast<uint32_t>(loaded.place[i] % kMaskBlock)",
-        "static_cast<uint32_t>(loaded.place[i] / kMaskBlock)",
+        "static_cast<uint32_t>(place % kMaskBlock)",
+        "static_cast<uint32_t>(place / kMaskBlock)",
         CHILD,
     ),
     "a shard is rounded as if it began the parameter": (
