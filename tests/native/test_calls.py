@@ -9,7 +9,8 @@ from childtune_fast.native import load
 native = load.load_native()
 OPTIONS = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, amsgrad=False, grad_factor=1.0,
                keep_threshold=20000, published_code=False, seed=3, max_grad_norm=None, decay_outside=False,
-               slices=None, child_bits=[], child_offsets=[], child_counts=[], max_exp_avg_sqs=[])
+               slices=None, child_bits=[], child_offsets=[], child_counts=[], max_exp_avg_sqs=[],
+               stochastic=False, state="float32", exp_avg_scales=[], exp_avg_sq_scales=[], max_exp_avg_sq_scales=[])
 TENSORS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
 class Group:
     def __init__(self, numel=64, count=4):
