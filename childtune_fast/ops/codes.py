@@ -9,7 +9,7 @@ from .random_mask import BLOCK
 
 NEAREST = 0x80000000  # in place of random bits: rounds to nearest
 _LEAST_SCALE = 32
-_ROOM = 0x00100100
+_ROOM = 0x001000FF
 _MOST_BITS = (254 << 23) - _ROOM - 1
 _SHIFT = 2.0**-15
 _SHIFT_CODE = 112 << 3

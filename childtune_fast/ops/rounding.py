@@ -55,10 +55,10 @@ def stored_randomly(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tenso
 
     Args:
         values: float32 tensor.
-        dtype: bfloat16 or float16; float32 values stay.
+        dtype: bfloat16 or float16; values of any other stay.
         random: the values' random bits, int64 of the same shape.
     """
-    if dtype == torch.float32:
+    if dtype not in _NAN_BITS:
         return values
     bits = values.view(torch.int32).to(torch.int64).bitwise_and_(_LOW32)
     magnitude = bits & 0x7FFFFFFF

@@ -13,9 +13,9 @@
 // 6 to 12 % and, near 0, to 2^-18 of the scale; 0 is a number of it. An average of squares is accurate to 6 to 12 %
 // down to 2^-31 of the scale, and is never rounded to 0 in a block that has others: the update divides by its root.
 //
-// As a scale is a power of two, decoding is exact, and a value that does not change keeps its code, whatever happens to
-// its block's scale. Values that no code can hold: core/codes.h's sanitize. childtune_fast/ops/codes.py has the same in
-// torch.
+// As a scale is a power of two, decoding is exact. A value that does not change keeps its code while its block's scale
+// stays; under another scale, an average of squares keeps its value, and an average is rounded again. Values that no
+// code can hold: sanitize, below. childtune_fast/ops/codes.py has the same in torch.
 #pragma once
 
 #include "core/compiler.h"
@@ -26,7 +26,7 @@ namespace childtune {
 constexpr int kCodeBlock = kMaskBlock;   // values that share a scale
 constexpr uint32_t kLeastScale = 32;     // so that every decoded number is a normal float
 constexpr uint32_t kMostScale = 253;     // so that the inverse of every scale is a normal float
-constexpr uint32_t kRoom = 0x00100100u;  // added to a float's bits, carries into the exponent if 1.875 - 2^-15 scales
+constexpr uint32_t kRoom = 0x001000FFu;  // added to a float's bits, carries into the exponent if 1.875 - 2^-15 scales
                                          // are not enough for it
 constexpr uint32_t kMostBits = ((kMostScale + 1) << 23) - kRoom - 1;  // of the largest float that can be encoded
 constexpr float kShift = 0x1p-15f;  // added to a scaled average, so that there is a code of 0
