@@ -20,7 +20,7 @@ from . import reference
 from .on_gpu import GpuMemory, step_on_gpu
 from .proof_tensors import DTYPES, SIZES, Parameter, difference, name_of, shapes_of
 from .random_mask import KEEP_ALL
-from .step_group import SCALE_FIELDS, StepGroup
+from .step_group import SCALE_FIELDS, State, StepGroup
 
 Trained = Literal["all weights", "a random mask", "a child network"]
 TRAINED: tuple[Trained, ...] = ("all weights", "a random mask", "a child network")
@@ -34,7 +34,7 @@ class StepCase:
         dtype: dtype of the parameters.
         trained: which weights a step trains.
         amsgrad: whether the running maximum is kept; without it, half of the parameters take variant="hf".
-        state: how the averages are stored.
+        state: how the averages are stored, however small a parameter is.
         stochastic: whether the parameters are rounded stochastically.
         tensors: "tiny" ones; a "few" of many sizes; "many" small ones, in one step; or "shards".
         counted: whether the GPU counts the steps, reads learning rates and a GradScaler's numbers there, and clips.
@@ -44,7 +44,7 @@ class StepCase:
     dtype: torch.dtype
     trained: Trained
     amsgrad: bool = False
-    state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    state: State = "float32"
     stochastic: bool = False
     tensors: Literal["tiny", "few", "many", "shards"] = "few"
     counted: bool = False
@@ -169,6 +169,7 @@ class _Run:
         numbers: dict[str, Any] = {
             "eps": 1e-8,
             "amsgrad": case.amsgrad,
+            "state": case.state,
             "stochastic": case.stochastic,
             "seed": 0xFEED_0123_4567_89AB,
             "capturable": case.counted,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .codes import NEAREST, block_count, block_numbers, encode_average, encode_square
 from .packed_mask import PackedMask, unpack
-from .step_group import compute_dtype
+from .step_group import State, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 3, 127, 128, 129, 1023, 1025, 4097, 70_001)
@@ -83,7 +83,7 @@ class Parameter:
         *,
         masked: bool,
         amsgrad: bool,
-        state: str,
+        state: State,
         steps: int,
         special: bool,
     ) -> None:
@@ -117,7 +117,7 @@ class Parameter:
         for key in list(self.state)[1:] if state != "float32" else ():
             self._store_in_fewer_bits(key, state)
 
-    def _store_in_fewer_bits(self, key: str, state: str) -> None:
+    def _store_in_fewer_bits(self, key: str, state: State) -> None:
         """Replaces an average by what `state` stores of it."""
         values, numel = self.state[key], self.param.numel()
         if state == "bfloat16":

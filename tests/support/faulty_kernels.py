@@ -106,10 +106,10 @@ FAULTS = {
         "table.classes[0]",
         STEP,
     ),
-    "the elements that a tensor lacks count in a block's scale": (
+    "the last of a lane's values does not count in a block's scale": (
         "cuda/rounded_state.h",
         "(exist >> i & 1) != 0 && magnitude > most.of[a]",
-        "magnitude > most.of[a]",
+        "(exist >> i & 2) != 0 && magnitude > most.of[a]",
         STEP,
     ),
     "codes of a block are made before all lanes know its scale": (
