@@ -60,14 +60,27 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
   }
 
   // Returns the number of slot `i` of a lane; there is none from slots.end on.
-  CHILDTUNE_MEMBER int slot_of(int lane, const SlotSpan& slots, int i) const { return slots.first + lane + kWarp * i; }
+  static CHILDTUNE_MEMBER int slot_of(int lane, const SlotSpan& slots, int i) { return slots.first + lane + kWarp * i; }
 
   CHILDTUNE_MEMBER Loaded load(int lane, const SlotSpan& slots, int round, const SlotPlaces& places) const {
-    const P* const param = static_cast<const P*>(item.data[kParam]) + begin;
-    const P* const grad = static_cast<const P*>(item.data[kGrad]) + begin;
     Loaded loaded{};
     loaded.scales = load_scales(item, block_of(slots.number));
-    visit_state(item.state, [&](auto kind) {
+    visit_state(item.state, SlotLoader{*this, lane, slots, round, places, loaded});
+    return loaded;
+  }
+
+  struct SlotLoader {
+    const RoundedChildStep& step;
+    int lane;
+    const SlotSpan& slots;
+    int round;
+    const SlotPlaces& places;
+    Loaded& loaded;
+
+    template <class V>
+    CHILDTUNE_MEMBER void visit(V value) const {
+      const P* const param = static_cast<const P*>(step.item.data[kParam]) + step.begin;
+      const P* const grad = static_cast<const P*>(step.item.data[kGrad]) + step.begin;
       CHILDTUNE_UNROLLED
       for (int i = 0; i < kSlotRounds; ++i) {
         const int slot = slot_of(lane, slots, kSlotRounds * round + i);
@@ -77,21 +90,20 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
         loaded.grad[i] = grad[loaded.place[i]];
         CHILDTUNE_UNROLLED
         for (int a = 0; a < kAverages; ++a) {
-          if (a >= averages()) continue;
-          kind = state(kind, a, slot);
-          memcpy(&loaded.state.bits[a][i], &kind, sizeof(kind));
+          if (a >= step.averages()) continue;
+          value = step.state(value, a, slot);
+          memcpy(&loaded.state.bits[a][i], &value, sizeof(value));
         }
       }
-    });
-    return loaded;
-  }
+    }
+  };
 
   template <class V>
   CHILDTUNE_MEMBER V& state(V, int average, int slot) const {
     return *(static_cast<V*>(item.data[kExpAvg + average]) + (offset + slot));
   }
 
-  CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, int place) const {
+  static CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, int place) {
     return rounding_bits(word, static_cast<uint32_t>(place % kMaskBlock));
   }
 
@@ -123,7 +135,21 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
   CHILDTUNE_MEMBER void store(int lane, const SlotSpan& slots, const SlotPlaces& places, const PerAverage& most,
                               const RoundingWords& words, Quad<float>& quad) const {
     const PerAverage scales = scales_for(most);
-    visit_state(item.state, [&](auto kind) {
+    visit_state(item.state, SlotStorer{*this, lane, slots, places, scales, words, quad});
+    if (has_codes() && lane == 0) store_scales(item, block_of(slots.number), scales);
+  }
+
+  struct SlotStorer {
+    const RoundedChildStep& step;
+    int lane;
+    const SlotSpan& slots;
+    const SlotPlaces& places;
+    const PerAverage& scales;
+    const RoundingWords& words;
+    Quad<float>& quad;
+
+    template <class V>
+    CHILDTUNE_MEMBER void visit(V kind) const {
       CHILDTUNE_UNROLLED
       for (int i = 0; i < 4; ++i) {
         const int slot = slot_of(lane, slots, i);
@@ -131,13 +157,13 @@ struct RoundedChildStep : SlotLister<P, RoundedItem> {
         const int place = places.of[slot];
         CHILDTUNE_UNROLLED
         for (int a = 0; a < kAverages; ++a) {
-          if (a >= averages()) continue;
-          encode(a, average_of(quad, a).of[i], scales.of[a], random_of(word_of(words, a), place), state(kind, a, slot));
+          if (a >= step.averages()) continue;
+          encode(a, average_of(quad, a).of[i], scales.of[a], random_of(word_of(words, a), place),
+                 step.state(kind, a, slot));
         }
       }
-    });
-    if (has_codes() && lane == 0) store_scales(item, block_of(slots.number), scales);
-  }
+    }
+  };
 };
 
 // What warp `warp_number` of the block of threads `block` does. `places` belongs to this warp alone.

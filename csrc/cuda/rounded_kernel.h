@@ -46,7 +46,7 @@ struct RoundedTile {
     const int64_t at = begin + kMaskBlock * half + 4 * lane;
     return kWhole ? QuadSpan{at, 0, 4, true} : quad_at(at, item.numel, (item.vectors >> stream & 1) != 0);
   }
-  CHILDTUNE_MEMBER Stream stream_of(int average) const { return static_cast<Stream>(kExpAvg + average); }
+  static CHILDTUNE_MEMBER Stream stream_of(int average) { return static_cast<Stream>(kExpAvg + average); }
   CHILDTUNE_MEMBER int64_t block_of(int half) const { return begin / kMaskBlock + half; }
   CHILDTUNE_MEMBER uint64_t mask_block() const { return item.first_mask_block + static_cast<uint64_t>(block_of(0)); }
   CHILDTUNE_MEMBER bool has_codes() const { return item.state == StateKind::kCodes; }
@@ -58,17 +58,26 @@ struct RoundedTile {
     load_four(item.data[kParam], quad_span(lane, half, kParam), loaded.param);
     load_four(item.data[kGrad], quad_span(lane, half, kGrad), loaded.grad);
     loaded.scales = load_scales(item, block_of(half));
-    visit_state(item.state, [&](auto kind) {
-      CHILDTUNE_UNROLLED
-      for (int a = 0; a < kAverages; ++a) {
-        if (a >= averages()) continue;
-        Four<decltype(kind)> four{};
-        load_four(item.data[stream_of(a)], quad_span(lane, half, stream_of(a)), four);
-        memcpy(loaded.state.words[a], &four, sizeof(four));
-      }
-    });
+    visit_state(item.state, StateLoader{*this, lane, half, loaded.state});
     return loaded;
   }
+
+  struct StateLoader {
+    const RoundedTile& tile;
+    int lane, half;
+    PackedState& state;
+
+    template <class V>
+    CHILDTUNE_MEMBER void visit(V) const {
+      CHILDTUNE_UNROLLED
+      for (int a = 0; a < kAverages; ++a) {
+        if (a >= tile.averages()) continue;
+        Four<V> four{};
+        load_four(tile.item.data[stream_of(a)], tile.quad_span(lane, half, stream_of(a)), four);
+        memcpy(state.words[a], &four, sizeof(four));
+      }
+    }
+  };
 
   CHILDTUNE_MEMBER uint32_t draw(int lane) const { return draw_masks(key, mask_block(), lane, keep_threshold); }
 
@@ -95,7 +104,7 @@ struct RoundedTile {
     return quad;
   }
 
-  CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, int lane, int i) const {
+  static CHILDTUNE_MEMBER uint32_t random_of(uint32_t word, int lane, int i) {
     return rounding_bits(word, static_cast<uint32_t>(4 * lane + i));
   }
 
@@ -109,20 +118,31 @@ struct RoundedTile {
   CHILDTUNE_MEMBER void store(int lane, int half, const PerAverage& most, const RoundingWords& words,
                               Quad<float>& quad) const {
     const PerAverage scales = scales_for(most);
-    visit_state(item.state, [&](auto kind) {
+    visit_state(item.state, StateStorer{*this, lane, half, scales, words, quad});
+    if (has_codes() && lane == 0) store_scales(item, block_of(half), scales);
+  }
+
+  struct StateStorer {
+    const RoundedTile& tile;
+    int lane, half;
+    const PerAverage& scales;
+    const RoundingWords& words;
+    Quad<float>& quad;
+
+    template <class V>
+    CHILDTUNE_MEMBER void visit(V) const {
       CHILDTUNE_UNROLLED
       for (int a = 0; a < kAverages; ++a) {
-        if (a >= averages()) continue;
-        Four<decltype(kind)> four;
+        if (a >= tile.averages()) continue;
+        Four<V> four;
         CHILDTUNE_UNROLLED
         for (int i = 0; i < 4; ++i) {
           encode(a, average_of(quad, a).of[i], scales.of[a], random_of(word_of(words, a), lane, i), four.of[i]);
         }
-        store_four(item.data[stream_of(a)], quad_span(lane, half, stream_of(a)), four);
+        store_four(tile.item.data[stream_of(a)], tile.quad_span(lane, half, stream_of(a)), four);
       }
-    });
-    if (has_codes() && lane == 0) store_scales(item, block_of(half), scales);
-  }
+    }
+  };
 };
 
 // What warp `warp_number` of the block of threads `block` does.

@@ -31,15 +31,16 @@ CHILDTUNE_INLINE uint32_t word_of(const RoundingWords& words, int average) {
 
 CHILDTUNE_INLINE int averages_of(const RoundedItem& item) { return item.data[kMaxExpAvgSq] == nullptr ? 2 : 3; }
 
-// Calls visit(V{}), where V is the type that a kind of state is stored in.
-template <class Visit>
-CHILDTUNE_INLINE void visit_state(StateKind kind, const Visit& visit) {
+// Calls visitor.visit(V{}), where V is the type that a kind of state is stored in. Compilers of GPU code take no lambda
+// with a parameter of any type.
+template <class Visitor>
+CHILDTUNE_INLINE void visit_state(StateKind kind, const Visitor& visitor) {
   if (kind == StateKind::kCodes) {
-    visit(uint8_t{});
+    visitor.visit(uint8_t{});
   } else if (kind == StateKind::kBFloat16) {
-    visit(BFloat16{});
+    visitor.visit(BFloat16{});
   } else {
-    visit(float{});
+    visitor.visit(float{});
   }
 }
 
@@ -86,21 +87,32 @@ CHILDTUNE_INLINE void store_scales(const RoundedItem& item, int64_t block, const
   }
 }
 
+template <int kCount, class Stored>
+struct StateDecoder {
+  const Stored& stored;
+  const PerAverage& scales;
+  int first;
+  Quad<float>& quad;
+
+  template <class V>
+  CHILDTUNE_MEMBER void visit(V value) const {
+    CHILDTUNE_UNROLLED
+    for (int a = 0; a < kAverages; ++a) {
+      CHILDTUNE_UNROLLED
+      for (int i = 0; i < kCount; ++i) {
+        stored.get(a, i, value);
+        average_of(quad, a).of[first + i] = decoded(a, value, scale_of(scales.of[a]));
+      }
+    }
+  }
+};
+
 // Sets kCount of the quad's averages, from the one numbered `first` on, to what `stored` holds: stored.get(average, i,
 // to) must set `to` to value i as it is stored.
 template <int kCount, class Stored>
 CHILDTUNE_INLINE void decode_state(const RoundedItem& item, const Stored& stored, const PerAverage& scales, int first,
                                    Quad<float>& quad) {
-  visit_state(item.state, [&](auto kind) {
-    CHILDTUNE_UNROLLED
-    for (int a = 0; a < kAverages; ++a) {
-      CHILDTUNE_UNROLLED
-      for (int i = 0; i < kCount; ++i) {
-        stored.get(a, i, kind);
-        average_of(quad, a).of[first + i] = decoded(a, kind, scale_of(scales.of[a]));
-      }
-    }
-  });
+  visit_state(item.state, StateDecoder<kCount, Stored>{stored, scales, first, quad});
   const float none = bit_cast<float>(0xFF800000u);
   CHILDTUNE_UNROLLED
   for (int i = 0; i < kCount; ++i) {

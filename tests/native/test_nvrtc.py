@@ -24,6 +24,11 @@ KERNELS = [
         ("float32", "float64", "bfloat16", "float16"), ("", "masked", "child"), ("", "amsgrad"), ("small", "large")
     )
 ]
+KERNELS += [
+    "step_" + "_".join(filter(None, (dtype, trained, "rounded", size)))
+    for dtype in ("float32", "bfloat16", "float16")
+    for trained, size in itertools.product(("", "masked", "child"), ("small", "large"))
+]
 KERNELS += ["count_steps", "norm_chunks", "norm_tensors", "norm_total"]
 KERNELS += ["add_squares", "count_digits", "write_above", "add_ties"]
 

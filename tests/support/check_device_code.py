@@ -48,7 +48,7 @@ def faults_of_text(name, text):
             yield f"{name} has {count} of {least} {access}.global.{vector}".replace("\\", "")
 
 
-FLOATS, DOUBLES, HALVES = r"v4\.[bf]32", r"v2\.[bf]64", r"v(?:4\.[bu]16|2\.[bu]32)"
+FLOATS, DOUBLES, HALVES = r"v4\.[bfu]32", r"v2\.[bf]64", r"v(?:4\.[bu]16|2\.[bu]32)"
 EIGHT_BYTES = rf"(?:{HALVES}|[bu]64)"  # the newer optimizer moves four halves as one number
 
 
