@@ -76,33 +76,31 @@ void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
     }
     const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
     if (n > item.child.count - offset) return;
-    if (n > 0) {
-      compress_spread(part.bits, part.bytes, b.spread);
-      if (in_buffers) copy_averages(item, offset, n, false, b);
-      const Averages a = averages_of(item, offset, in_buffers, b);
-      float *weights, *grads;
-      ChildFloats<P>::widen(moved, n, b, &weights, &grads);
-      int64_t counts[kPackedBlock / kMaskBlock];
-      count_blocks(part.bits, part.bytes, counts);
-      const auto each_block = [&](auto visit) CHILDTUNE_LAMBDA {
-        int64_t first = 0;
-        for (int i = 0; kMaskBlock * i < part.size; ++i) {
-          if (counts[i] > 0) visit(first, counts[i], at / kMaskBlock + i);
-          first += counts[i];
-        }
-      };
-      each_block(
-          [&](int64_t first, int64_t count, int64_t block) { decode_block(item, a, first, in_lanes(count), block); });
-      const Streams<float> s{weights, grads, a.values[0], a.values[1], a.values[2]};
-      a.count == kAverages ? update_dense<true>(c, s, n) : update_dense<false>(c, s, n);
-      each_block([&](int64_t first, int64_t count, int64_t block) {
-        const RoundingWords words = rounding.of(item.slice.offset / kMaskBlock + static_cast<uint64_t>(block));
-        encode_block(item, a, first, count, in_lanes(count), block, words, b.spread + first);
-        if (item.stochastic) round_randomly<P>(weights + first, count, words.param, b.spread + first);
-      });
-      ChildFloats<P>::narrow(moved, n, weights);
-      if (in_buffers) copy_averages(item, offset, n, true, b);
-    }
+    compress_spread(part.bits, part.bytes, b.spread);
+    if (in_buffers && n > 0) copy_averages(item, offset, n, false, b);
+    const Averages a = averages_of(item, offset, in_buffers, b);
+    float *weights, *grads;
+    ChildFloats<P>::widen(moved, n, b, &weights, &grads);
+    int64_t counts[kPackedBlock / kMaskBlock];
+    count_blocks(part.bits, part.bytes, counts);
+    const auto each_block = [&](auto visit) CHILDTUNE_LAMBDA {
+      int64_t first = 0;
+      for (int i = 0; kMaskBlock * i < part.size; ++i) {
+        visit(first, counts[i], at / kMaskBlock + i);  // also where there are none: their scale is 0
+        first += counts[i];
+      }
+    };
+    each_block(
+        [&](int64_t first, int64_t count, int64_t block) { decode_block(item, a, first, in_lanes(count), block); });
+    const Streams<float> s{weights, grads, a.values[0], a.values[1], a.values[2]};
+    a.count == kAverages ? update_dense<true>(c, s, n) : update_dense<false>(c, s, n);
+    each_block([&](int64_t first, int64_t count, int64_t block) {
+      const RoundingWords words = rounding.of(item.slice.offset / kMaskBlock + static_cast<uint64_t>(block));
+      encode_block(item, a, first, count, in_lanes(count), block, words, b.spread + first);
+      if (item.stochastic) round_randomly<P>(weights + first, count, words.param, b.spread + first);
+    });
+    ChildFloats<P>::narrow(moved, n, weights);
+    if (in_buffers && n > 0) copy_averages(item, offset, n, true, b);
     if (item.decay_outside) decay_only(c, param, part.size);
     moved.expand(part.bits, part.bytes, param, grad);
     if (part.copied) scatter(item, kParam, at, part.size, copied_param);

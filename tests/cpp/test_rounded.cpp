@@ -86,8 +86,7 @@ static void plain_step(const StepItem& item, bool amsgrad, int64_t stride, Array
       updated.push_back(v);
     }
     for (int k = 0; k < averages; ++k) {
-      if (updated.empty() || item.state != StateKind::kCodes) continue;
-      s->scales[k][local] = static_cast<uint8_t>(scale_byte(most[k]));
+      if (item.state == StateKind::kCodes) s->scales[k][local] = static_cast<uint8_t>(scale_byte(most[k]));
     }
     for (const Value& v : updated) {
       for (int k = 0; k < averages; ++k) {
