@@ -43,4 +43,18 @@ struct StepItem {
   uint32_t group;   // where a GPU counts the steps: the number of the parameter's group in this step
 };
 
+// Returns the bytes of an element of one of the item's arrays.
+CHILDTUNE_INLINE int64_t element_size(const StepItem& item, int stream) {
+  if (stream > kGrad && item.state == StateKind::kCodes) return 1;
+  if (stream > kGrad && item.state == StateKind::kBFloat16) return 2;
+  if (stream <= kGrad && (item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16)) return 2;
+  return item.dtype == DType::kFloat64 ? 8 : 4;
+}
+
+// Returns whether a step rounds anything of the item stochastically. Parameters of 32 bits or more are stored as they
+// are computed.
+CHILDTUNE_INLINE bool is_rounded(const StepItem& item) {
+  return item.state != StateKind::kComputed || (item.stochastic && element_size(item, kParam) == 2);
+}
+
 }  // namespace childtune

@@ -147,7 +147,7 @@ CHILDTUNE_OUT_OF_LINE void copy_averages(const StepItem& item, int64_t at, int64
 // Returns the averages of an item from value `at` on: in the item's own arrays, or where copy_averages copies them.
 CHILDTUNE_INLINE Averages averages_of(const StepItem& item, int64_t at, bool copied, RoundedBuffers& b) {
   Averages a{item.data[kMaxExpAvgSq] != nullptr ? kAverages : kAverages - 1, {}, {}};
-  const int64_t size = item.state == StateKind::kCodes ? 1 : item.state == StateKind::kBFloat16 ? 2 : 4;
+  const int64_t size = element_size(item, kExpAvg);
   for (int i = 0; i < a.count; ++i) {
     a.stored[i] = copied ? b.stored[i] : static_cast<uint8_t*>(item.data[kExpAvg + i]) + at * size;
     a.values[i] = item.state == StateKind::kComputed ? static_cast<float*>(a.stored[i]) : b.average[i];

@@ -171,7 +171,7 @@ void step_range(const StepItem& item, int64_t begin, int64_t end) {
 template <class P>
 void step_typed(const StepItem& item, int64_t begin, int64_t end) {
   if constexpr (sizeof(P) < 8) {
-    if (item.state != StateKind::kComputed || item.stochastic) {
+    if (is_rounded(item)) {
       return item.child.bits != nullptr ? step_rounded_child<P>(item, begin, end) : step_rounded<P>(item, begin, end);
     }
   }

@@ -12,13 +12,6 @@ constexpr int64_t kMostBlocks = 0x7FFFFFFF;  // of a launch: CUDA's limit
 // The order of dtypes in the kernels' numbers: the one that has no rounded kernels is the last.
 constexpr DType kOrder[kDTypes] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
 
-bool has_16_bits(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
-// Returns whether a step draws random bits to round. Wider weights are stored as they are computed.
-bool is_rounded(const StepItem& item) {
-  return item.state != StateKind::kComputed || (item.stochastic && has_16_bits(item.dtype));
-}
-
 // Returns the kind of the item's kernel; `large` is not known here, and false.
 Kind kind_of(const StepItem& item) {
   const Trained trained = item.child.bits != nullptr ? Trained::kChild : item.masked ? Trained::kMasked : Trained::kAll;
@@ -26,14 +19,6 @@ Kind kind_of(const StepItem& item) {
                           : item.data[kMaxExpAvgSq] != nullptr ? Storage::kAmsgrad
                                                                : Storage::kPlain;
   return {item.dtype, trained, storage, false};
-}
-
-// Returns the bytes of an element of a stream.
-uintptr_t element_size(const StepItem& item, int stream) {
-  if (stream <= kGrad && has_16_bits(item.dtype)) return 2;
-  if (stream > kGrad && item.state == StateKind::kBFloat16) return 2;
-  if (stream > kGrad && item.state == StateKind::kCodes) return 1;
-  return item.dtype == DType::kFloat64 ? 8 : 4;
 }
 
 int64_t run_of(const StepItem& item) { return item.slice.run == 0 ? item.numel : std::min(item.slice.run, item.numel); }
@@ -62,7 +47,7 @@ uint8_t vectors_of(const StepItem& item) {
   uint8_t vectors = kAllVectors;
   for (int s = 0; s < kStreams; ++s) {
     if (item.data[s] == nullptr) continue;
-    const uintptr_t size = element_size(item, s);
+    const auto size = static_cast<uintptr_t>(element_size(item, s));
     const uintptr_t first_quad = reinterpret_cast<uintptr_t>(item.data[s]) - item.slice.offset % 4 * size;
     if (first_quad % std::min<uintptr_t>(4 * size, 16) != 0) vectors &= static_cast<uint8_t>(~(1u << s));
   }

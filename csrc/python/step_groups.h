@@ -155,8 +155,8 @@ DeviceGroup device_group(const Group& group, int device) {
 // Sets what a step that rounds stochastically needs; the item's arrays and slice must be set before.
 void set_rounding(const Group& group, size_t i, int device, StepItem* item) {
   if (item->state != group.state) refuse("the state must be stored as its group says");
-  item->stochastic = group.stochastic && (item->dtype == DType::kBFloat16 || item->dtype == DType::kFloat16);
-  if (item->state == StateKind::kComputed && !item->stochastic) return;
+  item->stochastic = group.stochastic;
+  if (!is_rounded(*item)) return;
   if (item->slice.offset % kMaskBlock != 0 || (item->slice.run > 0 && item->slice.run != item->numel))
     refuse("a slice that is rounded stochastically must be one run, which begins at a multiple of 128");
   if (item->state != StateKind::kCodes) return;

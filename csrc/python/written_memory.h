@@ -29,12 +29,6 @@ inline int64_t elements_of(const StepItem& item, int stream) {
   return is_compact(item, stream) ? item.child.count : item.numel;
 }
 
-inline int64_t element_size(const StepItem& item, int stream) {
-  const int64_t computed = item.dtype == DType::kFloat64 ? 8 : 4;
-  if (stream != kParam) return item.state == StateKind::kCodes ? 1 : item.state == StateKind::kBFloat16 ? 2 : computed;
-  return item.dtype == DType::kBFloat16 || item.dtype == DType::kFloat16 ? 2 : computed;
-}
-
 // Calls `visit(item, stream)` for every array that a step writes and that has elements.
 template <class Visit>
 void for_each_written(const std::vector<StepItem>& items, Visit&& visit) {
