@@ -58,14 +58,14 @@ CHILDTUNE_INLINE ChildPart child_part(const StepItem& item, int64_t at, int64_t 
           item.layout != nullptr || size % kTogether != 0};
 }
 
-// Steps the weights [begin, end), of which begin is a multiple of 128.
-template <class P, bool kAmsgrad>
-void step_child(const StepItem& item, int64_t begin, int64_t end) {
-  using T = typename ComputeType<P>::type;
-  const auto c = item.constants.cast<T>();
+// Goes through the weights [begin, end), of which begin is a multiple of 128, by packed blocks: compresses the child
+// network's into `moved`, calls update(part, at, offset, n) for the n of them from `at` on, whose state begins at
+// `offset`, decays the others if asked, and expands what was updated.
+template <class P, class T, class Update>
+CHILDTUNE_INLINE void for_each_child_part(const StepItem& item, const AdamWConstants<T>& c, int64_t begin, int64_t end,
+                                          ChildBuffers<P>& moved, Update update) {
   int64_t offset = first_offset(item.child, begin);
   P copied_param[kPackedBlock], copied_grad[kPackedBlock];
-  ChildBuffers<P> moved;
   for (int64_t at = begin; at < end && offset >= 0;) {
     const ChildPart part = child_part(item, at, end);
     P* param = static_cast<P*>(item.data[kParam]) + at;
@@ -78,16 +78,29 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
     }
     const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
     if (n > item.child.count - offset) return;
-    Streams<typename ChildBuffers<P>::Stored> s{moved.param, moved.grad, static_cast<T*>(item.data[kExpAvg]) + offset,
-                                                static_cast<T*>(item.data[kExpAvgSq]) + offset,
-                                                kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + offset : nullptr};
-    update_dense<kAmsgrad>(c, s, n);
+    update(part, at, offset, n);
     if (item.decay_outside) decay_only(c, param, part.size);
     moved.expand(part.bits, part.bytes, param, grad);
     if (part.copied) scatter(item, kParam, at, part.size, copied_param);
     offset += n;
     at += part.size;
   }
+}
+
+// Steps the weights [begin, end), of which begin is a multiple of 128.
+template <class P, bool kAmsgrad>
+void step_child(const StepItem& item, int64_t begin, int64_t end) {
+  using T = typename ComputeType<P>::type;
+  const auto c = item.constants.cast<T>();
+  ChildBuffers<P> moved;
+  for_each_child_part<P>(item, c, begin, end, moved,
+                         [&](const ChildPart&, int64_t, int64_t offset, int64_t n) CHILDTUNE_LAMBDA {
+                           const Streams<typename ChildBuffers<P>::Stored> s{
+                               moved.param, moved.grad, static_cast<T*>(item.data[kExpAvg]) + offset,
+                               static_cast<T*>(item.data[kExpAvgSq]) + offset,
+                               kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + offset : nullptr};
+                           update_dense<kAmsgrad>(c, s, n);
+                         });
 }
 
 }  // namespace

@@ -58,24 +58,11 @@ struct ChildFloats {
 template <class P>
 void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
   const auto c = item.constants.cast<float>();
+  const bool in_buffers = item.state != StateKind::kComputed;  // where there is room for whole groups of lanes
   RoundingDraw rounding(item.key);
   RoundedBuffers b;
   ChildBuffers<P> moved;
-  P copied_param[kPackedBlock], copied_grad[kPackedBlock];
-  const bool in_buffers = item.state != StateKind::kComputed;  // where there is room for whole groups of lanes
-  int64_t offset = first_offset(item.child, begin);
-  for (int64_t at = begin; at < end && offset >= 0;) {
-    const ChildPart part = child_part(item, at, end);
-    P* param = static_cast<P*>(item.data[kParam]) + at;
-    const P* grad = static_cast<const P*>(item.data[kGrad]) + at;
-    if (part.copied) {
-      gather(item, kParam, at, part.size, copied_param);
-      gather(item, kGrad, at, part.size, copied_grad);
-      param = copied_param;
-      grad = copied_grad;
-    }
-    const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
-    if (n > item.child.count - offset) return;
+  const auto update = [&](const ChildPart& part, int64_t at, int64_t offset, int64_t n) CHILDTUNE_LAMBDA {
     compress_spread(part.bits, part.bytes, b.spread);
     if (in_buffers && n > 0) copy_averages(item, offset, n, false, b);
     const Averages a = averages_of(item, offset, in_buffers, b);
@@ -101,12 +88,8 @@ void step_rounded_child(const StepItem& item, int64_t begin, int64_t end) {
     });
     ChildFloats<P>::narrow(moved, n, weights);
     if (in_buffers && n > 0) copy_averages(item, offset, n, true, b);
-    if (item.decay_outside) decay_only(c, param, part.size);
-    moved.expand(part.bits, part.bytes, param, grad);
-    if (part.copied) scatter(item, kParam, at, part.size, copied_param);
-    offset += n;
-    at += part.size;
-  }
+  };
+  for_each_child_part<P>(item, c, begin, end, moved, update);
 }
 
 }  // namespace
