@@ -58,7 +58,7 @@ struct RoundedParameter {
     const uint32_t kind = i / kMaskBlock % 6;
     const float usual = noise(i, 1);
     if (kind == 1) return 0.0f;
-    if (kind == 2) return i % kMaskBlock == 77 ? 3e4f : usual * 1e-7f;
+    if (kind == 2) return i % kMaskBlock == 77 ? (i % 1024 < 512 ? 3e4f : 3e19f) : usual * 1e-7f;  // 3e19^2 overflows
     if (kind == 3 && i % 41 == 0) return i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
     if (kind == 4) return i % 2 == 0 ? 0.0f : usual * 1e-20f;
     return usual;
