@@ -60,7 +60,7 @@ def unusual_columns(
         sharded = _add_rows(rows, params, first, fields, states, masks, kernels, undo, ordered)
     else:
         ordered = True
-        sharded = add_rounded_rows(rows, group, first, amsgrad, states, masks, kernels, undo)
+        sharded = _add_rounded_rows(rows, group, first, amsgrad, states, masks, kernels, undo)
     if sharded:
         from .sharded import add_sharded_rows  # which imports torch.distributed.tensor
 
@@ -123,7 +123,7 @@ def _add_rows(
     return sharded
 
 
-def add_rounded_rows(
+def _add_rounded_rows(
     rows: MutableMapping[Any, list[tuple[Any, ...]]],
     group: dict[str, Any],
     first: int,
@@ -135,20 +135,8 @@ def add_rounded_rows(
 ) -> list[tuple[Tensor, Tensor, int]]:
     """Adds the rows of the parameters of a group with other `state` or `rounding` than the usual; see `collect`.
 
-    Its small parameters, and those of 32 bits, may be usual ones. They have rows of their own.
-
-    Args:
-        rows: the group's rows, by what their parameters have in common, as `rows.Alike` says.
-        group: the group.
-        first: the number of its first parameter in the optimizer.
-        amsgrad: whether it has amsgrad.
-        states: the optimizer's state, as `collect` takes it.
-        masks: the child network's masks, as `collect` takes them.
-        kernels: the kernels that may step the parameters.
-        undo: receives what the states were, as `collect` says.
-
-    Returns:
-        the group's sharded parameters (DTensor), which are left out, with their gradients and numbers.
+    Its small parameters, and those of 32 bits, may be usual ones. They have rows of their own. Sharded ones (DTensor)
+    are left out and returned with their gradients and numbers.
 
     Raises:
         ValueError: a parameter is float64, or its state lacks an entry or is stored in another way.

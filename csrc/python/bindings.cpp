@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/philox.h"
+#include "core/rounding.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/select.h"
@@ -158,6 +159,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   m.attr("MASK_VERSION") = kMaskVersion;
+  m.attr("ROUNDING_VERSION") = kRoundingVersion;
   define(m, "step", &step, py::arg("groups"), py::arg("threads"), py::arg("checked") = 0, py::arg("undo") = py::none());
   py::class_<StateReader> reader(m, "StateReader");
   reader.def(py::init<const py::object&, const py::object&>(), py::arg("states"), py::arg("masks"));

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from childtune_fast.ops.random_mask import BLOCK
-from childtune_fast.ops.rounding import RoundingBits, rounding_bits, stored_randomly
+from childtune_fast.ops.rounding import ROUNDING_VERSION, RoundingBits, rounding_bits, stored_randomly
 
 CPU = torch.device("cpu")
 MASK32 = 0xFFFFFFFF
@@ -23,6 +23,10 @@ def philox(counter, key):
         c = [low[0] ^ c[1] ^ k0, low[1], high[0] ^ c[3] ^ k1, high[1]]
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
     return c
+
+
+def test_the_kernels_place_bits_by_the_same_version(native):
+    assert native.ROUNDING_VERSION == ROUNDING_VERSION
 
 
 @pytest.mark.parametrize("offset", [0, 128 * 5, 128 * ((1 << 32) + 7)])
