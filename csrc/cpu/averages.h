@@ -40,9 +40,9 @@ struct Averages {
   float* values[kAverages];
 };
 
-// Makes `count` values such as codes can hold.
-CHILDTUNE_OUT_OF_LINE void sanitize_block(const Averages& a, int64_t first, int64_t count) {
-  for (int64_t j = first; j < first + count; ++j) {
+// Makes the first `count` values such as codes can hold.
+CHILDTUNE_OUT_OF_LINE void sanitize_block(const Averages& a, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
     float none = 0.0f;
     sanitize(a.values[0][j], a.values[1][j], a.count == kAverages ? a.values[2][j] : none);
   }

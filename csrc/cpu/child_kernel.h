@@ -59,11 +59,11 @@ CHILDTUNE_INLINE ChildPart child_part(const StepItem& item, int64_t at, int64_t 
 }
 
 // Goes through the weights [begin, end), of which begin is a multiple of 128, by packed blocks: compresses the child
-// network's into `moved`, calls update(part, at, offset, n) for the n of them from `at` on, whose state begins at
-// `offset`, decays the others if asked, and expands what was updated.
-template <class P, class T, class Update>
+// network's into `moved`, and their places into `places` unless that is nullptr, calls update(part, at, offset, n) for
+// the n of them from `at` on, whose state begins at `offset`, decays the others if asked, and expands what was updated.
+template <class P, class T, class Places, class Update>
 CHILDTUNE_INLINE void for_each_child_part(const StepItem& item, const AdamWConstants<T>& c, int64_t begin, int64_t end,
-                                          ChildBuffers<P>& moved, Update update) {
+                                          ChildBuffers<P>& moved, Places places, Update update) {
   int64_t offset = first_offset(item.child, begin);
   P copied_param[kPackedBlock], copied_grad[kPackedBlock];
   for (int64_t at = begin; at < end && offset >= 0;) {
@@ -76,7 +76,7 @@ CHILDTUNE_INLINE void for_each_child_part(const StepItem& item, const AdamWConst
       param = copied_param;
       grad = copied_grad;
     }
-    const int64_t n = moved.compress(part.bits, part.bytes, param, grad);
+    const int64_t n = moved.compress(part.bits, part.bytes, param, grad, places);
     if (n > item.child.count - offset) return;
     update(part, at, offset, n);
     if (item.decay_outside) decay_only(c, param, part.size);
@@ -93,7 +93,7 @@ void step_child(const StepItem& item, int64_t begin, int64_t end) {
   using T = typename ComputeType<P>::type;
   const auto c = item.constants.cast<T>();
   ChildBuffers<P> moved;
-  for_each_child_part<P>(item, c, begin, end, moved,
+  for_each_child_part<P>(item, c, begin, end, moved, nullptr,
                          [&](const ChildPart&, int64_t, int64_t offset, int64_t n) CHILDTUNE_LAMBDA {
                            const Streams<typename ChildBuffers<P>::Stored> s{
                                moved.param, moved.grad, static_cast<T*>(item.data[kExpAvg]) + offset,

@@ -3,9 +3,11 @@
 //
 // compress copies the child network's weights and gradients, of 8 * bytes, to the buffers, in order, and returns how
 // many they are. expand writes the child network's weights back, and no others. `bytes` is a multiple of kTogether / 8.
-// Both touch up to kTogether numbers beyond the child network's in the buffers.
+// Both touch up to kTogether numbers beyond the child network's in the buffers. compress also writes the weights'
+// places (cpu/spread.h), unless it is given nullptr for them.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "core/dtypes.h"
@@ -22,6 +24,9 @@ namespace CHILDTUNE_ISA {
 namespace {
 
 constexpr int kTogether = 16;  // weights
+
+CHILDTUNE_INLINE std::nullptr_t advanced(std::nullptr_t, int64_t) { return nullptr; }
+CHILDTUNE_INLINE uint32_t* advanced(uint32_t* places, int64_t count) { return places + count; }
 
 #if defined(CHILDTUNE_AVX2)
 
@@ -58,11 +63,15 @@ CHILDTUNE_INLINE __m256 load_eight(const P* from) {
 // `index` is a row of ByteTable. compress_eight writes eight weights and eight gradients whatever the mask is.
 // expand_eight writes the weights where the sign in `index` is set; the others keep their bits.
 template <class P>
-CHILDTUNE_INLINE void compress_eight(const int8_t* index, const P* param, const P* grad, float* child_param,
+CHILDTUNE_INLINE void compress_eight(__m256i indices, const P* param, const P* grad, float* child_param,
                                      float* child_grad) {
-  const __m256i indices = eight_indices(index);
   _mm256_storeu_ps(child_param, _mm256_permutevar8x32_ps(load_eight(param), indices));
   _mm256_storeu_ps(child_grad, _mm256_permutevar8x32_ps(load_eight(grad), indices));
+}
+CHILDTUNE_INLINE void compress_eight(__m256i, const uint32_t*, std::nullptr_t) {}
+CHILDTUNE_INLINE void compress_eight(__m256i indices, const uint32_t* places, uint32_t* child_places) {
+  const __m256i of_eight = _mm256_load_si256(reinterpret_cast<const __m256i*>(places));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(child_places), _mm256_permutevar8x32_epi32(of_eight, indices));
 }
 CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param, float* param) {
   const __m256i indices = eight_indices(index);
@@ -80,29 +89,19 @@ CHILDTUNE_INLINE void expand_eight(const int8_t* index, const float* child_param
   _mm_storeu_si128(at, _mm_blendv_epi8(_mm_loadu_si128(at), now, sign));
 }
 
-template <class P, class T>
+template <class P, class T, class Places>
 CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
-                                       T* child_param, T* child_grad) {
+                                       T* child_param, T* child_grad, Places places) {
   int64_t n = 0;
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; ++i) {
     const uint8_t byte = bits[i];
-    compress_eight(kByteTable.compress[byte], param + 8 * i, grad + 8 * i, child_param + n, child_grad + n);
+    const __m256i indices = eight_indices(kByteTable.compress[byte]);
+    compress_eight(indices, param + 8 * i, grad + 8 * i, child_param + n, child_grad + n);
+    compress_eight(indices, kPlaces.of + 8 * i, advanced(places, n));
     n += __builtin_popcount(byte);
   }
   return n;
-}
-
-// compress for the elements' entries of kSpreadTable; the mask begins with a block.
-CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
-  CHILDTUNE_UNROLL_4
-  for (int64_t i = 0; i < bytes; ++i) {
-    const auto* entries = reinterpret_cast<const __m256i*>(kSpreadTable.of + 8 * i % kMaskBlock);
-    const __m256i indices = eight_indices(kByteTable.compress[bits[i]]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(spread),
-                        _mm256_permutevar8x32_epi32(_mm256_load_si256(entries), indices));
-    spread += __builtin_popcount(bits[i]);
-  }
 }
 
 // Also fetches the next packed block's weights and gradients: the step works in the cache, so memory is idle.
@@ -136,15 +135,19 @@ template <class P>
 CHILDTUNE_INLINE void store_sixteen(P* to, __mmask16 mask, __m512 value) {
   _mm256_mask_storeu_epi16(to, mask, narrow(P{}, value));
 }
+CHILDTUNE_INLINE void compress_sixteen(__mmask16, const uint32_t*, std::nullptr_t) {}
+CHILDTUNE_INLINE void compress_sixteen(__mmask16 mask, const uint32_t* places, uint32_t* child_places) {
+  _mm512_storeu_si512(child_places, _mm512_maskz_compress_epi32(mask, _mm512_load_si512(places)));
+}
 CHILDTUNE_INLINE __mmask16 sixteen_bits(const uint8_t* bits) {
   uint16_t mask;
   memcpy(&mask, bits, sizeof mask);
   return mask;
 }
 
-template <class P>
+template <class P, class Places>
 CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const P* param, const P* grad,
-                                       float* child_param, float* child_grad) {
+                                       float* child_param, float* child_grad, Places places) {
   int64_t n = 0;
   CHILDTUNE_UNROLL_4
   for (int64_t i = 0; i < bytes; i += 2) {
@@ -153,19 +156,10 @@ CHILDTUNE_OUT_OF_LINE int64_t compress(const uint8_t* bits, int64_t bytes, const
     fetch_ahead(grad + 8 * i, 16);
     _mm512_storeu_ps(child_param + n, _mm512_maskz_compress_ps(mask, load_sixteen(mask, param + 8 * i)));
     _mm512_storeu_ps(child_grad + n, _mm512_maskz_compress_ps(mask, load_sixteen(mask, grad + 8 * i)));
+    compress_sixteen(mask, kPlaces.of + 8 * i, advanced(places, n));
     n += __builtin_popcount(mask);
   }
   return n;
-}
-
-CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
-  CHILDTUNE_UNROLL_4
-  for (int64_t i = 0; i < bytes; i += 2) {
-    const __mmask16 mask = sixteen_bits(bits + i);
-    const __m512i entries = _mm512_load_si512(kSpreadTable.of + 8 * i % kMaskBlock);
-    _mm512_storeu_si512(spread, _mm512_maskz_compress_epi32(mask, entries));
-    spread += __builtin_popcount(mask);
-  }
 }
 
 template <class P>
@@ -185,8 +179,9 @@ struct ChildLanes {
   using Stored = float;
   float param[kPackedBlock + kTogether] = {}, grad[kPackedBlock + kTogether] = {};
 
-  int64_t compress(const uint8_t* bits, int64_t bytes, const P* from_param, const P* from_grad) {
-    return CHILDTUNE_ISA::compress(bits, bytes, from_param, from_grad, param, grad);
+  template <class Places>
+  int64_t compress(const uint8_t* bits, int64_t bytes, const P* from_param, const P* from_grad, Places places) {
+    return CHILDTUNE_ISA::compress(bits, bytes, from_param, from_grad, param, grad, places);
   }
 
   void expand(const uint8_t* bits, int64_t bytes, P* to_param, const P* from_grad) const {
@@ -201,14 +196,6 @@ using ChildBuffers = std::conditional_t<sizeof(P) == 8, ChildPlaces<P>, ChildLan
 
 template <class P>
 using ChildBuffers = ChildPlaces<P>;
-
-CHILDTUNE_OUT_OF_LINE void compress_spread(const uint8_t* bits, int64_t bytes, uint32_t* spread) {
-  for (int64_t i = 0; i < bytes; ++i) {
-    const uint32_t* entries = kSpreadTable.of + 8 * i % kMaskBlock;
-    for (int j = 0; j < 8; ++j) spread[j] = entries[kPlaceTable.place[bits[i]][j]];
-    spread += kPlaceTable.count[bits[i]];
-  }
-}
 
 #endif
 

@@ -5,9 +5,12 @@
 // is a loop over the list.
 #pragma once
 
+#include <type_traits>
+
 #include "core/packed_mask.h"
 #include "cpu/isa.h"
 #include "cpu/loops.h"
+#include "cpu/spread.h"
 
 namespace childtune {
 namespace CHILDTUNE_ISA {
@@ -81,9 +84,13 @@ struct ChildPlaces {
   uint16_t place[kPackedBlock + 8];
   int64_t count = 0;
 
-  int64_t compress(const uint8_t* bits, int64_t bytes, const P* from_param, const P* from_grad) {
+  template <class Places>
+  int64_t compress(const uint8_t* bits, int64_t bytes, const P* from_param, const P* from_grad, Places places) {
     count = find_places(bits, bytes, from_param, from_grad, place);
     take(place, count, from_param, from_grad, param, grad);
+    if constexpr (!std::is_null_pointer_v<Places>) {
+      for (int64_t k = 0; k < count; ++k) places[k] = kPlaces.of[place[k]];
+    }
     return count;
   }
 

@@ -25,6 +25,62 @@ CHILDTUNE_INLINE Encoding encoding_of(uint32_t scale, uint32_t word) {
   return {inverse_scale_of(scale), least_square_of(scale), word >> kSpreadShift};
 }
 
+#if defined(CHILDTUNE_AVX2)
+
+// Eight values, for which what their blocks take may differ. AVX-512 takes them for child networks alone.
+CHILDTUNE_INLINE void decode_average_eight(const uint8_t* codes, __m256 factor, float* values) {
+  const __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+  const __m256i number =
+      _mm256_and_si256(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000u)));
+  const __m256 shifted = _mm256_castsi256_ps(_mm256_add_epi32(number, _mm256_set1_epi32(kShiftCode << 20)));
+  const __m256 sign = _mm256_and_ps(shifted, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN)));
+  const __m256 shift = _mm256_or_ps(sign, _mm256_set1_ps(kShift));
+  _mm256_storeu_ps(values, _mm256_mul_ps(_mm256_sub_ps(shifted, shift), factor));
+}
+
+CHILDTUNE_INLINE void decode_square_eight(const uint8_t* codes, __m256 factor, float* values) {
+  const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+  const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(96 << 23));
+  _mm256_storeu_ps(values, _mm256_mul_ps(_mm256_castsi256_ps(bits), factor));
+}
+
+// Returns kShiftCode and the number of each code, below 2^10, and above it, in bit 11, the sign. `random` has the
+// twenty bits of an encoding.
+CHILDTUNE_INLINE __m256i average_numbers(const float* values, __m256 inverse, __m256i random) {
+  const __m256 value = _mm256_loadu_ps(values);
+  const __m256 sign = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN)));
+  const __m256 shift = _mm256_or_ps(sign, _mm256_set1_ps(kShift));
+  const __m256i shifted = _mm256_castps_si256(_mm256_add_ps(_mm256_mul_ps(value, inverse), shift));
+  return _mm256_srli_epi32(_mm256_add_epi32(shifted, random), 20);
+}
+
+CHILDTUNE_INLINE __m256i square_numbers(const float* values, __m256i least, __m256i random) {
+  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(_mm256_loadu_ps(values)), least);
+  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), random), 20);
+}
+
+// Returns sixteen numbers below 2^15, given in order as 32 bits each, as 16 bits each.
+CHILDTUNE_INLINE __m256i as_words(__m256i first, __m256i second) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
+}
+// Stores the low bytes of sixteen numbers below 2^15.
+CHILDTUNE_INLINE void store_words(uint8_t* codes, __m256i words) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes),
+                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+// Store the codes of sixteen numbers, which average_numbers and square_numbers returned.
+CHILDTUNE_INLINE void store_averages(uint8_t* codes, __m256i first, __m256i second) {
+  const __m256i words = as_words(first, second), number = _mm256_and_si256(words, _mm256_set1_epi16(0x7F));
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(words, 4), _mm256_set1_epi16(0x80));
+  store_words(codes, _mm256_or_si256(number, sign));
+}
+CHILDTUNE_INLINE void store_squares(uint8_t* codes, __m256i first, __m256i second) {
+  store_words(codes, as_words(first, second));
+}
+
+#endif
+
 #if defined(CHILDTUNE_AVX512)
 
 CHILDTUNE_INLINE __m512i load_codes(const uint8_t* codes) {
@@ -72,74 +128,33 @@ CHILDTUNE_INLINE void encode_square_lanes(const float* values, const Encoding& e
 
 #elif defined(CHILDTUNE_AVX2)
 
-CHILDTUNE_INLINE __m256i load_codes(const uint8_t* codes) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-}
-// Stores the low bytes of sixteen numbers below 2^15.
-CHILDTUNE_INLINE void store_codes(uint8_t* codes, __m256i words) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes),
-                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-}
-// Returns sixteen numbers below 2^15, given in order as 32 bits each, as 16 bits each.
-CHILDTUNE_INLINE __m256i as_words(__m256i first, __m256i second) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
-}
 CHILDTUNE_INLINE __m256i added_bits(const Encoding& e, const uint32_t* spread) {
   return _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(e.word)),
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(spread)));
 }
 
-CHILDTUNE_INLINE void decode_average_eight(const uint8_t* codes, float factor, float* values) {
-  const __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  const __m256i number =
-      _mm256_and_si256(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000u)));
-  const __m256 shifted = _mm256_castsi256_ps(_mm256_add_epi32(number, _mm256_set1_epi32(kShiftCode << 20)));
-  const __m256 sign = _mm256_and_ps(shifted, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN)));
-  const __m256 shift = _mm256_or_ps(sign, _mm256_set1_ps(kShift));
-  store_floats(values, _mm256_mul_ps(_mm256_sub_ps(shifted, shift), _mm256_set1_ps(factor)));
-}
-
-CHILDTUNE_INLINE void decode_square_eight(const uint8_t* codes, float factor, float* values) {
-  const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(load_codes(codes), 20), _mm256_set1_epi32(96 << 23));
-  store_floats(values, _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(factor)));
-}
-
-// Returns kShiftCode and the number of each code, below 2^10, and above it, in bit 11, the sign.
-CHILDTUNE_INLINE __m256i average_numbers(const float* values, const Encoding& e, const uint32_t* spread) {
-  const __m256 value = load_floats(values);
-  const __m256 sign = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN)));
-  const __m256 shift = _mm256_or_ps(sign, _mm256_set1_ps(kShift));
-  const __m256i shifted = _mm256_castps_si256(_mm256_add_ps(_mm256_mul_ps(value, _mm256_set1_ps(e.inverse)), shift));
-  return _mm256_srli_epi32(_mm256_add_epi32(shifted, added_bits(e, spread)), 20);
-}
-
-CHILDTUNE_INLINE __m256i square_numbers(const float* values, const Encoding& e, const uint32_t* spread) {
-  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(load_floats(values)), _mm256_set1_epi32(e.least));
-  const __m256i rounded = _mm256_add_epi32(_mm256_max_epi32(above, _mm256_setzero_si256()), added_bits(e, spread));
-  return _mm256_srli_epi32(rounded, 20);
-}
-
 CHILDTUNE_INLINE void decode_average_lanes(const uint8_t* codes, float factor, float* values) {
-  decode_average_eight(codes, factor, values);
-  decode_average_eight(codes + 8, factor, values + 8);
+  decode_average_eight(codes, _mm256_set1_ps(factor), values);
+  decode_average_eight(codes + 8, _mm256_set1_ps(factor), values + 8);
 }
 
 CHILDTUNE_INLINE void decode_square_lanes(const uint8_t* codes, float factor, float* values) {
-  decode_square_eight(codes, factor, values);
-  decode_square_eight(codes + 8, factor, values + 8);
+  decode_square_eight(codes, _mm256_set1_ps(factor), values);
+  decode_square_eight(codes + 8, _mm256_set1_ps(factor), values + 8);
 }
 
 CHILDTUNE_INLINE void encode_average_lanes(const float* values, const Encoding& e, const uint32_t* spread,
                                            uint8_t* codes) {
-  const __m256i words = as_words(average_numbers(values, e, spread), average_numbers(values + 8, e, spread + 8));
-  const __m256i number = _mm256_and_si256(words, _mm256_set1_epi16(0x7F));
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(words, 4), _mm256_set1_epi16(0x80));
-  store_codes(codes, _mm256_or_si256(number, sign));
+  const __m256 inverse = _mm256_set1_ps(e.inverse);
+  store_averages(codes, average_numbers(values, inverse, added_bits(e, spread)),
+                 average_numbers(values + 8, inverse, added_bits(e, spread + 8)));
 }
 
 CHILDTUNE_INLINE void encode_square_lanes(const float* values, const Encoding& e, const uint32_t* spread,
                                           uint8_t* codes) {
-  store_codes(codes, as_words(square_numbers(values, e, spread), square_numbers(values + 8, e, spread + 8)));
+  const __m256i least = _mm256_set1_epi32(e.least);
+  store_squares(codes, square_numbers(values, least, added_bits(e, spread)),
+                square_numbers(values + 8, least, added_bits(e, spread + 8)));
 }
 
 #else

@@ -26,8 +26,8 @@ struct CodedBlock {
 
 CHILDTUNE_INLINE void encode(const CodedBlock& block, uint8_t* averages, uint8_t* squares) {
   for (int at = 0; at < kCodeBlock; at += kLanes) {
-    encode_average_lanes(block.exp_avg + at, block.average, kSpreadTable.of + at, averages + at);
-    encode_square_lanes(block.exp_avg_sq + at, block.square, kSpreadTable.of + at, squares + at);
+    encode_average_lanes(block.exp_avg + at, block.average, kPlaces.of + at, averages + at);
+    encode_square_lanes(block.exp_avg_sq + at, block.square, kPlaces.of + at, squares + at);
   }
 }
 
@@ -36,7 +36,7 @@ CHILDTUNE_INLINE void find_scales(CodedBlock& of, const RoundingWords& words, ui
   uint32_t most = largest_bits(of.exp_avg, kCodeBlock, kCodeBlock);
   uint32_t most_square = largest_bits(of.exp_avg_sq, kCodeBlock, kCodeBlock);
   if (most > kMostBits || most_square > kMostBits) {
-    sanitize_block({2, {}, {of.exp_avg, of.exp_avg_sq}}, 0, kCodeBlock);
+    sanitize_block({2, {}, {of.exp_avg, of.exp_avg_sq}}, kCodeBlock);
     most = largest_bits(of.exp_avg, kCodeBlock, kCodeBlock);
     most_square = largest_bits(of.exp_avg_sq, kCodeBlock, kCodeBlock);
   }

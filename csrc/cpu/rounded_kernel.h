@@ -30,16 +30,21 @@ constexpr int kBlockLanes = kCodeBlock + kLanes;  // of a buffer for a block
 
 CHILDTUNE_INLINE int64_t in_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Decodes `lanes` values from number `first` on, all of one block of the parameter.
-CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a, int64_t first, int64_t lanes,
-                                        int64_t block) {
+// Stores `count` floats as P, or a few more, up to whole groups of lanes.
+template <class P>
+CHILDTUNE_INLINE void narrow_all(const float* values, int64_t count, P* to) {
+  for (int64_t j = 0; j < count; j += kLanes) narrow_lanes(values + j, to + j);
+}
+
+// Decodes the first `lanes` values, all of one block of the parameter if they are in bytes.
+CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a, int64_t lanes, int64_t block) {
   for (int i = 0; i < a.count; ++i) {
-    float* values = a.values[i] + first;
+    float* values = a.values[i];
     if (item.state == StateKind::kBFloat16) {
-      const BFloat16* stored = static_cast<const BFloat16*>(a.stored[i]) + first;
+      const BFloat16* stored = static_cast<const BFloat16*>(a.stored[i]);
       for (int64_t j = 0; j < lanes; j += kLanes) widen_lanes(stored + j, values + j);
     } else if (item.state == StateKind::kCodes) {
-      const uint8_t* codes = static_cast<const uint8_t*>(a.stored[i]) + first;
+      const uint8_t* codes = static_cast<const uint8_t*>(a.stored[i]);
       const float factor = scale_of(item.scales[i][block]);
       for (int64_t j = 0; j < lanes; j += kLanes) {
         i == 0 ? decode_average_lanes(codes + j, factor, values + j)
@@ -49,42 +54,40 @@ CHILDTUNE_OUT_OF_LINE void decode_block(const StepItem& item, const Averages& a,
   }
 }
 
-CHILDTUNE_OUT_OF_LINE void encode_codes(const StepItem& item, const Averages& a, int64_t first, int64_t count,
-                                        int64_t lanes, int64_t block, const uint32_t* words, const uint32_t* spread) {
+CHILDTUNE_OUT_OF_LINE void encode_codes(const StepItem& item, const Averages& a, int64_t count, int64_t lanes,
+                                        int64_t block, const uint32_t* words) {
   uint32_t most[kAverages], all = 0;
   const auto look = [&] {
-    for (int i = 0; i < a.count; ++i) most[i] = largest_bits(a.values[i] + first, count, lanes);
+    for (int i = 0; i < a.count; ++i) most[i] = largest_bits(a.values[i], count, lanes);
   };
   look();
   for (int i = 0; i < a.count; ++i) all = all < most[i] ? most[i] : all;
   if (all > kMostBits) {
-    sanitize_block(a, first, count);
+    sanitize_block(a, count);
     look();
   }
   for (int i = 0; i < a.count; ++i) {
-    const float* values = a.values[i] + first;
-    uint8_t* codes = static_cast<uint8_t*>(a.stored[i]) + first;
+    const float* values = a.values[i];
+    uint8_t* codes = static_cast<uint8_t*>(a.stored[i]);
     const uint32_t scale = scale_byte(most[i]);
     item.scales[i][block] = static_cast<uint8_t>(scale);
     const Encoding e = encoding_of(scale, words[i]);
     for (int64_t j = 0; j < lanes; j += kLanes) {
-      i == 0 ? encode_average_lanes(values + j, e, spread + j, codes + j)
-             : encode_square_lanes(values + j, e, spread + j, codes + j);
+      i == 0 ? encode_average_lanes(values + j, e, kPlaces.of + j, codes + j)
+             : encode_square_lanes(values + j, e, kPlaces.of + j, codes + j);
     }
   }
 }
 
-// Encodes `count` values from number `first` on, all of one block of the parameter; `lanes` is at least `count`.
-CHILDTUNE_INLINE void encode_block(const StepItem& item, const Averages& a, int64_t first, int64_t count, int64_t lanes,
-                                   int64_t block, const RoundingWords& drawn, const uint32_t* spread) {
+// Encodes the first `count` values, all of one block of the parameter; `lanes` is at least `count`.
+CHILDTUNE_INLINE void encode_block(const StepItem& item, const Averages& a, int64_t count, int64_t lanes, int64_t block,
+                                   const RoundingWords& drawn) {
   const uint32_t words[kAverages] = {drawn.exp_avg, drawn.exp_avg_sq, drawn.max_exp_avg_sq};
-  if (item.state == StateKind::kCodes) encode_codes(item, a, first, count, lanes, block, words, spread);
+  if (item.state == StateKind::kCodes) encode_codes(item, a, count, lanes, block, words);
   if (item.state != StateKind::kBFloat16) return;
   for (int i = 0; i < a.count; ++i) {
-    float* values = a.values[i] + first;
-    round_randomly<BFloat16>(values, count, words[i], spread);  // and none of the next block
-    BFloat16* stored = static_cast<BFloat16*>(a.stored[i]) + first;
-    for (int64_t j = 0; j < lanes; j += kLanes) narrow_lanes(values + j, stored + j);
+    round_randomly<BFloat16>(a.values[i], lanes, words[i], kPlaces.of);
+    narrow_all(a.values[i], lanes, static_cast<BFloat16*>(a.stored[i]));
   }
 }
 
@@ -109,7 +112,7 @@ CHILDTUNE_OUT_OF_LINE void update_floats(const AdamWConstants<float>& constants,
 struct RoundedBuffers {
   alignas(64) float param[kRoom] = {}, grad[kRoom] = {}, average[kAverages][kRoom] = {};
   alignas(64) uint8_t stored[kAverages][kRoom * sizeof(float)] = {};
-  alignas(64) uint32_t spread[kRoom] = {};
+  alignas(64) uint32_t places[kRoom] = {};
 };
 
 // Copies `count` values of an average from number `at` on to a buffer, or back.
@@ -155,14 +158,6 @@ CHILDTUNE_INLINE Averages averages_of(const StepItem& item, int64_t at, bool cop
   return a;
 }
 
-// Rounds floats to P and stores `lanes` of them.
-template <class P>
-CHILDTUNE_INLINE void store_block(const StepItem& item, float* values, int64_t lanes, uint32_t word,
-                                  const uint32_t* spread, P* to) {
-  if (item.stochastic) round_randomly<P>(values, lanes, word, spread);
-  for (int64_t j = 0; j < lanes; j += kLanes) narrow_lanes(values + j, to + j);
-}
-
 // Steps the weights [begin, end) of which all are trained, where `begin` is a multiple of 128.
 template <class P>
 void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
@@ -198,7 +193,7 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
     const uint64_t block = (item.slice.offset + static_cast<uint64_t>(at)) / kMaskBlock;
     const RoundingWords words = rounding.of(block);
     if (item.masked) draw_block(keys, block, &bits);
-    decode_block(item, a, 0, lanes, at / kMaskBlock);
+    decode_block(item, a, lanes, at / kMaskBlock);
     Streams<float> s{b.param, b.grad, a.values[0], a.values[1], a.values[2]};
     if constexpr (std::is_same_v<P, float>) {
       s.param = param;
@@ -212,9 +207,10 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
     const MaskBits* mask = item.masked ? &bits : nullptr;
     a.count == kAverages ? update_floats<true>(c, s, lanes, item.keep_threshold, mask)
                          : update_floats<false>(c, s, lanes, item.keep_threshold, mask);
-    encode_block(item, a, 0, count, lanes, at / kMaskBlock, words, kSpreadTable.of);
+    encode_block(item, a, count, lanes, at / kMaskBlock, words);
     if constexpr (!std::is_same_v<P, float>) {
-      store_block(item, b.param, lanes, words.param, kSpreadTable.of, param);
+      if (item.stochastic) round_randomly<P>(b.param, lanes, words.param, kPlaces.of);
+      narrow_all(b.param, lanes, param);
     }
     if (!copied) continue;
     scatter(item, kParam, at, count, copied_param);
