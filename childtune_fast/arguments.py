@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor, nn, strided
 from torch.nn import Parameter
 
@@ -188,7 +189,7 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-    plain = (str, bytes, bool, int, float, complex, type(None))
+    plain = (str, bytes, bool, int, float, complex, type(None), torch.dtype)
     items = value if isinstance(value, (list, tuple)) else (value,)
     if len(items) <= _LONG and all(isinstance(item, (*plain, re.Pattern)) for item in items):
         found = repr(value)

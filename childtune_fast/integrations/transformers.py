@@ -135,11 +135,15 @@ class ChildTuningTrainer(Trainer):
             ValueError: `optim` of the TrainingArguments is not one of torch's AdamW.
         """
         if self.optimizer is None:
-            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._model)
+            try:
+                optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._model)
+            except ImportError:  # of another optimizer's package
+                optimizer_cls, options = None, {}
             if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
                 raise ValueError(
                     "ChildTuningTrainer: TrainingArguments(optim=) must be one of torch's AdamW, which ChildAdamW "
-                    f"takes the place of (got {self.args.optim!r}); leave it out"
+                    f"takes the place of (got {self.args.optim!r}); leave it out, and ask for 8-bit state by "
+                    "ChildTuningConfig(state='8bit')"
                 )
             self.child_network = self._first_child()
             self.optimizer_cls_and_kwargs = ChildAdamW, {**options, **self._child_options()}

@@ -208,6 +208,7 @@ def _write(
     if not everything:
         return
     _check_apart(everything, memory)
+    _check_writable(on_torch)
     with undisturbed():
         _call_kernels(calls, everything, memory, undo, False)
         if on_torch:
@@ -244,7 +245,7 @@ def _call_kernels(
 
 def _step_in_torch(groups: list[StepGroup], begun: bool, memory: StepMemory, undo: dict[Any, Any]) -> None:
     """Takes torch's part of a step; raises StepInterrupted where an error, such as of memory, comes after a write."""
-    tensors = [tensor for tensor in written(groups) if not tensor.is_inference()]
+    tensors = [tensor for tensor in written(groups) if not tensor.is_inference()]  # which count no versions
     versions = [tensor._version for tensor in tensors]
     try:
         foreach.step(groups)
@@ -260,6 +261,15 @@ def _check_apart(groups: list[StepGroup], memory: StepMemory) -> None:
     if memory.written.get(None) != found:
         check_apart(written(groups), "the parameters and the state that a step writes")
         memory.written[None] = found
+
+
+def _check_writable(groups: list[StepGroup]) -> None:
+    """Raises RuntimeError if torch would refuse to write one of many tensors; kernels do not ask it."""
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in written(groups)):
+        raise RuntimeError(
+            "ChildAdamW: a parameter or its state was made in torch.inference_mode(), and torch does not change such "
+            "tensors outside of it; take no step in it, and make the optimizer anew"
+        )
 
 
 def _tell_autograd(groups: list[StepGroup]) -> None:

@@ -86,7 +86,8 @@ def _check_state(state: Any, whose: str) -> None:
     missing = [key for key in ("step", *names) if key not in state]
     if missing:
         raise ValueError(
-            f"load_state_dict: the state {whose} must have {', '.join(map(repr, missing))} (got none); {_DAMAGED}"
+            f"load_state_dict: the state {whose} must have {', '.join(map(repr, missing))} (got {shown(list(state))}); "
+            f"{_DAMAGED}"
         )
     for key in (key for key in AVERAGES if key in state):
         _check_average(state[key], f"load_state_dict: state '{key}' {whose}")

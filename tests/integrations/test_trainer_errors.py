@@ -99,9 +99,11 @@ def test_an_optimizer_of_ones_own(tmp_path, given):
 
 
 @pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
-def test_another_kind_of_optimizer(tmp_path, config):
-    trainer = make_trainer(tmp_path, config, arguments_={"optim": "adafactor"})
-    with pytest.raises(ValueError, match=r"optim=\) must be one of torch's AdamW.*adafactor.*leave it out"):
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_bnb_8bit"])
+def test_another_kind_of_optimizer(tmp_path, config, optim):
+    """Even one whose package is not installed: installing it would not help."""
+    trainer = make_trainer(tmp_path, config, arguments_={"optim": optim})
+    with pytest.raises(ValueError, match=rf"optim=\) must be one of torch's AdamW.*{optim}.*leave it out"):
         trainer.train()
 
 

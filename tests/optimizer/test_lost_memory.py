@@ -141,3 +141,17 @@ def test_a_step_in_inference_mode(backend):
             optimizer.step()
             steps.append(param.detach().clone())
     assert same_bits(*steps)
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "8bit"])
+def test_state_that_torch_cannot_write_is_refused_before_anything_is_written(state):
+    params = [torch.nn.Parameter(torch.ones(5000)) for _ in range(2)]
+    optimizer = ChildAdamW(params, backend="torch", state=state)
+    with torch.inference_mode():
+        params[1].grad = torch.ones(5000)
+        optimizer.step()
+    params[0].grad, params[1].grad = torch.ones(5000), torch.ones(5000)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"made in torch.inference_mode\(\)"):
+        optimizer.step()
+    assert same_snapshot(snapshot(optimizer), before)
