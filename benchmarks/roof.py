@@ -71,7 +71,7 @@ def make_roof(work: Workload, masks: list[PackedMask] | None = None) -> Callable
     starts = (ctypes.c_int64 * len(starts))(*starts)
     sizes = work.params[0].element_size(), work.exp_avgs[0].element_size()
     function = _library().roof
-    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_uint32, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_uint8, ctypes.c_int]
     function.restype = None
 
     def roof() -> None:

@@ -124,7 +124,9 @@ CHILDTUNE_INLINE void copy_values(const StepItem& item, Stream stream, int64_t a
   if (item.layout != nullptr && item.child.bits == nullptr) {
     back ? scatter(item, stream, at, count, values) : gather(item, stream, at, count, values);
   } else {
-    back ? memcpy(data, values, count * sizeof(Stored)) : memcpy(values, data, count * sizeof(Stored));
+    const size_t bytes = static_cast<size_t>(count) * sizeof(Stored);
+    if (!back) fetch_ahead(data, count, static_cast<int64_t>(bytes));  // the next part has about as many
+    back ? memcpy(data, values, bytes) : memcpy(values, data, bytes);
   }
 }
 
