@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def nvcc(monkeypatch, tmp_path):
     script(tmp_path / "bin" / "nvcc", FALSE_NVCC)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     return tmp_path / "bin" / "nvcc"
+
+
+@pytest.fixture
+def one_kernel(monkeypatch, tmp_path):
+    """In place of all of them, whose compilation takes a minute: `make cuda` and test_nvrtc.py see to that."""
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }')
+    monkeypatch.setattr(build, "device_source", lambda: source)
 
 
 def way(name, capability=(9, 0)):
@@ -186,8 +195,18 @@ def test_without_nvcc(monkeypatch):
 
 
 @pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
-def test_a_real_nvcc_gives_a_cubin(cache):
+def test_a_real_nvcc_gives_a_cubin(cache, one_kernel):
     assert way("compiled by nvcc")().startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
+def test_a_real_nvcc_makes_a_fatbin_for_what_is_shipped(one_kernel, tmp_path):
+    nvcc = build.find_nvcc()
+    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+    codes = [code for code in build.DEVICE_CODES if code in build.listed_codes(listed)]
+    assert codes
+    subprocess.run(build.fatbin_command(nvcc, codes, tmp_path / "kernels.fatbin"), check=True)
+    assert (tmp_path / "kernels.fatbin").read_bytes().startswith(b"\x50\xed\x55\xba")  # CUDA's mark of a fatbin
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------------------------
@@ -197,7 +216,7 @@ FOUND = [path for path in device_code.nvrtc_files() if path.is_absolute()]
 
 
 @pytest.mark.skipif(not FOUND, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
-def test_the_first_nvrtc_that_works_gives_a_cubin_once(cache, monkeypatch, tmp_path):
+def test_the_first_nvrtc_that_works_gives_a_cubin_once(cache, one_kernel, monkeypatch, tmp_path):
     (tmp_path / "libnvrtc.so.13").write_text("no library")
     monkeypatch.setattr(device_code, "nvrtc_files", lambda: [tmp_path / "libnvrtc.so.13", *FOUND])
     cubin = way("compiled by NVRTC")()
