@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from child_models import every_option
-from gpu_runs import DEVICE, assert_same_bits, model_on, no_waiting, optimizer_of, set_cpu_grads, train
+from gpu_runs import (
+    DEVICE,
+    assert_replays_as_steps,
+    assert_same_bits,
+    model_on,
+    no_waiting,
+    optimizer_of,
+    set_cpu_grads,
+    train,
+)
 from helpers import both_backends, every_dtype, same_bits
 from models import Tiny, random_scores
 from scores import KINDS, tensors
@@ -53,18 +62,8 @@ def test_large_tensors_have_the_same_bits():
 @every_dtype
 def test_a_captured_step_replays_as_steps(dtype, norm_of):
     options = {"max_grad_norm": 1e-2, "norm_of": norm_of}
-    runs = [run_on(DEVICE, dtype, capturable=True, backend="native", **options), run_on("cpu", dtype, **options)]
-    for run in runs:
-        train(*run, [0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        runs[0][1].step()
-    for step in range(1, 5):
-        train(*runs[1], [step])
-        for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
-            p.grad.copy_(q.grad)
-        graph.replay()
-    assert_same_bits(*runs)
+    captured = run_on(DEVICE, dtype, capturable=True, backend="native", **options)
+    assert_replays_as_steps(captured, run_on("cpu", dtype, **options))
 
 
 def test_scaling_skipping_and_clipping_do_not_wait_for_the_gpu():

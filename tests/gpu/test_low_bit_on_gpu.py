@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu_runs import DEVICE, assert_same_bits, train
+from gpu_runs import DEVICE, assert_replays_as_steps, assert_same_bits, train
 from helpers import both_backends
 from low_bit import every_mode, model_of, optimizer_of
 
@@ -42,21 +42,8 @@ def test_a_step_has_the_same_bits(dtype, options, mode, backend):
 @every_mode
 @every_option
 def test_a_captured_step_replays_as_steps(options, mode):
-    runs = [
-        run_on(DEVICE, mode, torch.bfloat16, capturable=True, backend="native", **options),
-        run_on("cpu", mode, torch.bfloat16, **options),
-    ]
-    for run in runs:
-        train(*run, [0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        runs[0][1].step()
-    for step in range(1, 5):
-        train(*runs[1], [step])
-        for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
-            p.grad.copy_(q.grad)
-        graph.replay()
-    assert_same_bits(*runs)
+    captured = run_on(DEVICE, mode, torch.bfloat16, capturable=True, backend="native", **options)
+    assert_replays_as_steps(captured, run_on("cpu", mode, torch.bfloat16, **options))
 
 
 @both_backends

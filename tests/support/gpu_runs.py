@@ -44,6 +44,21 @@ def assert_same_bits(one, other):
             assert same_bits(value.cpu(), b.state[q][key].cpu()), key
 
 
+def assert_replays_as_steps(captured, plain):
+    """Captures a step of one run in a CUDA graph, and replays it with the gradients of another run's steps."""
+    for run in (captured, plain):
+        train(*run, [0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured[1].step()
+    for step in range(1, 5):
+        train(*plain, [step])
+        for p, q in zip(captured[0].parameters(), plain[0].parameters(), strict=True):
+            p.grad.copy_(q.grad)
+        graph.replay()
+    assert_same_bits(captured, plain)
+
+
 @contextlib.contextmanager
 def no_waiting():
     """In it, torch raises if the host waits for the GPU."""
