@@ -85,7 +85,7 @@ def compare(experiment, methods, seeds):
     from tqdm import tqdm
 
     runs = []
-    total = experiment.steps * len(methods) * seeds
+    total = seeds * sum(map(experiment.steps, methods))
     with tqdm(total=total, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
         for seed in range(seeds):
             for method in methods:

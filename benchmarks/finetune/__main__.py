@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 from .data import UserError, load_dev, load_task
-from .methods import METHODS, Settings
+from .methods import DEFAULT, METHODS, Settings
+from .model import POOLINGS
 
 DEFAULTS = Settings(lr=2e-4, head_lr=5e-2, epochs=3, max_length=64)
 TASKS = ["glue/stsb", "glue/mrpc", "docstrings"]
 NAMED = ("lr", "head_lr", "reserve_p", "reserve_p_d", "epochs", "batch_size", "max_length")
+NAMED += ("head_epochs", "evaluations_per_epoch")
 
 
 def parse(arguments):
@@ -29,13 +31,14 @@ def parse(arguments):
     add("--tasks", nargs="+", default=TASKS, help=f"see README.md (default: {' '.join(TASKS)})")
     add("--data", type=Path, help="folder of the tasks named as NAME: NAME/train.tsv.gz and NAME/dev.tsv.gz")
     add("--model", help="name or folder of a transformers model (default: all-MiniLM-L6-v2, from its package)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--methods", nargs="+", choices=METHODS, default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
     add("--limit", type=int, help="training examples at most (default: all)")
     add("--seeds", type=int, default=5, help="of the report (default: %(default)s)")
     add("--tuning-seeds", type=int, default=1, help="of the search of learning rates (default: %(default)s)")
     for name in NAMED:
         value = getattr(DEFAULTS, name)
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+    add("--pooling", choices=POOLINGS, default=DEFAULTS.pooling, help="one vector of all tokens (default: %(default)s)")
     add("--domains", nargs="+", default=[], help="score the report's models on these tasks too")
     add("--heads-on", nargs="+", default=[], help="train heads for these tasks on the report's encoders, frozen")
     add("--jobs", type=int, default=1, help="processes side by side (default: %(default)s)")
@@ -46,14 +49,17 @@ def parse(arguments):
 
 def run(options):
     """Runs what is missing; returns the exit status: 0 if nothing is missing any more."""
+    from multiprocessing import get_context
+
     from tqdm import tqdm
 
     from . import runs, sweep, transfer
     from .model import PACKAGED_MODEL
     from .worker import Worker, begin_process
 
-    settings = dataclasses.replace(DEFAULTS, **{name: getattr(options, name) for name in NAMED})
-    identity = tuple(sorted(dataclasses.asdict(settings).items()))
+    named = {name: getattr(options, name) for name in (*NAMED, "pooling")}
+    settings = dataclasses.replace(DEFAULTS, **named)
+    identity = settings.identity()
     name = Path(options.model).name if options.model else PACKAGED_MODEL
     names = dict.fromkeys([*options.tasks, *options.heads_on])  # what is wrong with them is said before anything runs
     tasks = {one: load_task(one, limit=options.limit, folder=options.data, set_aside=True) for one in names}
@@ -81,15 +87,30 @@ def run(options):
         found = {record["data"]["fingerprint"] for record in done if record["spec"]["task"] == one}
         if found - {tasks[one].fingerprint()}:
             raise UserError(f"{folder}: {one} had other data when its runs began; give another --out")
-    with tqdm(total=sweep.most_runs(plan), unit="run", smoothing=0, dynamic_ncols=True) as bar:
-        bar.update(len(done))
+    shared = get_context("spawn").Value("d", 0.0)
+    every = 1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
+    form = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
+    total = sweep.to_come(folder, plan)
+    print(f"{total} runs to come; first, each process loads the model", flush=True)
+    with tqdm(total=total, smoothing=0, mininterval=every, bar_format=form, dynamic_ncols=True) as bar:
+        lines = []
+        told = []
 
         def show(line):
+            lines.append(line)
             bar.write(line)
-            bar.update()
+            bar.total = len(lines) + sweep.to_come(folder, plan)  # a search that goes on adds one
 
+        def watch(under_way):
+            bar.set_postfix_str("; ".join(f"{s.task} {s.method} seed {s.seed}" for s in under_way), refresh=False)
+            bar.update(shared.value - bar.n)
+            if under_way != told:  # at once, though no step is done yet
+                told[:] = under_way
+                bar.refresh()
+
+        begin = begin_process, (shared,)
         try:
-            complete = sweep.sweep(folder, plan, worker, options.jobs, options.budget_minutes, show, begin_process)
+            complete = sweep.sweep(folder, plan, worker, options.jobs, options.budget_minutes, show, watch, begin)
         except KeyboardInterrupt:
             bar.write("interrupted; the same command continues")
             return 130
@@ -99,14 +120,14 @@ def run(options):
 
 def report(options):
     """Writes tables and pictures; returns the exit status."""
-    from . import compare, runs
+    from . import compare, pictures, runs
 
     records = runs.read_all(options.out / "runs")
     if not records:
         raise UserError(f"{options.out}/runs: no finished runs; begin with `python -m benchmarks.finetune run`")
     text = compare.tables(records)
     (options.out / "report.md").write_text(text + "\n", encoding="utf-8")
-    compare.pictures(records, options.out)
+    pictures.pictures(records, options.out)
     print(text)
     return 0
 

@@ -1,19 +1,23 @@
-"""The report of a sweep: tables of scores over seeds and of what the search tried, and pictures.
+"""The report of a sweep: tables of scores over seeds, of what the search tried and of costs; `pictures` draws it.
 
 It reads nothing but the records of finished runs (see `runs`).
 """
 
+import math
 from statistics import mean, median, stdev
 
 from ..markdown import markdown
 from . import runs
 from .data import UserError
 from .methods import METHODS
-from .report import COLOURS, COSTS, cost_cells, pyplot
+from .report import COSTS, cost_cells
 
 MARGIN = 0.01  # a run that scores no more than this above the best constant prediction has collapsed
-RESAMPLES = 9999
 BASELINE = "vanilla"
+SEARCHED = (
+    "How learning rates were chosen. These scores are of other examples than dev, taken from the training file, and of "
+    "one seed: they compare rates, not methods, and are not comparable with the scores above."
+)
 
 
 def by_task(records, part):
@@ -29,7 +33,7 @@ def by_task(records, part):
         if record["spec"]["part"] == part:
             tasks.setdefault(record["spec"]["task"], {}).setdefault(record["method"], []).append(record)
     for task, methods in tasks.items():
-        found = {(runs.blank(r), r["data"]["fingerprint"]) for group in methods.values() for r in group}
+        found = {(runs.blank(r["spec"]), r["data"]["fingerprint"]) for group in methods.values() for r in group}
         if len(found) > 1:
             raise UserError(
                 f"{task}: the runs are of {len(found)} different sweeps (other data, model, limit or settings); report "
@@ -44,7 +48,7 @@ def has_collapsed(record):
 
 
 def difference_to(baseline, group):
-    """Returns the mean difference of scores to a baseline, paired by seed, and its bootstrap interval of 95 %.
+    """Returns the mean difference of scores to a baseline, paired by seed, and Student's interval of 95 % for it.
 
     Args:
         baseline: records.
@@ -53,17 +57,15 @@ def difference_to(baseline, group):
     Returns:
         (mean, low, high); None with fewer than two seeds in common.
     """
-    import numpy as np
-    from scipy.stats import bootstrap
+    from scipy.stats import t
 
     scores = {record["seed"]: runs.score(record) for record in baseline}
-    differences = np.array([runs.score(r) - scores[r["seed"]] for r in group if r["seed"] in scores])
-    if len(differences) < 2:
+    differences = [runs.score(r) - scores[r["seed"]] for r in group if r["seed"] in scores]
+    count = len(differences)
+    if count < 2:
         return None
-    if np.ptp(differences) == 0:
-        return (differences[0],) * 3
-    interval = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0).confidence_interval
-    return differences.mean(), interval.low, interval.high
+    middle, half = mean(differences), t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count)
+    return middle, middle - half, middle + half
 
 
 def score_table(methods):
@@ -168,7 +170,7 @@ def tables(records):
             beside = [partner_table(reported[task]), *elsewhere]
             parts += [score_table(reported[task]), *filter(None, beside), cost_table(reported[task])]
         if task in searched:
-            parts.append(search_table(searched[task]))
+            parts += [SEARCHED, search_table(searched[task])]
     return "\n\n".join(parts)
 
 
@@ -179,74 +181,6 @@ def _about(records):
     return (
         f"{spec['model']}; {settings}. {installed}.\n\nScores are times 100, after the last step. A run has collapsed "
         f"if it scores at most {100 * MARGIN:.0f} point more than the best constant prediction. Differences to AdamW "
-        f"are paired by seed, with bootstrap intervals of 95 % ({RESAMPLES} resamples). Times are medians over the "
+        f"are paired by seed, with Student's intervals of 95 %. Times are medians over the "
         "runs, which may have shared their machine with each other and with more."
     )
-
-
-def pictures(records, folder):
-    """Draws scores.png, curves.png and, of child networks, density.png into a folder."""
-    reported = by_task(records, "report")
-    if reported:
-        _scores_picture(reported, folder / "scores.png")
-        _curves_picture(reported, folder / "curves.png")
-        with_child = {task: methods["d"] for task, methods in reported.items() if "d" in methods}
-        if with_child:
-            _density_picture(with_child, folder / "density.png")
-
-
-def _panels(tasks, **size):
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(tasks), squeeze=False, layout="constrained", **size)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        axis.set_title(task, fontsize=11)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
-
-
-def _save(figure, path):
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
-
-
-def _scores_picture(reported, path):
-    figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
-    for axis, methods in zip(axes, reported.values(), strict=True):
-        scores = [[100 * runs.score(record) for record in group] for group in methods.values()]
-        boxes = axis.boxplot(scores, orientation="horizontal", patch_artist=True, medianprops={"color": "black"})
-        for box, method in zip(boxes["boxes"], methods, strict=True):
-            box.set_facecolor(COLOURS[method])
-        for place, values in enumerate(scores, start=1):
-            axis.plot(values, [place] * len(values), "k.", ms=4)
-        axis.set_yticks(range(1, len(methods) + 1), methods)
-        axis.invert_yaxis()
-        axis.set_xlabel(f"dev {next(iter(next(iter(methods.values()))[0]['curve'][-1][1]))}, times 100")
-    _save(figure, path)
-
-
-def _curves_picture(reported, path):
-    figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
-    for axis, methods in zip(axes, reported.values(), strict=True):
-        for method, group in methods.items():
-            metric = next(iter(group[0]["curve"][-1][1]))
-            steps = [step for step, _ in group[0]["curve"]]
-            means = [100 * mean(r["curve"][i][1][metric] for r in group) for i in range(len(steps))]
-            axis.plot(steps, means, color=COLOURS[method], marker="o", ms=3, label=method)
-            axis.set(xlabel="training step", ylabel=f"dev {metric}, times 100, mean over seeds")
-    axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-def _density_picture(with_child, path):
-    figure, axes = _panels(with_child, figsize=(4 * len(with_child), 3.5))
-    for axis, group in zip(axes, with_child.values(), strict=True):
-        kept, sizes = {}, {}
-        for record in group:
-            for layer, _, count, numel in record["density"]:
-                kept[layer] = kept.get(layer, 0) + count
-                sizes[layer] = sizes.get(layer, 0) + numel
-        layers = [layer.rpartition(".")[2] or "outside" for layer in kept]
-        axis.bar(layers, [100 * kept[layer] / sizes[layer] for layer in kept], color=COLOURS["d"])
-        axis.set(xlabel="layer", ylabel="weights in the child network of d, %")
-    _save(figure, path)

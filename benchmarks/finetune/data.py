@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import docstrings
+from . import definitions, docstrings
 from .metrics import OF_GLUE
 
 MAX_CLASSES = 50  # numeric labels with more values than this are a regression
@@ -60,7 +60,7 @@ class Task:
         if self.labels is None:
             return [float(example.label) for example in examples]
         if self.metric == "roc_auc":
-            return [[float(label in e.label.split(SEPARATOR)) for label in self.labels] for e in examples]
+            return [[float(label in labels_of(e)) for label in self.labels] for e in examples]
         index = {label: i for i, label in enumerate(self.labels)}
         return [index[example.label] for example in examples]
 
@@ -84,9 +84,9 @@ def load_task(name, dev=None, limit=None, dev_limit=None, folder=None, set_aside
     """Loads a task by the name given on the command line.
 
     Args:
-        name: "docstrings" or "docstrings-multi", each with ":" and how many paragraphs of a package at most; the path
-            of a TSV file; a folder in `folder` that holds train.tsv.gz and dev.tsv.gz; or a Hub data set, "owner/name"
-            or "owner/name:config".
+        name: "docstrings" or "docstrings-multi", each with ":" and how many paragraphs of a package at most; "traits"
+            or "pairs"; the path of a TSV file; a folder in `folder` that holds train.tsv.gz and dev.tsv.gz, or dev
+            alone, which is then halved; or a Hub data set, "owner/name" or "owner/name:config".
         dev: path of the dev file that goes with a TSV file.
         limit: at most this many examples in train, drawn by a fixed seed.
         dev_limit: the same for dev.
@@ -102,8 +102,8 @@ def load_task(name, dev=None, limit=None, dev_limit=None, folder=None, set_aside
     train, dev_examples = _read(name, dev, folder)
     title = "/".join(Path(name).parts[-2:]) if is_local(name) else name
     several = any(SEPARATOR in e.label for e in train)
-    labels = sorted({x for e in train for x in e.label.split(SEPARATOR)}) if several else infer_labels(train)
-    _check_dev_labels(title, dev_examples, labels)
+    labels = sorted({x for e in train for x in labels_of(e)}) if several else infer_labels(train)
+    _check_dev_labels(title, {x for e in dev_examples for x in (labels_of(e) if several else [e.label])}, labels)
     known = OF_GLUE.get(re.split("[/:]", name)[-1])
     metric = "roc_auc" if several else known or ("correlation" if labels is None else "accuracy")
     aside = _draw(train, min(MOST_ASIDE, len(train) // 5), seed=1) if set_aside else []
@@ -121,8 +121,12 @@ def load_dev(name, folder=None):
     return Task(name, examples, examples, infer_labels(examples), OF_GLUE.get(path.parent.name, "accuracy"), [])
 
 
-def _check_dev_labels(title, dev_examples, labels):
-    found = {x for e in dev_examples for x in (e.label.split(SEPARATOR) if labels else [e.label])}
+def labels_of(example):
+    """Returns the labels of an example that may have several, or none."""
+    return list(filter(None, example.label.split(SEPARATOR)))
+
+
+def _check_dev_labels(title, found, labels):
     strange = sorted(x for x in found if not (x in labels if labels else _is_number(x)))
     if strange:
         lacking = "train lacks" if labels else "are no finite numbers"
@@ -133,9 +137,26 @@ def _read(name, dev, folder):
     kind, _, cap = name.partition(":")
     if kind in ("docstrings", "docstrings-multi"):
         return _read_docstrings(kind, cap)
+    if name == "traits":
+        return tuple(
+            [Example(text, None, SEPARATOR.join(sorted(own))) for text, own in p] for p in definitions.build_traits()
+        )
+    if name == "pairs":
+        return tuple([Example(*one) for one in part] for part in definitions.build_pairs())
     if folder is not None and (Path(folder) / name).is_dir():
-        return tuple(read_tsv(Path(folder) / name / f"{split}.tsv.gz") for split in ("train", "dev"))
+        return _read_folder(Path(folder) / name)
     return _read_tsv_pair(name, dev) if is_local(name) else _read_hub(name)
+
+
+def _read_folder(folder):
+    """Reads train and dev; of a task without train, dev is halved, with equal first sentences in one half."""
+    dev = read_tsv(folder / "dev.tsv.gz")
+    if (folder / "train.tsv.gz").exists():
+        return read_tsv(folder / "train.tsv.gz"), dev
+    halves = ([], [])
+    for example in dev:
+        halves[int(docstrings.stable_hash(example.sentence1), 16) % 2].append(example)
+    return halves
 
 
 def is_local(name):

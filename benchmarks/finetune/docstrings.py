@@ -70,15 +70,25 @@ def read_sources(stdlib=None):
     Returns:
         A list of (package, dotted module name, syntax tree), sorted by name.
     """
-    stdlib = Path(stdlib or sysconfig.get_path("stdlib"))
+    stdlib = stdlib_folder(stdlib)
     sources = []
     for package, folders in PACKAGES.items():
-        for path in sorted(path for folder in folders for path in (stdlib / folder).rglob("*.py")):
-            module = path.relative_to(stdlib).with_suffix("").parts
-            if not {"test", "tests"} & set(module):
-                module = module[:-1] if module[-1] == "__init__" else module
-                sources.append((package, ".".join(module), ast.parse(path.read_bytes())))
+        paths = sorted(path for folder in folders for path in (stdlib / folder).rglob("*.py"))
+        paths = [path for path in paths if not {"test", "tests"} & set(path.relative_to(stdlib).parts)]
+        sources += [read_source(path, stdlib, package) for path in paths]
     return sources
+
+
+def stdlib_folder(stdlib=None):
+    """Returns the folder of the running Python's standard library, or the one that is given."""
+    return Path(stdlib or sysconfig.get_path("stdlib"))
+
+
+def read_source(path, stdlib, package):
+    """Parses one module: (package, dotted module name, syntax tree)."""
+    module = path.relative_to(stdlib).with_suffix("").parts
+    module = module[:-1] if module[-1] == "__init__" else module
+    return package, ".".join(module), ast.parse(path.read_bytes())
 
 
 def extract_paragraphs(sources):
@@ -87,15 +97,24 @@ def extract_paragraphs(sources):
     for package, module, tree in sources:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, *DEFINITIONS)):
-                texts = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
-                prose = [text for text in texts if ">>>" not in text and count_words(text) >= MIN_WORDS]
-                found += [Paragraph(" ".join(text.split()), package, module) for text in prose]
+                found += [Paragraph(text, package, module) for text in prose_of(node)]
     return found
+
+
+def prose_of(node):
+    """Returns the paragraphs of a definition's or a module's docstring that are prose, each in one line."""
+    texts = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
+    return [" ".join(text.split()) for text in texts if ">>>" not in text and count_words(text) >= MIN_WORDS]
 
 
 def count_words(text):
     """Returns how many words of two letters or more a text has, hidden names not counted."""
     return len(re.findall(r"[A-Za-z]{2,}", text))
+
+
+def letters(text):
+    """Returns a text's letters alone, by which two paragraphs are the same."""
+    return "".join(re.findall(r"[a-z]+", text.lower()))
 
 
 def stem(word):
@@ -159,7 +178,7 @@ def without_duplicates(paragraphs):
     """Keeps one of several paragraphs with the same letters, and none that occurs in two packages."""
     groups = defaultdict(list)
     for paragraph in paragraphs:
-        groups["".join(re.findall(r"[a-z]+", paragraph.text.lower()))].append(paragraph)
+        groups[letters(paragraph.text)].append(paragraph)
     unshared = [group for group in groups.values() if len({p.package for p in group}) == 1]
     return in_fixed_order(min(group, key=lambda p: (p.module, p.text)) for group in unshared)
 

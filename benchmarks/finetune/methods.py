@@ -6,16 +6,25 @@ A method of Child-Tuning (D) also has a child network, chosen once before the fi
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from .data import UserError
 
+LATER = {"later": True}  # marks a setting that is newer than runs that are kept; see `Settings.identity`
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters, named as on the command line."""
+    """Hyper-parameters, named as on the command line.
+
+    Attributes:
+        evaluations: how many there are in a run, evenly spaced; not if `evaluations_per_epoch` is given.
+        head_epochs: epochs of methods that train a head alone; 0 for `epochs`.
+        pooling: how one vector is made of a token's each; see `model.Encoder`.
+        fisher_batches: batches that Fisher scores come from; 0 for all of the training set.
+    """
 
     lr: float = 4e-4
     head_lr: float = 1e-1
@@ -28,6 +37,15 @@ class Settings:
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     evaluations: int = 3
+    head_epochs: int = field(default=0, metadata=LATER)
+    evaluations_per_epoch: int = field(default=0, metadata=LATER)
+    pooling: str = field(default="mean", metadata=LATER)
+    fisher_batches: int = field(default=0, metadata=LATER)
+
+    def identity(self):
+        """Returns what a result depends on, as sorted (name, value) pairs; later settings if they are not default."""
+        told = [one for one in fields(self) if not one.metadata or getattr(self, one.name) != one.default]
+        return tuple(sorted((one.name, getattr(self, one.name)) for one in told))
 
 
 def same(settings):
@@ -46,6 +64,8 @@ class Method:
         centre: from settings to the learning rate in the middle of a search; see `sweep`. None with `rate_of`.
         rate_of: (a method, from settings to a factor): takes what that method's search found, times the factor, instead
             of searching.
+        fixed: a learning rate that is neither searched nor another's.
+        settings: what this method sets otherwise than its sweep does, {name: value}.
         frozen: trains the head alone, on features that are computed once.
         prepare: from a pretrained transformer to what is trained in its place.
         child: from (model, Fisher scores or None, settings, seed) to a child network; None for methods without one.
@@ -57,6 +77,8 @@ class Method:
     lr: Callable
     centre: Callable | None = None
     rate_of: tuple[str, Callable] | None = None
+    fixed: float | None = None
+    settings: dict = field(default_factory=dict)
     frozen: bool = False
     prepare: Callable | None = None
     child: Callable | None = None
@@ -66,6 +88,12 @@ class Method:
     def partner(self):
         """The method that differs from this one in one option alone, at the same learning rate; None without one."""
         return self.rate_of[0] if self.rate_of and self.rate_of[1] is same else None
+
+    def own(self, settings):
+        """Returns the settings as this method takes them."""
+        if self.frozen and settings.head_epochs:
+            settings = replace(settings, epochs=settings.head_epochs)
+        return replace(settings, **self.settings)
 
 
 def adamw(groups, lr, settings, seed, child):
@@ -130,7 +158,7 @@ def with_lora(backbone):
 
 
 def root_p(settings):
-    """Returns how far F moves weights, to AdamW at the same learning rate: sqrt(p), about."""
+    """Returns sqrt(p): the least, about, that F moves a weight, to AdamW at the same learning rate."""
     return math.sqrt(settings.reserve_p)
 
 
@@ -144,11 +172,16 @@ def in_bytes(method):
     return functools.partial(method, state="8bit")
 
 
-# Where a search begins: at AdamW's rate; F moves weights sqrt(p) times as far; LoRA takes ten times AdamW's, as usual.
+SLOW = 2e-5  # a rate at which BERT is often fine-tuned, and far too low for a head alone
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.5)  # of `reserve_p`, beside the sweep's own
+FEW_BATCHES = (1, 4, 16)
+
+# Where a search begins: at AdamW's rate; for F at AdamW's / sqrt(p); for LoRA at ten times AdamW's, as usual.
 METHODS = {
     "frozen": Method(
         "frozen encoder, AdamW on the head", adamw, lambda s: s.head_lr, centre=lambda s: s.head_lr, frozen=True
     ),
+    "frozen-slow": Method("frozen encoder, head at 2e-5", adamw, lambda s: SLOW, fixed=SLOW, frozen=True),
     "frozen-embeddings": Method("AdamW, frozen embeddings", adamw, lr, centre=lr, prepare=with_frozen_embeddings),
     "vanilla": Method("AdamW", adamw, lr, centre=lr),
     "vanilla-sqrtp": Method("AdamW at lr*sqrt(p)", adamw, lambda s: s.lr * root_p(s), rate_of=("f", root_p)),
@@ -160,4 +193,17 @@ METHODS = {
     "d-lowest": Method("D, lowest Fisher", child_adamw_d, lr, centre=lr, child=lowest, fisher=True),
     "lora": Method("LoRA", adamw, lambda s: 10 * s.lr, centre=lambda s: 10 * s.lr, prepare=with_lora),
 }
+METHODS |= {f"f-p{p:g}": replace(METHODS["f"], title=f"F, p = {p:g}", settings={"reserve_p": p}) for p in SHARES}
+METHODS |= {f"d-p{p:g}": replace(METHODS["d"], title=f"D, p = {p:g}", settings={"reserve_p_d": p}) for p in SHARES}
+METHODS |= {
+    f"d-{count}-batches": replace(
+        METHODS["d"],
+        title=f"D, Fisher scores of {count} batch{'es' * (count > 1)}",
+        centre=None,
+        rate_of=("d", same),
+        settings={"fisher_batches": count},
+    )
+    for count in FEW_BATCHES
+}
+DEFAULT = [name for name, method in METHODS.items() if not method.settings and not method.fixed]
 DEMO = ["frozen", "vanilla", "vanilla-sqrtp", "f", "d", "d-random", "d-lowest"]

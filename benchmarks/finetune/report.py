@@ -12,6 +12,7 @@ from .methods import METHODS
 # Colours that remain apart for colour-blind readers (Okabe and Ito), one per method.
 COLOURS = {
     "frozen": "#7f7f7f",
+    "frozen-slow": "#000000",
     "frozen-embeddings": "#BBBBBB",
     "vanilla": "#0072B2",
     "vanilla-sqrtp": "#56B4E9",
@@ -23,7 +24,7 @@ COLOURS = {
     "d-lowest": "#CC79A7",
     "lora": "#F0E442",
 }
-COSTS = ["Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
+COSTS = ["features s", "Fisher s", "selection s", "optimizer ms/step", "of step time", "state MB"]
 PACKAGES = ("childtune-fast", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -85,6 +86,7 @@ def table(runs):
 def cost_cells(runs, optimizer_seconds, step_seconds):
     """Returns the cells of COSTS for the runs of one method, whose steps took so long."""
     return [
+        _seconds(runs, "feature_seconds"),
         _seconds(runs, "fisher_seconds"),
         _seconds(runs, "selection_seconds"),
         f"{1e3 * optimizer_seconds:.2f}",
@@ -95,7 +97,7 @@ def cost_cells(runs, optimizer_seconds, step_seconds):
 
 def _seconds(runs, key):
     """Returns the median over runs of something that is done once a run, as text; a dash where nothing is."""
-    values = [run[key] for run in runs if run[key] is not None]
+    values = [run[key] for run in runs if run.get(key) is not None]  # older runs have no "feature_seconds"
     return f"{median(values):.2f}" if values else "—"
 
 

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+
+from .methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ def score(record):
     return next(iter(record["curve"][-1][1].values()))
 
 
-def blank(record):
-    """Returns the specification of a record without what the runs of a sweep differ in."""
-    given = {**record["spec"], "method": "", "lr": 0.0, "seed": 0, "part": ""}
-    return Spec(**{**given, "settings": tuple((name, value) for name, value in given["settings"])})
+def of_search(spec):
+    """Returns the specification of a run of the search: without what only comes after training, or heads alone know."""
+    dropped = {"domains", "heads_on"} if METHODS[spec.method].frozen else {"domains", "heads_on", "head_epochs"}
+    return replace(spec, part="tune", settings=tuple(pair for pair in spec.settings if pair[0] not in dropped))
+
+
+def blank(spec):
+    """Returns a specification, given as a dict, without what the runs of a sweep differ in."""
+    dropped = {"head_epochs"} if spec["part"] == "tune" else set()
+    settings = tuple((name, value) for name, value in spec["settings"] if name not in dropped)
+    return Spec(**{**spec, "method": "", "lr": 0.0, "seed": 0, "part": "", "settings": settings})

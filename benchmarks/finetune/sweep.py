@@ -52,7 +52,7 @@ def rates_to_try(method, settings, scores):
     Returns:
         The first three; or those and one more beyond the best, if that is at an end of the three.
     """
-    centre = METHODS[method].centre(settings)
+    centre = METHODS[method].centre(METHODS[method].own(settings))
     first = [factor * centre for factor in FACTORS]
     if not all(rate in scores for rate in first):
         return first
@@ -69,7 +69,7 @@ def search(folder, spec, method, plan):
         missing = []
         for rate in wanted:
             own = [
-                replace(spec, method=method, lr=rate, seed=TUNING_SEED + i, part="tune")
+                runs.of_search(replace(spec, method=method, lr=rate, seed=TUNING_SEED + i))
                 for i in range(plan.tuning_seeds)
             ]
             records = [runs.read(folder, one) for one in own]
@@ -82,6 +82,8 @@ def search(folder, spec, method, plan):
 
 def chosen_rate(folder, spec, method, plan):
     """Returns the learning rate that a method is reported with, or the runs of the search that it waits for."""
+    if METHODS[method].fixed:
+        return METHODS[method].fixed, []
     if METHODS[method].rate_of is None:
         missing, scores = search(folder, spec, method, plan)
         return (None, missing) if missing else (max(scores, key=scores.get), [])
@@ -90,21 +92,16 @@ def chosen_rate(folder, spec, method, plan):
     return (None, missing) if missing else (rate * factor(plan.settings), [])
 
 
-def most_runs(plan):
-    """Returns how many runs a sweep has at most."""
-    searching = {METHODS[method].rate_of[0] if METHODS[method].rate_of else method for method in plan.methods}
-    of_task = plan.tuning_seeds * (len(FACTORS) + 1) * len(searching) + plan.seeds * len(plan.methods)
-    return len(plan.specs) * of_task
-
-
 def finished(folder, plan):
     """Returns the records of a sweep's runs that are there."""
-    ours = {replace(spec, method="", lr=0.0, seed=0, part="") for spec in plan.specs}
-    return [record for record in runs.read_all(folder) if runs.blank(record) in ours]
+    given = [replace(spec, method=one, part="report") for spec, one in itertools.product(plan.specs, plan.methods)]
+    ours = {(spec.part, runs.blank(vars(spec))) for one in given for spec in (one, runs.of_search(one))}
+    records = runs.read_all(folder)
+    return [one for one in records if (one["spec"]["part"], runs.blank(one["spec"])) in ours]
 
 
 def pending(folder, plan):
-    """Returns the specifications of all runs that can be run now and are not yet there, without repetition."""
+    """Returns the specifications of all runs that can be run now and are not yet there, seed by seed."""
     found = {}
     for spec, method in itertools.product(plan.specs, plan.methods):
         rate, missing = chosen_rate(folder, spec, method, plan)
@@ -112,10 +109,16 @@ def pending(folder, plan):
             reported = [replace(spec, method=method, lr=rate, seed=seed, part="report") for seed in range(plan.seeds)]
             missing = [one for one in reported if runs.read(folder, one) is None]
         found.update(dict.fromkeys(missing))
-    return list(found)
+    return sorted(found, key=lambda one: (one.part == "report", one.seed))
 
 
-def sweep(folder, plan, start, jobs, minutes=math.inf, show=print, begin=None):
+def to_come(folder, plan):
+    """Returns how many runs are still to come; one more for each search that goes beyond its ends."""
+    rates = [chosen_rate(folder, spec, method, plan)[0] for spec, method in itertools.product(plan.specs, plan.methods)]
+    return len(pending(folder, plan)) + plan.seeds * rates.count(None)
+
+
+def sweep(folder, plan, start, jobs, minutes=math.inf, show=print, watch=lambda under_way: None, begin=None):
     """Runs what is not yet there, until all is, or the time is up; then the runs under way are finished.
 
     Args:
@@ -125,13 +128,15 @@ def sweep(folder, plan, start, jobs, minutes=math.inf, show=print, begin=None):
         jobs: how many processes.
         minutes: after which no further run begins.
         show: told a line about each finished run.
-        begin: called first in each of the processes.
+        watch: told every second which specifications are under way.
+        begin: (function, arguments) called first in each of the processes.
 
     Returns:
         Whether everything is there.
     """
     deadline = time.monotonic() + 60 * minutes
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=begin) as pool:
+    function, arguments = begin or (None, ())
+    with ProcessPoolExecutor(jobs, get_context("spawn"), function, arguments) as pool:
         running = {}
         try:
             while True:
@@ -140,18 +145,20 @@ def sweep(folder, plan, start, jobs, minutes=math.inf, show=print, begin=None):
                     running[pool.submit(start, spec)] = spec
                 if not running:
                     return not ready
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                while not (done := wait(running, timeout=1, return_when=FIRST_COMPLETED).done):
+                    watch(list(running.values()))
+                for future in done:
                     future.result()
-                    show(_line(runs.read(folder, running.pop(future)), len(ready)))
+                    show(_line(runs.read(folder, running.pop(future))))
         except BaseException:  # an error, or Ctrl-C: nobody waits for the runs under way
             for process in active_children():
                 process.terminate()
             raise
 
 
-def _line(record, ready):
+def _line(record):
     spec = record["spec"]
     return (
         f"{spec['task']} {spec['method']} {spec['part']} lr {spec['lr']:.3g} seed {spec['seed']}: "
-        f"{100 * runs.score(record):.1f} after {record['seconds']:.0f} s; {ready} more to run now"
+        f"{100 * runs.score(record):.1f} after {record['seconds']:.0f} s"
     )

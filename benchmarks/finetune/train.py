@@ -11,6 +11,7 @@ import functools
 import math
 import time
 import warnings
+from statistics import mean
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from .methods import METHODS
 from .metrics import METRICS
 
 EVALUATION_BATCH = 64
+EVENLY = 30  # evaluations of one run
 BUCKET = 16  # batches that are sorted by length together
 
 
@@ -38,20 +40,20 @@ class Experiment:
         examples = {name: part for name, part in examples.items() if part}
         self.targets = {name: torch.tensor(task.targets(part), device=device) for name, part in examples.items()}
         if task.labels is None:  # correlations do not care about mean and scale of the targets, training does
-            mean, std = self.targets["train"].mean(), self.targets["train"].std()
-            self.targets = {name: (values - mean) / std for name, values in self.targets.items()}
+            average, std = self.targets["train"].mean(), self.targets["train"].std()
+            self.targets = {name: (values - average) / std for name, values in self.targets.items()}
         self.tokens = {
             name: models.TokenInputs(tokenizer, part, settings.max_length, device) for name, part in examples.items()
         }
-        self.features = None
-        self.fisher = None  # (seed, scores, seconds) of the last Fisher pass
+        self.features = None  # (of each part, seconds to make those of the training set)
+        self.fisher = None  # ((seed, batches), scores, seconds) of the last Fisher pass
         self.children = {}
         self.spectra = {}
 
-    @property
-    def steps(self):
-        """Training steps of one run."""
-        return self.settings.epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
+    def steps(self, name):
+        """Returns the training steps of one run of a method."""
+        settings = METHODS[name].own(self.settings)
+        return settings.epochs * math.ceil(len(self.task.train) / settings.batch_size)
 
     def run(self, name, seed, on_step=lambda: None, lr=None, part="dev", afterwards=None):
         """Trains one model and scores it along the way.
@@ -65,25 +67,27 @@ class Experiment:
             afterwards: from the trained model to more for the record; None for nothing.
 
         Returns:
-            A dict of plain numbers: scores at each evaluation, seconds of each step, of the Fisher pass and of the
-            selection (None where there is none), bytes of optimizer state.
+            A dict of plain numbers: scores and losses at each evaluation, seconds of each step, of a frozen encoder's
+            features, of the Fisher pass and of the selection (None where there is none), bytes of optimizer state.
         """
         method = METHODS[name]
-        lr = method.lr(self.settings) if lr is None else lr
+        settings = method.own(self.settings)
+        lr = method.lr(settings) if lr is None else lr
         started = time.perf_counter()
-        if method.frozen and lr <= self.settings.lr:
+        if method.frozen and lr <= settings.lr:
             warnings.warn(
-                f"method {name} trains its head at {lr:g}, no more than the backbone's {self.settings.lr:g}; a head "
+                f"method {name} trains its head at {lr:g}, no more than the backbone's {settings.lr:g}; a head "
                 "alone needs far more and looks worse than it is, so raise --head-lr",
                 stacklevel=2,
             )
         torch.manual_seed(seed)  # of weights that a method adds
         model, inputs = self._model(method, seed)
         child, cost = self._child(name, model, seed)
+        cost["feature_seconds"] = self.features[1] if method.frozen else None
         torch.manual_seed(seed)
-        groups = models.decay_groups(model, self.settings.weight_decay)
-        optimizer = method.optimizer(groups, lr, self.settings, seed, child)
-        record = self._train(model, inputs, optimizer, seed, on_step, part)
+        groups = models.decay_groups(model, settings.weight_decay)
+        optimizer = method.optimizer(groups, lr, settings, seed, child)
+        record = self._train(model, inputs, optimizer, settings, seed, on_step, part)
         record["seconds"] = time.perf_counter() - started
         density = None if child is None else [row[1:] for row in child.summary().tensors]
         about = {"optimizer_bytes": state_bytes(optimizer), "density": density}  # rows of (layer, kind, kept, weights)
@@ -97,23 +101,28 @@ class Experiment:
         if not method.frozen:
             backbone = copy.deepcopy(self.backbone)
             backbone = method.prepare(backbone) if method.prepare else backbone
-            return models.Classifier(backbone, head).to(self.device), self.tokens
+            return models.Classifier(backbone, head, self.settings.pooling).to(self.device), self.tokens
         if self.features is None:
-            encoder = models.Encoder(self.backbone).to(self.device)
-            self.features = {
-                name: models.FeatureInputs(predict(encoder, tokens), tokens.lengths)
-                for name, tokens in self.tokens.items()
-            }
-        return head.to(self.device), self.features
+            self._make_features()
+        return head.to(self.device), self.features[0]
+
+    def _make_features(self):
+        encoder, features, seconds = models.Encoder(self.backbone, self.settings.pooling).to(self.device), {}, 0.0
+        for part, tokens in self.tokens.items():
+            before = self.clock()
+            features[part] = models.FeatureInputs(predict(encoder, tokens), tokens.lengths)
+            seconds += (self.clock() - before) * (part == "train")
+        self.features = features, seconds
 
     def _child(self, name, model, seed):
         """Returns a method's child network, or None, and the seconds that its Fisher pass and its selection took."""
         method = METHODS[name]
         if method.child is None:
             return None, {"fisher_seconds": None, "selection_seconds": None}
-        scores, seconds = self._fisher_scores(model, seed) if method.fisher else (None, None)
+        settings = method.own(self.settings)
+        scores, seconds = self._fisher_scores(model, settings, seed) if method.fisher else (None, None)
         before = self.clock()
-        child = method.child(model, scores, self.settings, seed)
+        child = method.child(model, scores, settings, seed)
         cost = {"fisher_seconds": seconds, "selection_seconds": self.clock() - before}
         self.children.setdefault(name, child)
         return child, cost
@@ -133,34 +142,37 @@ class Experiment:
         self.spectra[name] = found
         return {}
 
-    def _fisher_scores(self, model, seed):
+    def _fisher_scores(self, model, settings, seed):
         """Returns the Fisher scores of a fresh model and the seconds they took; methods with one seed share them."""
         from childtune_fast import estimate_fisher
 
-        if self.fisher is None or self.fisher[0] != seed:
+        key = seed, settings.fisher_batches
+        if self.fisher is None or self.fisher[0] != key:
             inputs, targets = self.tokens["train"], self.targets["train"]
-            order = batches(inputs.lengths, dataclasses.replace(self.settings, epochs=1), seed)
+            order = batches(inputs.lengths, dataclasses.replace(settings, epochs=1), seed)
             before = self.clock()
             scores = estimate_fisher(
                 model,
                 ((inputs.batch(indices), targets[indices]) for indices in order),
                 loss_fn=lambda model, batch: self.loss(model(batch[0]), batch[1]),
+                max_batches=settings.fisher_batches or None,
                 progress=False,
             )
-            self.fisher = seed, scores, self.clock() - before
+            self.fisher = key, scores, self.clock() - before
         return self.fisher[1:]
 
-    def _train(self, model, inputs, optimizer, seed, on_step, part):
-        settings, targets = self.settings, self.targets["train"]
-        factor = functools.partial(learning_rate_factor, steps=self.steps, warmup=settings.warmup)
+    def _train(self, model, inputs, optimizer, settings, seed, on_step, part):
+        targets = self.targets["train"]
+        steps = settings.epochs * math.ceil(len(targets) / settings.batch_size)
+        factor = functools.partial(learning_rate_factor, steps=steps, warmup=settings.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        evaluations = settings.evaluations if part == "dev" else 1
-        due = {round(self.steps * i / evaluations) for i in range(1, evaluations + 1)}
-        curve, optimizer_seconds, step_seconds = [], [], []
+        due = evaluated_after(steps, settings) if part == "dev" else {steps}
+        curve, losses, since, optimizer_seconds, step_seconds = [], [], [], [], []
         for step, indices in enumerate(batches(inputs["train"].lengths, settings, seed), start=1):
             model.train()
             begin = self.clock()
-            self.loss(model(inputs["train"].batch(indices)), targets[indices]).backward()
+            loss = self.loss(model(inputs["train"].batch(indices)), targets[indices])
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             before = self.clock()
             optimizer.step()
@@ -169,10 +181,14 @@ class Experiment:
             optimizer.zero_grad()
             step_seconds.append(self.clock() - begin)
             optimizer_seconds.append(after - before)
+            since.append(loss.item())
             if step in due:
-                curve.append((step, self.score(model, inputs, part)))
+                scores, own = self.evaluate(model, inputs, part)
+                curve.append((step, scores))
+                losses.append((step, mean(since), own))
+                since.clear()
             on_step()
-        return {"curve": curve, "optimizer_seconds": optimizer_seconds, "step_seconds": step_seconds}
+        return {"curve": curve, "losses": losses, "optimizer_seconds": optimizer_seconds, "step_seconds": step_seconds}
 
     def clock(self):
         """Returns the time in seconds, once the device has done what was asked of it."""
@@ -188,12 +204,26 @@ class Experiment:
             return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
         return nn.functional.cross_entropy(outputs, targets)
 
-    def score(self, model, inputs, part):
-        """Returns the metrics of a model on "dev" or "aside"."""
+    def evaluate(self, model, inputs, part):
+        """Returns the metrics of a model on "dev" or "aside", and its loss there."""
         outputs = predict(model, inputs[part])
+        loss = self.loss(outputs, self.targets[part]).item()
         if not outputs.isfinite().all():  # a run that diverged scores as one that predicts the same for all
             outputs = torch.zeros_like(outputs)
-        return METRICS[self.task.metric](self.targets[part].cpu(), outputs.cpu())
+        return METRICS[self.task.metric](self.targets[part].cpu(), outputs.cpu()), loss
+
+
+def evaluated_after(steps, settings):
+    """Returns the steps of a run after which it is evaluated, the last among them.
+
+    With `evaluations_per_epoch` they are so many an epoch; of more than `EVENLY` in all, about a hundred that lie
+    evenly on a logarithmic axis, so that a thousand epochs can be drawn beside three.
+    """
+    count = settings.evaluations_per_epoch * settings.epochs
+    if not count:
+        return {round(steps * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+    kept = range(1, count + 1) if count <= EVENLY else {round(count ** (i / 99)) for i in range(100)}
+    return {round(steps * i / count) for i in kept}
 
 
 def learning_rate_factor(step, steps, warmup):

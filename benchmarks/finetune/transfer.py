@@ -44,7 +44,8 @@ def on_domains(experiment, model, tokenizer, others):
     Returns:
         {name: {metric: score}}.
     """
-    whole = models.Classifier(experiment.backbone, model) if isinstance(model, models.Head) else model
+    pooling = experiment.settings.pooling
+    whole = models.Classifier(experiment.backbone, model, pooling) if isinstance(model, models.Head) else model
     scores = {}
     for name, task in others.items():
         inputs = models.TokenInputs(tokenizer, task.dev, experiment.settings.max_length, experiment.device)

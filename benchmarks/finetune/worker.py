@@ -45,7 +45,10 @@ class Worker:
             }
 
         afterwards = elsewhere if spec.part == "report" and (self.domains or self.heads_on) else None
-        record = experiment.run(spec.method, spec.seed, lr=spec.lr, part=part, afterwards=afterwards)
+        steps = experiment.steps(spec.method)
+        record = experiment.run(
+            spec.method, spec.seed, lambda: _advance(1 / steps), lr=spec.lr, part=part, afterwards=afterwards
+        )
         about = {
             "constant_score": constant_score(experiment.task.metric, experiment.targets[part].cpu()),
             "data": {"fingerprint": experiment.task.fingerprint(), "train": len(experiment.task.train)},
@@ -56,8 +59,13 @@ class Worker:
         runs.write(self.folder, spec, {**runs.compact(record), **about})
 
 
-def begin_process():
-    """Makes a process of the sweep leave Ctrl-C to its parent, and end with it."""
+progress = None  # in a process of the sweep: how many runs all of them have done, a shared float
+
+
+def begin_process(shared=None):
+    """Makes a process of the sweep leave Ctrl-C to its parent, end with it, and tell it of each step by `shared`."""
+    global progress
+    progress = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -67,13 +75,19 @@ def _end_with_parent():
     os._exit(1)
 
 
+def _advance(share):
+    if progress is not None:
+        with progress.get_lock():
+            progress.value += share
+
+
 @functools.cache
 def _experiment(worker, task, limit):
     """Loads a task and the model once in each process."""
     torch.set_num_threads(worker.threads)
     number = sum(multiprocessing.current_process()._identity)
     device = model.find_device(worker.devices[number % len(worker.devices)])
-    tokenizer, backbone = model.load_pretrained(worker.model or model.packaged_model())
+    tokenizer, backbone = model.load_pretrained(worker.model or model.packaged_model(), worker.settings.pooling)
     return Experiment(tokenizer, backbone, _task(worker, task, limit), worker.settings, device), tokenizer
 
 

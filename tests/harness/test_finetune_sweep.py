@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.finetune import compare, methods, model, runs, sweep
+from benchmarks.finetune import compare, methods, model, pictures, runs, sweep
 from benchmarks.finetune.data import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = methods.Settings(lr=0.2, head_lr=0.4, reserve_p=0.25)
-SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("epochs", 3),))
+SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("batch_size", 16), ("epochs", 3)))
 
 
 def plan_of(names, **options):
@@ -93,10 +93,49 @@ def test_every_method_has_as_many_runs(tmp_path):
     for method in methods.METHODS:
         parts = [spec.part for spec in order if spec.method == method]
         assert parts.count("report") == 2
-        assert parts.count("tune") == (0 if methods.METHODS[method].rate_of else 4)
-    assert len(order) == sweep.most_runs(plan)
+        assert parts.count("tune") == (4 if methods.METHODS[method].centre else 0)
+    assert [spec.seed for spec in order[-4:]] == [1] * 4  # so that a sweep that was stopped has all methods' seeds
     assert len(sweep.finished(tmp_path, plan)) == len(order)
     assert sweep.finished(tmp_path, replace(plan, specs=[replace(SPEC, limit=33)])) == []
+
+
+def test_what_is_to_come_is_known_from_the_beginning(tmp_path):
+    plan = plan_of(["vanilla", "f", "vanilla-sqrtp", "frozen-slow"], seeds=2)
+    assert sweep.to_come(tmp_path, plan) == 2 * 3 + 4 * 2
+    order = play(tmp_path, plan, lambda spec: -abs(spec.lr - METHOD_CENTRES[spec.method]))
+    assert len(order) == 2 * 3 + 4 * 2
+    assert sweep.to_come(tmp_path, plan) == 0
+
+
+METHOD_CENTRES = {"vanilla": 0.2, "f": 0.4, "vanilla-sqrtp": 0.0, "frozen-slow": 0.0}
+
+
+def test_a_fixed_rate_is_not_searched(tmp_path):
+    order = play(tmp_path, plan_of(["frozen-slow"], seeds=2), lambda spec: 0.5)
+    assert [(spec.part, spec.lr) for spec in order] == [("report", 2e-5)] * 2
+
+
+def test_a_variant_searches_with_its_own_p(tmp_path):
+    order = play(tmp_path, plan_of(["f-p0.05"], seeds=1), lambda spec: 0.5)
+    assert [spec.lr for spec in order[:3]] == pytest.approx([x * 0.2 / 0.05**0.5 for x in (0.5, 1, 2)])
+
+
+def test_searches_are_shared_by_sweeps_that_differ_only_afterwards(tmp_path):
+    """Other domains, heads elsewhere and epochs of heads do not change how a whole model's rate is chosen."""
+    play(tmp_path, plan_of(["vanilla", "frozen"], seeds=1), lambda spec: 0.5)
+    settings = (("batch_size", 16), ("domains", "a b"), ("epochs", 3), ("head_epochs", 9), ("heads_on", "c"))
+    plan = replace(plan_of(["vanilla", "frozen"], seeds=1), specs=[replace(SPEC, settings=settings)])
+    order = play(tmp_path, plan, lambda spec: 0.5)
+    assert [(spec.method, spec.part) for spec in order if spec.part == "tune"] == [("frozen", "tune")] * 4
+    assert [spec.part for spec in order].count("report") == 2
+
+
+def test_settings_that_came_later_leave_old_runs_their_names():
+    old = {"lr", "head_lr", "reserve_p", "reserve_p_d", "weight_decay", "epochs", "batch_size", "max_length", "warmup"}
+    old |= {"max_grad_norm", "evaluations"}
+    assert {name for name, _ in methods.Settings().identity()} == old
+    later = methods.Settings(pooling="first", head_epochs=3)
+    assert set(later.identity()) - set(methods.Settings().identity()) == {("pooling", "first"), ("head_epochs", 3)}
 
 
 # Files
@@ -194,7 +233,8 @@ def test_the_tables_say_what_the_runs_scored(tmp_path):
     assert ["AdamW", "0.1", "3", "66.7", "15.3", "70.0", "50.0", "1", "", "25.0"] in rows
     assert ["ChildAdamW (F)", "0.2", "3", "68.7", "15.3", "72.0", "52.0", "0", "+2.0 [+2.0, +2.0]", "25.0"] in rows
     assert ["ChildAdamW (F)", "0.1: 50.0, **0.2: 60.0** (at an end)"] in rows
-    assert ["AdamW", "—", "—", "10.00", "10 %", "8.0"] in rows
+    assert ["AdamW", "—", "—", "—", "10.00", "10 %", "8.0"] in rows
+    assert "not comparable with the scores above" in compare.tables(records)
 
 
 def test_the_tables_say_what_models_scored_elsewhere(tmp_path):
@@ -215,8 +255,8 @@ def test_differences_are_paired_by_seed():
     assert high == pytest.approx(0.1)
     mean, low, high = compare.difference_to(vanilla, [record for _, record in reported("f", [0.1, 0.7, 1.0])])
     assert mean == pytest.approx(0.1)
-    assert low == pytest.approx(0.0)  # three times the same seed, the one without a difference
-    assert high == pytest.approx(0.2)
+    assert high - mean == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t of 2 degrees of freedom; 0, 0.2, 0.1 deviate by 0.1
+    assert mean - low == pytest.approx(high - mean)
     assert compare.difference_to(vanilla, other[:1]) is None
 
 
@@ -224,8 +264,8 @@ def test_8_bit_state_is_paired_with_float32(tmp_path):
     of = {"f": [0.7, 0.8, 0.6], "f-8bit": [0.72, 0.82, 0.61], "d-8bit": [0.5, 0.6, 0.7]}
     methods = {name: [record for _, record in reported(name, scores)] for name, scores in of.items()}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.partner_table(methods).splitlines()]
-    # 2, 2 and 1 points: their mean, and that of the least and of the greatest three that the bootstrap draws
-    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.667", "[+1.000, +2.000]", "0.500"]]
+    # 2, 2 and 1 points: their mean is 5/3, their deviation 1/sqrt(3), so that the half width is t / 3
+    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.667", "[+0.232, +3.101]", "1.434"]]
     assert "half width" in compare.tables(written(tmp_path / "both", *(reported(*one) for one in of.items())))
     assert "half width" not in compare.tables(written(tmp_path / "one", reported("f", of["f"])))
 
@@ -238,10 +278,17 @@ def test_runs_of_different_sweeps_are_not_mixed(tmp_path):
 
 def test_the_pictures_are_drawn(tmp_path):
     density = [["encoder.layer.0", "attention", 3, 10], ["encoder.layer.1", "attention", 5, 10]]
-    records = written(tmp_path / "runs", reported("vanilla", [0.5, 0.6]), reported("d", [0.5, 0.7], density=density))
-    compare.pictures(records, tmp_path)
-    for name in ("scores.png", "curves.png", "density.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    losses = {"losses": [[2, 0.9, 1.0], [4, 0.5, 0.8]]}
+    records = written(
+        tmp_path / "runs",
+        reported("vanilla", [0.5, 0.6], **losses),
+        reported("d", [0.5, 0.7], density=density, **losses),
+        reported("d-p0.1", [0.5, 0.7], density=density, **losses),
+        reported("frozen-slow", [0.5, 0.5], **losses),
+    )
+    pictures.pictures(records, tmp_path)
+    for name in ("scores", "differences", "curves", "density", "frozen"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path):
