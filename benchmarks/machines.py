@@ -1,4 +1,4 @@
-"""The machines side by side, from the files in results/: `python -m benchmarks.machines` prints README.md's table."""
+"""The machines side by side, from the files in results/: `python -m benchmarks.machines` prints machines.md's table."""
 
 import json
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 * `traits`: what does the code of a function do? The first paragraph of its docstring goes in; out come any number of
   `TRAITS`, which are read off the syntax tree: does it return a value, raise, loop?
-* `pairs`: do two paragraphs stand in one docstring? In half of the pairs they do; in the others the second is from a
-  module of another package. Names that would tell are hidden, as in `docstrings`.
+* `pairs`: do two paragraphs stand in one docstring? In half of the pairs they do; in the others the second is from
+  another package. Which package that is says nothing, so names are not hidden, as they are in `docstrings`.
 
 The whole standard library serves, but for tests. The split is by module, every choice is a hash of the text, and a text
 that occurs twice is kept once, or not at all if its answers differ.
@@ -42,7 +42,7 @@ def read_sources(stdlib=None):
 
 
 def split(examples, held_out):
-    """Splits tuples that end with a module by a hash of its name, and leaves it out: returns those of train and of dev."""
+    """Splits tuples that end with a module by a hash of its name, which is left out: returns those of train, of dev."""
     parts = ([], [])
     for *example, module in examples:
         parts[int(docstrings.stable_hash(module), 16) % held_out == 0].append(tuple(example))
@@ -134,14 +134,11 @@ def build_pairs(stdlib=None):
     Returns:
         Two lists of (first text, second text, "same" or "other"), train and dev, in a fixed order.
     """
-    sources = read_sources(stdlib)
-    hidden = docstrings.names_to_hide(sources, docstrings.extract_paragraphs(sources))
     found, seen = [], set()
-    for package, module, tree in sources:
+    for package, module, tree in read_sources(stdlib):
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, *docstrings.DEFINITIONS)):
-                texts = [docstrings.hide_names(text, hidden) for text in docstrings.prose_of(node)]
-                texts = [text for text in texts if docstrings.count_words(text) >= docstrings.MIN_WORDS][:2]
+                texts = docstrings.prose_of(node)[:2]
                 own = set(map(docstrings.letters, texts))
                 if len(own) == 2 and not own & seen:
                     found.append((*texts, package, module))

@@ -255,7 +255,7 @@ def test_differences_are_paired_by_seed():
     assert high == pytest.approx(0.1)
     mean, low, high = compare.difference_to(vanilla, [record for _, record in reported("f", [0.1, 0.7, 1.0])])
     assert mean == pytest.approx(0.1)
-    assert high - mean == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t of 2 degrees of freedom; 0, 0.2, 0.1 deviate by 0.1
+    assert high - mean == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t of 2 degrees of freedom; sd 0.1
     assert mean - low == pytest.approx(high - mean)
     assert compare.difference_to(vanilla, other[:1]) is None
 

@@ -1,0 +1,48 @@
+"""Every block of Python in README.md runs, in its order, on a small model."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """What the blocks use and do not make: a transformer, the same twice as it was before training, and batches."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, num_labels=2, **sizes))
+    ids = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
+    dataloader = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}] * 3
+    base = copy.deepcopy(model)
+    return {"model": model, "base": base, "base_model": copy.deepcopy(base), "dataloader": dataloader, "torch": torch}
+
+
+def test_every_block_of_python_runs(names):
+    """Between those that make an optimizer and those that ask what it did, a few steps are taken."""
+    assert len(BLOCKS) >= 5
+    for block in BLOCKS:
+        exec(compile(block, str(README), "exec"), names)
+        if "opt = " in block:
+            train(names)
+    trained, after_delta = names["model"].state_dict(), names["base_model"].state_dict()
+    assert any(not torch.equal(value, trained[name]) for name, value in names["base"].state_dict().items())
+    assert all(torch.equal(value, trained[name]) for name, value in after_delta.items())
+    assert sum(row.moved for row in names["after"]) > 0
+
+
+def train(names):
+    """Takes a step on each batch from the pretrained weights, as the README's reader would."""
+    names["model"].load_state_dict(names["base"].state_dict())
+    for batch in names["dataloader"]:
+        names["model"](**batch).loss.backward()
+        names["opt"].step()
+        names["opt"].zero_grad()
