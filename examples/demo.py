@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 NEEDED = ("torch", "transformers", "sklearn", "matplotlib", "tqdm", "childtune_fast")
+TASK = "pairs:300"
 SPECTRA = ("f", "d")  # methods of which it is shown what they moved
 QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 
@@ -28,7 +29,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed, one epoch, few examples")
     add("--model", help="name or folder of a transformers model (default: all-MiniLM-L6-v2, from its package)")
-    add("--task", default="docstrings:40", help="docstrings:40 (default), a .tsv[.gz] file, or Hub data NAME[:CONFIG]")
+    add("--task", default=TASK, help="pairs:300 (default), docstrings:40, a .tsv[.gz] file, or Hub data NAME[:CONFIG]")
     add("--dev", help="dev file that goes with a TSV --task (default: a fifth of its inputs is held out)")
     add("--methods", nargs="+", choices=METHODS, default=DEMO, help=f"default: {' '.join(DEMO)}")
     add("--seeds", type=positive(int), default=3, help="how many seeds, counted from 0 (default: %(default)s)")

@@ -20,6 +20,8 @@ MAX_CLASSES = 50  # numeric labels with more values than this are a regression
 HELD_OUT = 5  # without a dev file, every fifth input is held out
 MOST_ASIDE = 500  # examples that choose a learning rate, at most
 SEPARATOR = "|"  # of several labels of one example
+NO_SOURCES = "this Python ships no standard library sources; give a TSV file with --task"
+CAPPED = dict.fromkeys(["docstrings", "docstrings-multi"], "paragraphs of a package") | {"pairs": "training pairs"}
 
 
 class UserError(Exception):
@@ -84,9 +86,10 @@ def load_task(name, dev=None, limit=None, dev_limit=None, folder=None, set_aside
     """Loads a task by the name given on the command line.
 
     Args:
-        name: "docstrings" or "docstrings-multi", each with ":" and how many paragraphs of a package at most; "traits"
-            or "pairs"; the path of a TSV file; a folder in `folder` that holds train.tsv.gz and dev.tsv.gz, or dev
-            alone, which is then halved; or a Hub data set, "owner/name" or "owner/name:config".
+        name: "docstrings" or "docstrings-multi", each perhaps with ":" and how many paragraphs of a package at most;
+            "pairs", perhaps with ":" and how many at most; "traits"; the path of a TSV file; a folder in `folder` that
+            holds train.tsv.gz and dev.tsv.gz, or dev alone, which is then halved; or a Hub data set, "owner/name" or
+            "owner/name:config".
         dev: path of the dev file that goes with a TSV file.
         limit: at most this many examples in train, drawn by a fixed seed.
         dev_limit: the same for dev.
@@ -135,14 +138,13 @@ def _check_dev_labels(title, found, labels):
 
 def _read(name, dev, folder):
     kind, _, cap = name.partition(":")
-    if kind in ("docstrings", "docstrings-multi"):
-        return _read_docstrings(kind, cap)
+    if kind in CAPPED:
+        if cap and not (cap.isdecimal() and int(cap)):
+            raise UserError(f"{name}: after the colon stands how many {CAPPED[kind]} at most; give a number")
+        cap = int(cap) if cap else None
+        return _read_pairs(cap) if kind == "pairs" else _read_docstrings(kind, cap)
     if name == "traits":
-        return tuple(
-            [Example(text, None, SEPARATOR.join(sorted(own))) for text, own in p] for p in definitions.build_traits()
-        )
-    if name == "pairs":
-        return tuple([Example(*one) for one in part] for part in definitions.build_pairs())
+        return _read_traits()
     if folder is not None and (Path(folder) / name).is_dir():
         return _read_folder(Path(folder) / name)
     return _read_tsv_pair(name, dev) if is_local(name) else _read_hub(name)
@@ -171,12 +173,24 @@ def _draw(examples, limit, seed=0):
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
+def _read_traits():
+    parts = definitions.build_traits()
+    if not all(parts):
+        raise UserError(NO_SOURCES)
+    return tuple([Example(text, None, SEPARATOR.join(sorted(own))) for text, own in part] for part in parts)
+
+
+def _read_pairs(cap):
+    parts = definitions.build_pairs(train_cap=cap)
+    if not all(parts):
+        raise UserError(NO_SOURCES)
+    return tuple([Example(*one) for one in part] for part in parts)
+
+
 def _read_docstrings(kind, cap):
-    if cap and not (cap.isdecimal() and int(cap)):
-        raise UserError(f"{kind}:{cap}: after the colon stands how many paragraphs of a package at most; give a number")
-    parts = docstrings.build(train_cap=int(cap) if cap else docstrings.TRAIN_CAP)
+    parts = docstrings.build(train_cap=cap or docstrings.TRAIN_CAP)
     if len({p.package for p in parts[0]}) < 2:
-        raise UserError("this Python ships no standard library sources; give a TSV file with --task")
+        raise UserError(NO_SOURCES)
     if kind == "docstrings":
         return tuple([Example(p.text, None, p.package) for p in part] for part in parts)
     return tuple(

@@ -18,7 +18,7 @@ from . import docstrings
 LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "site-packages"}
 FEWEST_WORDS = 4
 TRAITS_HELD_OUT, PAIRS_HELD_OUT = 4, 2  # every so many-th module is for dev
-PAIRS_DEV = 400  # at most, to save time
+PAIRS_DEV = 300  # at most, to save time
 LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)
 TRAITS = {
     "arguments": "takes arguments beside self",
@@ -105,7 +105,7 @@ def build_traits(stdlib=None):
     """
     found = defaultdict(list)
     for _, module, tree in read_sources(stdlib):
-        for node, in_class in _functions(tree):
+        for node, in_class in functions(tree):
             text = " ".join(re.split(r"\n\s*\n", ast.get_docstring(node) or "")[0].split())
             if docstrings.count_words(text) >= FEWEST_WORDS:
                 found[docstrings.letters(text)].append((text, traits(node, in_class), module))
@@ -114,7 +114,7 @@ def build_traits(stdlib=None):
     return split(agreed, TRAITS_HELD_OUT)
 
 
-def _functions(tree):
+def functions(tree):
     """Yields (function, whether it stands in a class)."""
     for parent in ast.walk(tree):
         for node in ast.iter_child_nodes(parent):
@@ -125,11 +125,12 @@ def _functions(tree):
 # ---- Which paragraphs belong together ------------------------------------------------------------------------------
 
 
-def build_pairs(stdlib=None):
+def build_pairs(stdlib=None, train_cap=None):
     """Builds the task `pairs`.
 
     Args:
         stdlib: folder of the standard library; by default that of the running Python.
+        train_cap: at most this many training pairs.
 
     Returns:
         Two lists of (first text, second text, "same" or "other"), train and dev, in a fixed order.
@@ -145,13 +146,12 @@ def build_pairs(stdlib=None):
                     seen |= own
     found.sort(key=lambda one: docstrings.stable_hash(*one[:2]))
     train, dev = split(found, PAIRS_HELD_OUT)
-    return _matched(train), _matched(dev[:PAIRS_DEV])
+    return _matched(train[:train_cap]), _matched(dev[:PAIRS_DEV])
 
 
 def _matched(found):
     """Returns pairs of which half belong together; the others' second texts change places, between packages alone."""
     same, others = found[::2], sorted(found[1::2], key=lambda one: one[2])
-    others = others[: len(others) // 2 * 2]
     half = len(others) // 2  # no package has more than half of them, so that this many places on there is another one
     moved = [(one[0], other[1], "other") for one, other in zip(others, others[half:] + others[:half], strict=True)]
     return sorted([(*one[:2], "same") for one in same] + moved, key=lambda one: docstrings.stable_hash(*one[:2]))

@@ -31,9 +31,9 @@ class Settings:
     reserve_p: float = 0.3
     reserve_p_d: float = 0.3
     weight_decay: float = 0.01
-    epochs: int = 2
+    epochs: int = 3
     batch_size: int = 16
-    max_length: int = 20
+    max_length: int = 40
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     evaluations: int = 3

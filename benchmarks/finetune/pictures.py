@@ -31,6 +31,10 @@ def pictures(records, folder):
             draw(wanted, folder / name)
 
 
+MAIN = [name for name, method in METHODS.items() if not (method.partner or method.settings)]
+WIDEST = 8  # points that the picture of differences shows; what is beyond is written there
+
+
 def colour(method):
     """Returns a method's colour; a variant's is that of the method it varies."""
     return COLOURS.get(method) or COLOURS[method.partition("-")[0]]
@@ -94,10 +98,11 @@ def _density_picture(reported, path):
 
 
 def _differences(methods):
-    """Returns {method: (mean difference to AdamW, low, high)}."""
+    """Returns {method: (mean difference to AdamW, low, high)}, times 100, of methods that are no variant of another."""
     baseline = methods.get(BASELINE, [])
-    found = {name: difference_to(baseline, group) for name, group in methods.items() if name != BASELINE}
-    return {name: paired for name, paired in found.items() if paired}
+    others = {name: group for name, group in methods.items() if name != BASELINE and name in MAIN}
+    found = {name: difference_to(baseline, group) for name, group in others.items()}
+    return {name: [100 * one for one in paired] for name, paired in found.items() if paired}
 
 
 def _differences_picture(reported, path):
@@ -107,13 +112,17 @@ def _differences_picture(reported, path):
     for axis, (task, of) in zip(axes, found.items(), strict=True):
         for place, name in enumerate(names):
             if name in of:
-                middle, low, high = (100 * one for one in of[name])
-                axis.plot([low, high], [place, place], color=colour(name), lw=2.5, solid_capstyle="butt")
-                axis.plot([middle], [place], "o", color=colour(name), ms=6)
+                middle, low, high = of[name]
+                if abs(middle) > WIDEST:
+                    at, to = (-WIDEST, "left") if middle < 0 else (WIDEST, "right")
+                    axis.text(at, place, f" {middle:+.1f} ", ha=to, va="center", color=colour(name), weight="bold")
+                else:
+                    axis.plot([low, high], [place, place], color=colour(name), lw=2.5, solid_capstyle="butt")
+                    axis.plot([middle], [place], "o", color=colour(name), ms=6)
+                seeds = len(reported[task][name])
+                axis.text(WIDEST, place, f"n = {seeds} ", ha="right", va="center", fontsize=8, color="#555555")
         axis.axvline(0, color="black", lw=1)
-        seeds = {len(group) for group in reported[task].values()}
-        axis.set_title(f"{task}, {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds", fontsize=11)
-        axis.set_xlabel(f"dev {_metric(reported[task])} x 100, difference to AdamW")
+        axis.set(xlim=(-WIDEST, WIDEST), xlabel=f"dev {_metric(reported[task])} x 100, difference to AdamW")
     axes[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
     axes[0].invert_yaxis()
     _save(figure, path)

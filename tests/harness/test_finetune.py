@@ -1,6 +1,8 @@
 """The fine-tuning harness: metrics, tasks, and every method on a few examples."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -151,7 +153,8 @@ def test_every_method_trains(experiment, name):
     record = experiment.run(name, seed=0)
     assert len(record["step_seconds"]) == 4
     assert 0 <= record["curve"][-1][1]["accuracy"] <= 1
-    assert math.isclose(record["lr"], methods.METHODS[name].lr(experiment.settings))
+    own = methods.METHODS[name]
+    assert math.isclose(record["lr"], own.lr(own.own(experiment.settings)))
     assert (record["density"] is not None) == (methods.METHODS[name].child is not None)
     after = experiment.backbone.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())  # each run has a copy
@@ -207,6 +210,93 @@ def test_a_head_alone_at_the_backbones_rate_draws_a_warning(experiment):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         experiment.run("frozen", seed=0)
+
+
+@needs_model
+def test_a_head_trained_too_slowly_has_the_warning_and_its_epochs(experiment):
+    settings = dataclasses.replace(experiment.settings, head_epochs=5, evaluations_per_epoch=2)
+    slow = train.Experiment(
+        *model.load_pretrained(model.packaged_model()), experiment.task, settings, torch.device("cpu")
+    )
+    with pytest.warns(UserWarning, match=r"method frozen-slow trains its head at 2e-05"):
+        record = slow.run("frozen-slow", seed=0)
+    assert slow.steps("frozen-slow") == len(record["step_seconds"]) == 5 * 4
+    assert [step for step, _ in record["curve"]] == [step for step, *_ in record["losses"]] == list(range(2, 21, 2))
+    assert all(math.isfinite(loss) for _, *losses in record["losses"] for loss in losses)
+    assert record["losses"][-1][1] < record["losses"][0][1]
+    assert record["feature_seconds"] > 0
+    assert slow.steps("vanilla") == 4
+
+
+def test_losses_are_the_mean_since_the_last_evaluation_and_that_on_dev(experiment, monkeypatch):
+    seen = []
+    own = experiment.loss
+    monkeypatch.setattr(experiment, "loss", lambda *given: seen.append(own(*given)) or seen[-1])
+    record = experiment.run("frozen", seed=0)
+    assert [loss.item() for loss in seen[:4]] == pytest.approx([seen[i].item() for i in range(4)])
+    assert record["losses"] == [(4, pytest.approx(sum(loss.item() for loss in seen[:4]) / 4), seen[4].item())]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {20, 40, 60}),
+        ({"evaluations_per_epoch": 2}, {10, 20, 30, 40, 50, 60}),
+        ({"evaluations_per_epoch": 2, "evaluations": 7}, {10, 20, 30, 40, 50, 60}),
+    ],
+)
+def test_when_a_run_is_evaluated(options, expected):
+    assert train.evaluated_after(60, methods.Settings(epochs=3, **options)) == expected
+
+
+def test_many_evaluations_lie_evenly_on_a_logarithmic_axis():
+    due = sorted(train.evaluated_after(63_000, methods.Settings(epochs=1000, evaluations_per_epoch=3)))
+    assert due[0] == 21  # a third of an epoch
+    assert due[-1] == 63_000
+    assert 70 < len(due) <= 100
+    late = [b / a for a, b in itertools.pairwise(due) if a > 2100]
+    assert max(late) < 1.11
+
+
+@needs_model
+def test_fewer_fisher_batches_choose_another_child_network(experiment):
+    experiment.run("d", seed=0)
+    experiment.run("d-1-batches", seed=0)
+    both = (experiment.children[name] for name in ("d", "d-1-batches"))
+    assert 0.4 < next(both).overlap(next(both)) < 1
+
+
+UNEQUAL = [data.Example("a longer text", None, ""), data.Example("b", None, "")]
+
+
+@needs_model
+@pytest.mark.parametrize("pooling", model.POOLINGS)
+def test_pooling(pooling):
+    tokenizer, backbone = model.load_pretrained(model.packaged_model(), pooling)
+    inputs = model.TokenInputs(
+        tokenizer, [data.Example("a longer text", None, ""), data.Example("b", None, "")], 9, "cpu"
+    )
+    batch = inputs.batch([0, 1])
+    vectors = model.Encoder(backbone.eval(), pooling)(batch)
+    outputs = backbone(**batch)
+    alone = backbone(**inputs.batch([1])).last_hidden_state[0]
+    expected = {"mean": alone.mean(0), "first": alone[0], "pooler": outputs.pooler_output[1]}[pooling]
+    torch.testing.assert_close(vectors[1], expected, rtol=1e-4, atol=1e-5)
+    assert all(param.requires_grad == (pooling == "pooler") for param in backbone.pooler.parameters())
+
+
+@needs_model
+def test_the_first_token_may_stand_behind_padding():
+    tokenizer, backbone = model.load_pretrained(model.packaged_model(), "first")
+    tokenizer.padding_side = "left"
+    inputs = model.TokenInputs(
+        tokenizer, [data.Example("a longer text", None, ""), data.Example("b", None, "")], 9, "cpu"
+    )
+    batch = inputs.batch([0, 1])
+    hidden = backbone.eval()(**batch).last_hidden_state
+    first = batch["attention_mask"][1].tolist().index(1)
+    assert first > 0
+    torch.testing.assert_close(model.Encoder(backbone, "first")(batch)[1], hidden[1, first])
 
 
 def test_lora_without_peft_says_what_to_do(monkeypatch):
@@ -269,13 +359,22 @@ def test_a_domain_needs_no_training_set(tmp_path):
     (tmp_path / "transfer/quora/train.tsv.gz").unlink()
     alone = data.load_dev("transfer/quora", folder=tmp_path)
     assert (alone.dev, alone.labels) == (task.dev, task.labels)
-    with pytest.raises(data.UserError, match="cannot be read"):
-        data.load_task("transfer/quora", folder=tmp_path)
+
+
+def test_a_task_without_a_training_set_is_halved_by_its_first_sentences(tmp_path):
+    write_task(tmp_path, "glue/qnli", [f"question {i // 2}\tanswer {i}\t{i % 2}" for i in range(40)])
+    whole = data.load_task("glue/qnli", folder=tmp_path).dev
+    (tmp_path / "glue/qnli/train.tsv.gz").unlink()
+    task = data.load_task("glue/qnli", folder=tmp_path)
+    assert sorted([*task.train, *task.dev], key=whole.index) == whole
+    questions = [{example.sentence1 for example in part} for part in (task.train, task.dev)]
+    assert all(len(part) > 4 for part in questions)
+    assert not questions[0] & questions[1]
 
 
 @needs_model
 def test_a_run_that_diverges_scores_as_a_constant_prediction(experiment, monkeypatch):
     monkeypatch.setattr(train, "predict", lambda model, inputs: torch.full((len(inputs.lengths), 10), math.nan))
-    found = experiment.score(None, experiment.tokens, "dev")
+    found, _ = experiment.evaluate(None, experiment.tokens, "dev")
     targets = experiment.targets["dev"]
     assert found["accuracy"] == pytest.approx((targets == 0).double().mean().item())

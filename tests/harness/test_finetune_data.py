@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from benchmarks.finetune import data, docstrings
+from benchmarks.finetune import data, definitions, docstrings
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,99 @@ def test_paragraphs_shared_by_packages_are_dropped_and_repeated_ones_kept_once()
     assert docstrings.without_duplicates([*same, docstrings.Paragraph(text, "http", "http.a")]) == []
 
 
-def test_a_python_without_sources_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["docstrings", "pairs", "traits"])
+def test_a_python_without_sources_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: tmp_path)
     with pytest.raises(data.UserError, match="ships no standard library sources"):
-        data.load_task("docstrings")
+        data.load_task(name)
+
+
+# The tasks of what docstrings document
+
+FUNCTION = """
+class Stack:
+    @cached
+    def pop(self, index=-1):
+        if index:
+            def inner():
+                return 1
+        self.size = [x for x in self]
+        try:
+            return None
+        except KeyError:
+            raise
+
+def clear():
+    pass
+
+def total(*values):
+    return values
+"""
+
+
+def test_traits_are_read_off_the_code_of_the_function_alone():
+    tree = definitions.ast.parse(FUNCTION)
+    found = {node.name: definitions.traits(node, in_class) for node, in_class in definitions.functions(tree)}
+    assert found["pop"] == set(definitions.TRAITS) - {"returns"}  # not that of the function inside, and not of None
+    assert found["clear"] == set()
+    assert found["total"] == {"arguments", "returns"}
+    assert found["inner"] == {"returns"}
+
+
+def modules_of(texts):
+    """{text: the modules of the standard library in whose docstrings it stands}."""
+    found = {}
+    for _, module, tree in definitions.read_sources():
+        for node in definitions.ast.walk(tree):
+            if isinstance(node, (definitions.ast.Module, *docstrings.DEFINITIONS)):
+                for text in docstrings.ast.get_docstring(node, clean=True).split("\n\n") if has_doc(node) else ():
+                    found.setdefault(" ".join(text.split()), set()).add(module)
+    return [found.get(text, set()) for text in texts]
+
+
+def has_doc(node):
+    return bool(docstrings.ast.get_docstring(node))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return definitions.build_pairs()
+
+
+def test_half_of_the_pairs_belong_together_and_no_text_is_in_two(pairs):
+    for part in pairs:
+        answers = [answer for *_, answer in part]
+        assert abs(answers.count("same") - answers.count("other")) <= 1
+        letters = [docstrings.letters(text) for pair in part for text in pair[:2]]
+        assert len(set(letters)) == len(letters)
+    assert not {pair[0] for pair in pairs[0]} & {pair[0] for pair in pairs[1]}
+
+
+def test_pairs_are_of_one_package_only_if_they_belong_together(pairs):
+    part = pairs[1]
+    first, second = (modules_of([pair[i] for pair in part]) for i in (0, 1))
+    known = [(a, b, pair[2]) for a, b, pair in zip(first, second, part, strict=True) if len(a) == len(b) == 1]
+    assert len(known) > 200
+    for a, b, answer in known:
+        assert (a == b) == (answer == "same")
+        assert answer == "same" or a.pop().split(".")[0] != b.pop().split(".")[0]
+
+
+def test_pairs_may_be_limited():
+    task = data.load_task("pairs:30")
+    assert len(task.train) == 30
+    assert task.counts()["same"][0] == 15
+    assert task.dev == data.load_task("pairs").dev
+
+
+def test_the_task_of_traits():
+    task = data.load_task("traits")
+    assert (task.metric, task.labels) == ("roc_auc", sorted(definitions.TRAITS))
+    assert len(task.train) > 3000
+    assert any(example.label == "" for example in task.train)  # a function without any
+    assert all(len(row) == 10 for row in task.targets(task.dev))
+    texts = [[docstrings.letters(example.sentence1) for example in part] for part in (task.train, task.dev)]
+    assert len({*texts[0], *texts[1]}) == len(texts[0]) + len(texts[1])
 
 
 # Other tasks
