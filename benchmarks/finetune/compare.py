@@ -16,7 +16,7 @@ MARGIN = 0.01  # a run that scores no more than this above the best constant pre
 BASELINE = "vanilla"
 SEARCHED = (
     "How learning rates were chosen. These scores are of other examples than dev, taken from the training file, and of "
-    "one seed: they compare rates, not methods, and are not comparable with the scores above."
+    "other seeds: they compare rates, not methods, and are not comparable with the scores above."
 )
 
 

@@ -10,6 +10,7 @@ that occurs twice is kept once, or not at all if its answers differ.
 """
 
 import ast
+import functools
 import re
 from collections import defaultdict
 
@@ -36,7 +37,11 @@ TRAITS = {
 
 def read_sources(stdlib=None):
     """Returns a list of (package, dotted module name, syntax tree) of the whole standard library, sorted by name."""
-    folder = docstrings.stdlib_folder(stdlib)
+    return _read_folder(docstrings.stdlib_folder(stdlib))
+
+
+@functools.cache
+def _read_folder(folder):
     paths = (path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(folder).parts))
     return [docstrings.read_source(path, folder, path.relative_to(folder).with_suffix("").parts[0]) for path in paths]
 

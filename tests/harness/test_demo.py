@@ -82,6 +82,7 @@ def test_learning_rates_differ_where_the_comparison_says_so():
     settings = methods.Settings(lr=0.1, head_lr=0.2, reserve_p=0.25)
     rates = {name: method.lr(settings) for name, method in methods.METHODS.items()}
     assert rates.pop("frozen") == 0.2
+    assert rates.pop("frozen-slow") == 2e-5
     assert rates.pop("vanilla-sqrtp") == 0.05
     assert rates.pop("lora") == 1.0
     assert set(rates.values()) == {0.1}
@@ -97,7 +98,7 @@ def test_the_demo_runs_every_method(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [run["method"] for run in results["runs"]] == methods.DEMO
-    assert results["data"]["fingerprint"] == data.load_task("docstrings:40", limit=32, dev_limit=32).fingerprint()
+    assert results["data"]["fingerprint"] == data.load_task("pairs:300", limit=32, dev_limit=32).fingerprint()
     for run in results["runs"]:
         assert len(run["optimizer_seconds"]) == len(run["step_seconds"]) == 4
         assert run["curve"][-1][0] == 4

@@ -148,6 +148,7 @@ def experiment():
 
 @needs_model
 @pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.filterwarnings("ignore:method frozen-slow:UserWarning")
 def test_every_method_trains(experiment, name):
     before = {key: value.clone() for key, value in experiment.backbone.state_dict().items()}
     record = experiment.run(name, seed=0)

@@ -111,19 +111,15 @@ def test_traits_are_read_off_the_code_of_the_function_alone():
     assert found["inner"] == {"returns"}
 
 
-def modules_of(texts):
-    """{text: the modules of the standard library in whose docstrings it stands}."""
+def modules_by_text():
+    """{paragraph: the modules of the standard library in whose docstrings it stands}."""
     found = {}
     for _, module, tree in definitions.read_sources():
         for node in definitions.ast.walk(tree):
             if isinstance(node, (definitions.ast.Module, *docstrings.DEFINITIONS)):
-                for text in docstrings.ast.get_docstring(node, clean=True).split("\n\n") if has_doc(node) else ():
+                for text in (docstrings.ast.get_docstring(node) or "").split("\n\n"):
                     found.setdefault(" ".join(text.split()), set()).add(module)
-    return [found.get(text, set()) for text in texts]
-
-
-def has_doc(node):
-    return bool(docstrings.ast.get_docstring(node))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +137,9 @@ def test_half_of_the_pairs_belong_together_and_no_text_is_in_two(pairs):
 
 
 def test_pairs_are_of_one_package_only_if_they_belong_together(pairs):
-    part = pairs[1]
-    first, second = (modules_of([pair[i] for pair in part]) for i in (0, 1))
-    known = [(a, b, pair[2]) for a, b, pair in zip(first, second, part, strict=True) if len(a) == len(b) == 1]
+    modules = modules_by_text()
+    known = [(modules.get(first, ()), modules.get(second, ()), answer) for first, second, answer in pairs[1]]
+    known = [(a, b, answer) for a, b, answer in known if len(a) == len(b) == 1]
     assert len(known) > 200
     for a, b, answer in known:
         assert (a == b) == (answer == "same")
