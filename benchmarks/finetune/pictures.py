@@ -13,7 +13,8 @@ def pictures(records, folder):
     """Draws a folder's pictures.
 
     scores.png and curves.png are of all runs of the report, differences.png is of those that are paired with AdamW's,
-    density.png of child networks, and frozen.png of tasks on which a head was also trained too slowly.
+    density.png of child networks, shares.png of F and D with several p, and frozen.png of tasks on which a head was
+    also trained too slowly.
     """
     reported = by_task(records, "report")
     if not reported:
@@ -23,6 +24,7 @@ def pictures(records, folder):
     parts = [
         ("differences.png", _differences_picture, lambda methods: len(_differences(methods)) > 0),
         ("density.png", _density_picture, lambda methods: "d" in methods),
+        ("shares.png", _shares_picture, lambda methods: len(_shares(methods, "f")) + len(_shares(methods, "d")) > 2),
         ("frozen.png", _frozen_picture, lambda methods: "frozen-slow" in methods),
     ]
     for name, draw, is_wanted in parts:
@@ -125,6 +127,34 @@ def _differences_picture(reported, path):
         axis.set(xlim=(-WIDEST, WIDEST), xlabel=f"dev {_metric(reported[task])} x 100, difference to AdamW")
     axes[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
     axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def _shares(methods, name):
+    """Returns [(p, (mean difference to AdamW, low, high))], times 100, of F or D with each p that was run."""
+    key = {"f": "reserve_p", "d": "reserve_p_d"}[name]
+    found = []
+    for method, group in methods.items():
+        if method == name or method.startswith(f"{name}-p"):
+            own = METHODS[method].settings.get(key, dict(map(tuple, group[0]["spec"]["settings"])).get(key))
+            paired = difference_to(methods.get(BASELINE, []), group)
+            if paired:
+                found.append((own, [100 * one for one in paired]))
+    return sorted(found)
+
+
+def _shares_picture(reported, path):
+    figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
+    for axis, methods in zip(axes, reported.values(), strict=True):
+        for name in ("f", "d"):
+            of = _shares(methods, name)
+            middles = [middle for _, (middle, _, _) in of]
+            halves = [high - middle for _, (middle, _, high) in of]
+            look = {"color": colour(name), "capsize": 3, "label": METHODS[name].title}
+            axis.errorbar([p for p, _ in of], middles, halves, fmt="o-", **look)
+        axis.axhline(0, color="black", lw=1)
+        axis.set(xlabel="p, the share that is trained", ylabel=f"dev {_metric(methods)} x 100, difference to AdamW")
+    axes[0].legend(frameon=False)
     _save(figure, path)
 
 

@@ -16,7 +16,7 @@ from benchmarks.finetune.data import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = methods.Settings(lr=0.2, head_lr=0.4, reserve_p=0.25)
-SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("batch_size", 16), ("epochs", 3)))
+SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("batch_size", 16), ("epochs", 3), ("reserve_p_d", 0.3)))
 
 
 def plan_of(names, **options):
@@ -123,7 +123,7 @@ def test_a_variant_searches_with_its_own_p(tmp_path):
 def test_searches_are_shared_by_sweeps_that_differ_only_afterwards(tmp_path):
     """Other domains, heads elsewhere and epochs of heads do not change how a whole model's rate is chosen."""
     play(tmp_path, plan_of(["vanilla", "frozen"], seeds=1), lambda spec: 0.5)
-    settings = (("batch_size", 16), ("domains", "a b"), ("epochs", 3), ("head_epochs", 9), ("heads_on", "c"))
+    settings = tuple(sorted([*SPEC.settings, ("domains", "a b"), ("head_epochs", 9), ("heads_on", "c")]))
     plan = replace(plan_of(["vanilla", "frozen"], seeds=1), specs=[replace(SPEC, settings=settings)])
     order = play(tmp_path, plan, lambda spec: 0.5)
     assert [(spec.method, spec.part) for spec in order if spec.part == "tune"] == [("frozen", "tune")] * 4
@@ -284,10 +284,11 @@ def test_the_pictures_are_drawn(tmp_path):
         reported("vanilla", [0.5, 0.6], **losses),
         reported("d", [0.5, 0.7], density=density, **losses),
         reported("d-p0.1", [0.5, 0.7], density=density, **losses),
+        reported("f-p0.5", [0.5, 0.7], **losses),
         reported("frozen-slow", [0.5, 0.5], **losses),
     )
     pictures.pictures(records, tmp_path)
-    for name in ("scores", "differences", "curves", "density", "frozen"):
+    for name in ("scores", "differences", "curves", "density", "shares", "frozen"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""Every block of Python in README.md runs, in its order, on a small model."""
+"""README.md: every block of Python runs, in its order, on a small model, and the verdict is that of the runs."""
 
 import copy
 import re
@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.finetune import compare, runs
+
 README = Path(__file__).parents[2] / "README.md"
+RUNS = Path(compare.__file__).parents[1] / "results" / "finetune" / "runs"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -46,3 +49,14 @@ def train(names):
         names["model"](**batch).loss.backward()
         names["opt"].step()
         names["opt"].zero_grad()
+
+
+def test_the_verdict_is_what_the_runs_say():
+    """Differences to AdamW, as the report has them: runs that are added must be told."""
+    reported = compare.by_task(runs.read_all(RUNS), "report")
+    names = {"glue/stsb": "STS-B", "glue/mrpc": "MRPC", "docstrings": "docstrings"}
+    page = " ".join(README.read_text(encoding="utf-8").split("**Whom it is for**")[0].split())
+    for task, name in names.items():
+        for method in ("f", "d"):
+            paired = compare.difference_to(reported[task]["vanilla"], reported[task][method])
+            assert "{} {:+.1f} [{:+.1f}, {:+.1f}]".format(name, *(100 * one for one in paired)) in page
