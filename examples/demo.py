@@ -8,7 +8,6 @@ nothing.
 import argparse
 import functools
 import importlib.util
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ QUICK = {"seeds": 1, "epochs": 1, "limit": 128}
 def parse(arguments):
     """Returns the options on the command line; `--quick` sets the defaults in `QUICK`, which other options replace."""
     from benchmarks.finetune.methods import DEMO, METHODS, Settings
+    from benchmarks.finetune.options import positive
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -47,18 +47,6 @@ def parse(arguments):
     if "--quick" in arguments:
         parser.set_defaults(**QUICK)
     return parser.parse_args(arguments)
-
-
-def positive(kind, most=math.inf):
-    """Returns a function that converts text to a number of the type `kind`, above 0 and at most `most`."""
-
-    def convert(text):
-        if not 0 < kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be above 0 and at most {most}, but is {text}")
-        return kind(text)
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def prepare(options):

@@ -10,6 +10,7 @@ from pathlib import Path
 from .data import UserError, load_dev, load_task
 from .methods import DEFAULT, METHODS, Settings
 from .model import POOLINGS
+from .options import positive
 
 DEFAULTS = Settings(lr=2e-4, head_lr=5e-2, epochs=3, max_length=64)
 TASKS = ["glue/stsb", "glue/mrpc", "docstrings"]
@@ -32,16 +33,17 @@ def parse(arguments):
     add("--data", type=Path, help="folder of the tasks named as NAME: NAME/train.tsv.gz and NAME/dev.tsv.gz")
     add("--model", help="name or folder of a transformers model (default: all-MiniLM-L6-v2, from its package)")
     add("--methods", nargs="+", choices=METHODS, default=DEFAULT, help=f"default: {' '.join(DEFAULT)}")
-    add("--limit", type=int, help="training examples at most (default: all)")
-    add("--seeds", type=int, default=5, help="of the report (default: %(default)s)")
-    add("--tuning-seeds", type=int, default=1, help="of the search of learning rates (default: %(default)s)")
+    add("--limit", type=positive(int), help="training examples at most (default: all)")
+    add("--seeds", type=positive(int), default=5, help="of the report (default: %(default)s)")
+    add("--tuning-seeds", type=positive(int), default=1, help="of the search of learning rates (default: %(default)s)")
     for name in NAMED:
         value = getattr(DEFAULTS, name)
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+        kind = positive(type(value), or_zero=value == 0)
+        add(f"--{name.replace('_', '-')}", type=kind, default=value, help="default: %(default)s")
     add("--pooling", choices=POOLINGS, default=DEFAULTS.pooling, help="one vector of all tokens (default: %(default)s)")
     add("--domains", nargs="+", default=[], help="score the report's models on these tasks too")
     add("--heads-on", nargs="+", default=[], help="train heads for these tasks on the report's encoders, frozen")
-    add("--jobs", type=int, default=1, help="processes side by side (default: %(default)s)")
+    add("--jobs", type=positive(int), default=1, help="processes side by side (default: %(default)s)")
     add("--devices", nargs="+", default=["cpu"], help="torch devices, shared out among them (default: cpu)")
     add("--budget-minutes", type=float, default=math.inf, help="begin no run after that long (default: no limit)")
     return parser.parse_args(arguments)
@@ -92,7 +94,7 @@ def run(options):
     form = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}{postfix}]"
     total = sweep.to_come(folder, plan)
     print(f"{total} runs to come; first, each process loads the model", flush=True)
-    with tqdm(total=total, smoothing=0, mininterval=every, bar_format=form, dynamic_ncols=True) as bar:
+    with tqdm(total=total, smoothing=0, miniters=0, mininterval=every, bar_format=form, dynamic_ncols=True) as bar:
         lines = []
         told = []
 
@@ -114,6 +116,7 @@ def run(options):
         except KeyboardInterrupt:
             bar.write("interrupted; the same command continues")
             return 130
+        bar.update(len(lines) - bar.n)
     print("all runs are there" if complete else "time is up; the same command continues")
     return 0 if complete else 3
 

@@ -5,6 +5,7 @@ It reads nothing but the records of finished runs (see `runs`).
 
 import math
 from statistics import mean, median, stdev
+from typing import NamedTuple
 
 from ..markdown import markdown
 from . import runs
@@ -24,7 +25,8 @@ def by_task(records, part):
     """Returns {task: {method: its records, by seed}} of one part, methods in the order of `METHODS`.
 
     Raises:
-        UserError: runs of one task differ in what must be equal: data, model, settings.
+        UserError: runs of one task differ in what must be equal: data, model, settings, and in the part "report" a
+            method's learning rate.
     """
     tasks = {}
     for record in sorted(
@@ -33,12 +35,21 @@ def by_task(records, part):
         if record["spec"]["part"] == part:
             tasks.setdefault(record["spec"]["task"], {}).setdefault(record["method"], []).append(record)
     for task, methods in tasks.items():
-        found = {(runs.blank(r["spec"]), r["data"]["fingerprint"]) for group in methods.values() for r in group}
-        if len(found) > 1:
-            raise UserError(
-                f"{task}: the runs are of {len(found)} different sweeps (other data, model, limit or settings); report "
-                "each from a folder of its own"
-            )
+        # heads alone may have been searched with settings of their own, so that searches are alike within a method
+        for alike in methods.values() if part == "tune" else [[r for group in methods.values() for r in group]]:
+            found = {(runs.blank(r["spec"]), r["data"]["fingerprint"]) for r in alike}
+            if len(found) > 1:
+                raise UserError(
+                    f"{task}: the runs are of {len(found)} different sweeps (other data, model, limit or settings); "
+                    "report each from a folder of its own"
+                )
+        for method, group in methods.items():
+            rates = sorted({record["lr"] for record in group})
+            if part == "report" and len(rates) > 1:
+                raise UserError(
+                    f"{task}: {method} was run at {' and '.join(f'{rate:.3g}' for rate in rates)}, as after a second "
+                    "search; report each from a folder of its own"
+                )
     return tasks
 
 
@@ -47,25 +58,37 @@ def has_collapsed(record):
     return runs.score(record) <= record["constant_score"] + MARGIN
 
 
+class Difference(NamedTuple):
+    """The mean difference of scores, times 100, its interval, and how many seeds were paired."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self):
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
 def difference_to(baseline, group):
-    """Returns the mean difference of scores to a baseline, paired by seed, and Student's interval of 95 % for it.
+    """Returns the mean difference of scores to a baseline, paired by seed, with Student's interval of 95 %.
 
     Args:
         baseline: records.
         group: records of another method.
 
     Returns:
-        (mean, low, high); None with fewer than two seeds in common.
+        A `Difference`; None with fewer than two seeds in common.
     """
     from scipy.stats import t
 
     scores = {record["seed"]: runs.score(record) for record in baseline}
-    differences = [runs.score(r) - scores[r["seed"]] for r in group if r["seed"] in scores]
+    differences = [100 * (runs.score(r) - scores[r["seed"]]) for r in group if r["seed"] in scores]
     count = len(differences)
     if count < 2:
         return None
     middle, half = mean(differences), t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count)
-    return middle, middle - half, middle + half
+    return Difference(middle, middle - half, middle + half, count)
 
 
 def score_table(methods):
@@ -85,7 +108,7 @@ def score_table(methods):
             f"{median(scores):.1f}",
             f"{min(scores):.1f}",
             str(sum(map(has_collapsed, group))),
-            "" if paired is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in paired)),
+            str(paired or ""),
             f"{100 * mean(record['curve'][-1][1][second] for record in group):.1f}",
         ])  # fmt: skip
     return markdown(head, rows)
@@ -98,14 +121,13 @@ def partner_table(methods):
         partner = METHODS[method].partner
         paired = difference_to(methods.get(partner, []), group)
         if paired:
-            mean_difference, low, high = (100 * x for x in paired)
             rows.append([
                 METHODS[method].title,
                 METHODS[partner].title,
-                str(len(group)),
-                f"{mean_difference:+.3f}",
-                f"[{low:+.3f}, {high:+.3f}]",
-                f"{(high - low) / 2:.3f}",
+                str(paired.seeds),
+                f"{paired.mean:+.3f}",
+                f"[{paired.low:+.3f}, {paired.high:+.3f}]",
+                f"{paired.high - paired.mean:.3f}",
             ])  # fmt: skip
     head = ["method", "at the same rate, to", "seeds", "mean difference", "95 %", "half width"]
     return markdown(head, rows) if rows else None
@@ -181,6 +203,7 @@ def _about(records):
     return (
         f"{spec['model']}; {settings}. {installed}.\n\nScores are times 100, after the last step. A run has collapsed "
         f"if it scores at most {100 * MARGIN:.0f} point more than the best constant prediction. Differences to AdamW "
-        f"are paired by seed, with Student's intervals of 95 %. Times are medians over the "
-        "runs, which may have shared their machine with each other and with more."
+        "are paired by seed, with Student's intervals of 95 %, over the seeds that both have; means of unlike numbers "
+        "of seeds are not comparable. Times are medians over the runs, which may have shared their machine with each "
+        "other and with more; a dash stands for what is not done, or was not measured."
     )

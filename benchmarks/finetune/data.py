@@ -20,6 +20,7 @@ MAX_CLASSES = 50  # numeric labels with more values than this are a regression
 HELD_OUT = 5  # without a dev file, every fifth input is held out
 MOST_ASIDE = 500  # examples that choose a learning rate, at most
 SEPARATOR = "|"  # of several labels of one example
+FEWEST_PAIRS = 8  # of which half change places
 NO_SOURCES = "this Python ships no standard library sources; give a TSV file with --task"
 CAPPED = dict.fromkeys(["docstrings", "docstrings-multi"], "paragraphs of a package") | {"pairs": "training pairs"}
 
@@ -153,11 +154,13 @@ def _read(name, dev, folder):
 def _read_folder(folder):
     """Reads train and dev; of a task without train, dev is halved, with equal first sentences in one half."""
     dev = read_tsv(folder / "dev.tsv.gz")
-    if (folder / "train.tsv.gz").exists():
+    if any(folder.glob("train*")):
         return read_tsv(folder / "train.tsv.gz"), dev
     halves = ([], [])
     for example in dev:
         halves[int(docstrings.stable_hash(example.sentence1), 16) % 2].append(example)
+    if not all(halves):
+        raise UserError(f"{folder}: dev.tsv.gz has too few first sentences to be halved; add train.tsv.gz")
     return halves
 
 
@@ -181,6 +184,8 @@ def _read_traits():
 
 
 def _read_pairs(cap):
+    if cap is not None and cap < FEWEST_PAIRS:
+        raise UserError(f"pairs:{cap}: that is too few; give at least {FEWEST_PAIRS}")
     parts = definitions.build_pairs(train_cap=cap)
     if not all(parts):
         raise UserError(NO_SOURCES)

@@ -66,17 +66,21 @@ def load_pretrained(name, pooling="mean"):
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        backbone = transformers.AutoModel.from_pretrained(name, local_files_only=local).float()
+        backbone, loaded = transformers.AutoModel.from_pretrained(
+            name, local_files_only=local, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         cause = str(error).strip().split("\n")[0]
         raise UserError(f"--model {name} could not be loaded ({cause}); check the name or the network") from error
+    backbone = backbone.float()
     if backbone.config.is_encoder_decoder:
         backbone = backbone.get_encoder()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     poolers = [one for one in POOLERS if isinstance(getattr(backbone, one, None), nn.Module)]
-    if pooling == "pooler" and "pooler" not in poolers:
-        raise UserError(f"--model {name} has no pooler; give another --pooling")
+    at_random = any(key.startswith("pooler.") for key in loaded["missing_keys"])
+    if pooling == "pooler" and ("pooler" not in poolers or at_random):
+        raise UserError(f"--model {name} has no pooler that was trained; give another --pooling")
     for module in poolers:
         getattr(backbone, module).requires_grad_(pooling == "pooler")
     return tokenizer, backbone

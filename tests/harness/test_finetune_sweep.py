@@ -249,13 +249,14 @@ def test_the_tables_say_what_models_scored_elsewhere(tmp_path):
 def test_differences_are_paired_by_seed():
     vanilla = [record for _, record in reported("vanilla", [0.1, 0.5, 0.9, 0.3])]
     other = [record for _, record in reported("f", [0.2, 0.6, 1.0])]
-    mean, low, high = compare.difference_to(vanilla, other)
-    assert mean == pytest.approx(0.1)
-    assert low == pytest.approx(0.1)
-    assert high == pytest.approx(0.1)
-    mean, low, high = compare.difference_to(vanilla, [record for _, record in reported("f", [0.1, 0.7, 1.0])])
-    assert mean == pytest.approx(0.1)
-    assert high - mean == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t of 2 degrees of freedom; sd 0.1
+    mean, low, high, seeds = compare.difference_to(vanilla, other)
+    assert seeds == 3  # of the four that one of them has
+    assert mean == pytest.approx(10)
+    assert low == pytest.approx(10)
+    assert high == pytest.approx(10)
+    mean, low, high, _ = compare.difference_to(vanilla, [record for _, record in reported("f", [0.1, 0.7, 1.0])])
+    assert mean == pytest.approx(10)
+    assert high - mean == pytest.approx(4.302653 * 10 / 3**0.5)  # t of 2 degrees of freedom; sd 0.1
     assert mean - low == pytest.approx(high - mean)
     assert compare.difference_to(vanilla, other[:1]) is None
 
@@ -276,6 +277,21 @@ def test_runs_of_different_sweeps_are_not_mixed(tmp_path):
         compare.tables(written(tmp_path, reported("vanilla", [0.5]), others))
 
 
+def test_one_method_at_two_rates_is_not_averaged(tmp_path):
+    with pytest.raises(UserError, match=r"task: f was run at 0\.1 and 0\.2, as after a second search"):
+        compare.tables(written(tmp_path, reported("f", [0.5]), reported("f", [0.5, 0.6], lr=0.2)))
+
+
+def test_searches_of_heads_with_other_epochs_are_not_averaged(tmp_path):
+    spec = replace(SPEC, method="frozen", lr=0.1, seed=1000, part="tune")
+    other = replace(spec, settings=tuple(sorted([*SPEC.settings, ("head_epochs", 9)])))
+    whole = replace(spec, method="vanilla")
+    alone = [(one, record_of(one, 0.5)) for one in (whole, other)]
+    assert "frozen encoder" in compare.tables(written(tmp_path / "one", alone))
+    with pytest.raises(UserError, match="2 different sweeps"):
+        compare.tables(written(tmp_path / "two", alone, [(spec, record_of(spec, 0.5))]))
+
+
 def test_the_pictures_are_drawn(tmp_path):
     density = [["encoder.layer.0", "attention", 3, 10], ["encoder.layer.1", "attention", 5, 10]]
     losses = {"losses": [[2, 0.9, 1.0], [4, 0.5, 0.8]]}
@@ -286,6 +302,7 @@ def test_the_pictures_are_drawn(tmp_path):
         reported("d-p0.1", [0.5, 0.7], density=density, **losses),
         reported("f-p0.5", [0.5, 0.7], **losses),
         reported("frozen-slow", [0.5, 0.5], **losses),
+        reported("lora", [0.5, 0.5]),  # of a time when no losses were kept
     )
     pictures.pictures(records, tmp_path)
     for name in ("scores", "differences", "curves", "density", "shares", "frozen"):
