@@ -160,14 +160,20 @@ def _metric(methods):
 def _frozen_picture(reported, path):
     """Draws the main score and both losses against epochs, a line a method, for each task in a row of its own."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(reported), 2, figsize=(11, 4 * len(reported)), squeeze=False, layout="constrained")
+    size = (11, 4.7 * len(reported))
+    figure, axes = plt.subplots(len(reported), 2, figsize=size, squeeze=False, layout="constrained")
     for (left, right), (task, methods) in zip(axes, reported.items(), strict=True):
         for name, group in methods.items():
             epoch = math.ceil(group[0]["data"]["train"] / dict(map(tuple, group[0]["spec"]["settings"]))["batch_size"])
             epochs = [step / epoch for step, _ in group[0]["curve"]]
             scores = [100 * mean(next(iter(r["curve"][i][1].values())) for r in group) for i in range(len(epochs))]
             look = {"color": colour(name), "lw": 1.8}
-            left.plot(epochs, scores, label=f"{METHODS[name].title}, lr {group[0]['lr']:.2g}: {scores[-1]:.1f}", **look)
+            left.plot(
+                epochs,
+                scores,
+                label=f"{METHODS[name].title}, lr {group[0]['lr']:.2g}: at the end {scores[-1]:.1f}",
+                **look,
+            )
             known = all("losses" in record for record in group)  # older runs have none
             for column, style in ((1, "--"), (2, "-")) if known else ():
                 right.plot(
@@ -175,7 +181,7 @@ def _frozen_picture(reported, path):
                 )
         left.set(title=task, ylabel=f"dev {_metric(methods)}, times 100")
         right.set(title="loss: dev, and dashed in training", ylabel="loss")
-        left.legend(frameon=False, fontsize=8, title="after the last step")
+        left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below
     for axis in axes.flat:
         axis.set(xscale="log", xlabel="epochs")
         axis.grid(alpha=0.3)
