@@ -98,7 +98,7 @@ def main(arguments):
     import torch
 
     from benchmarks.finetune import report
-    from benchmarks.finetune.data import UserError
+    from benchmarks.finetune.sources import UserError
     from childtune_fast import spectra
 
     options, started = parse(arguments), time.perf_counter()

@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from .data import UserError, load_dev, load_task
+from .data import load_dev, load_task
 from .methods import DEFAULT, METHODS, Settings
 from .model import POOLINGS
 from .options import positive
+from .sources import UserError
 
 DEFAULTS = Settings(lr=2e-4, head_lr=5e-2, epochs=3, max_length=64)
 TASKS = ["glue/stsb", "glue/mrpc", "docstrings"]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from ..markdown import markdown
 from . import runs
-from .data import UserError
 from .methods import METHODS
 from .report import COSTS, cost_cells
+from .sources import UserError
 
 MARGIN = 0.01  # a run that scores no more than this above the best constant prediction has collapsed
 BASELINE = "vanilla"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from .data import UserError
+from .sources import UserError
 
 LATER = {"later": True}  # marks a setting that is newer than runs that are kept; see `Settings.identity`
 

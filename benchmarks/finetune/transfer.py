@@ -10,8 +10,8 @@ import re
 import torch
 
 from . import model as models
-from .data import UserError
 from .metrics import METRICS
+from .sources import UserError
 from .train import Experiment, predict
 
 SECOND_CLASS_FIRST = ("qqp", "quora")  # 1 is a duplicate there, as 0 is an entailment in the others

@@ -1,6 +1,7 @@
 """The fine-tuning harness: metrics, tasks, and every method on a few examples."""
 
 import dataclasses
+import gzip
 import importlib.util
 import itertools
 import json
@@ -85,7 +86,7 @@ def write_task(folder, name, rows):
         text = "\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n"
         (folder / name / f"{split}.tsv").write_text(text)
         data_file = folder / name / f"{split}.tsv.gz"
-        with data.gzip.open(data_file, "wt", encoding="utf-8") as file:
+        with gzip.open(data_file, "wt", encoding="utf-8") as file:
             file.write(text)
 
 
@@ -274,9 +275,7 @@ UNEQUAL = [data.Example("a longer text", None, ""), data.Example("b", None, "")]
 @pytest.mark.parametrize("pooling", model.POOLINGS)
 def test_pooling(pooling):
     tokenizer, backbone = model.load_pretrained(model.packaged_model(), pooling)
-    inputs = model.TokenInputs(
-        tokenizer, [data.Example("a longer text", None, ""), data.Example("b", None, "")], 9, "cpu"
-    )
+    inputs = model.TokenInputs(tokenizer, UNEQUAL, 9, "cpu")
     batch = inputs.batch([0, 1])
     vectors = model.Encoder(backbone.eval(), pooling)(batch)
     outputs = backbone(**batch)
@@ -301,9 +300,7 @@ def test_a_pooler_that_was_not_trained_is_refused(tmp_path):
 def test_the_first_token_may_stand_behind_padding():
     tokenizer, backbone = model.load_pretrained(model.packaged_model(), "first")
     tokenizer.padding_side = "left"
-    inputs = model.TokenInputs(
-        tokenizer, [data.Example("a longer text", None, ""), data.Example("b", None, "")], 9, "cpu"
-    )
+    inputs = model.TokenInputs(tokenizer, UNEQUAL, 9, "cpu")
     batch = inputs.batch([0, 1])
     hidden = backbone.eval()(**batch).last_hidden_state
     first = batch["attention_mask"][1].tolist().index(1)

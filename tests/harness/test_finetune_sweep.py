@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.finetune import compare, methods, model, pictures, runs, sweep
-from benchmarks.finetune.data import UserError
+from benchmarks.finetune.sources import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = methods.Settings(lr=0.2, head_lr=0.4, reserve_p=0.25)
