@@ -16,7 +16,7 @@ from collections import defaultdict
 
 from . import docstrings
 
-LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "site-packages"}
+LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 FEWEST_WORDS = 4
 TRAITS_HELD_OUT, PAIRS_HELD_OUT = 4, 2  # every so many-th module is for dev
 PAIRS_DEV = 300  # at most, to save time
