@@ -1,4 +1,4 @@
-"""A sweep searches by its rule, is not repeated, continues after being killed; and what the report makes of it."""
+"""A sweep searches by its rule, is not repeated, and continues after being killed."""
 
 import importlib.util
 import os
@@ -10,39 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from finetune_runs import SPEC, record_of
 
-from benchmarks.finetune import compare, methods, model, pictures, runs, sweep
-from benchmarks.finetune.sources import UserError
+from benchmarks.finetune import methods, model, runs, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = methods.Settings(lr=0.2, head_lr=0.4, reserve_p=0.25)
-SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("batch_size", 16), ("epochs", 3), ("reserve_p_d", 0.3)))
 
 
 def plan_of(names, **options):
     return sweep.Plan([SPEC], names, SETTINGS, **options)
-
-
-def record_of(spec, score, constant=0.5, **more):
-    """The record of a run as a worker writes it."""
-    return {
-        "method": spec.method,
-        "seed": spec.seed,
-        "lr": spec.lr,
-        "curve": [[2, {"accuracy": 0.1, "macro F1": 0.0}], [4, {"accuracy": score, "macro F1": 0.25}]],
-        "seconds": 1.0,
-        "optimizer_seconds": 0.01,
-        "step_seconds": 0.1,
-        "fisher_seconds": None,
-        "selection_seconds": None,
-        "optimizer_bytes": 8_000_000,
-        "density": None,
-        "constant_score": constant,
-        "scored": 100,
-        "data": {"fingerprint": "abc", "train": 32},
-        "versions": {"python": "3"},
-        **more,
-    }
 
 
 def play(folder, plan, score):
@@ -204,118 +181,3 @@ def test_a_killed_sweep_continues_and_gives_the_same_numbers(tmp_path):
 def test_without_time_nothing_begins(tmp_path):
     assert "the same command continues" in finish(command(tmp_path, "--budget-minutes", "0"), status=3)
     assert list(tmp_path.iterdir()) == []
-
-
-# The report
-
-
-def reported(method, scores, lr=0.1, **more):
-    specs = [replace(SPEC, method=method, lr=lr, seed=seed, part="report") for seed in range(len(scores))]
-    return [(spec, record_of(spec, score, **more)) for spec, score in zip(specs, scores, strict=True)]
-
-
-def written(folder, *groups):
-    for spec, record in (pair for group in groups for pair in group):
-        runs.write(folder, spec, record)
-    return runs.read_all(folder)
-
-
-def test_the_tables_say_what_the_runs_scored(tmp_path):
-    searched = [replace(SPEC, method="f", lr=lr, seed=1000, part="tune") for lr in (0.1, 0.2)]
-    records = written(
-        tmp_path,
-        reported("vanilla", [0.70, 0.80, 0.50]),
-        reported("f", [0.72, 0.82, 0.52], lr=0.2),
-        [(spec, record_of(spec, 0.4 + spec.lr)) for spec in searched],
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.tables(records).splitlines()]
-    # 70, 80, 50 deviate by 3.3, 13.3, 16.7 from the mean: sqrt((11.1 + 177.8 + 277.8) / 2) = 15.3; 50 is the constant
-    assert ["AdamW", "0.1", "3", "66.7", "15.3", "70.0", "50.0", "1", "", "25.0"] in rows
-    assert ["ChildAdamW (F)", "0.2", "3", "68.7", "15.3", "72.0", "52.0", "0", "+2.0 [+2.0, +2.0]", "25.0"] in rows
-    assert ["ChildAdamW (F)", "0.1: 50.0, **0.2: 60.0** (at an end)"] in rows
-    assert ["AdamW", "—", "—", "—", "10.00", "10 %", "8.0"] in rows
-    assert "not comparable with the scores above" in compare.tables(records)
-
-
-def test_the_tables_say_what_models_scored_elsewhere(tmp_path):
-    elsewhere = {"domains": {"x": {"accuracy": 0.25, "macro F1": 0.5}}, "heads_on": {}}
-    text = compare.tables(written(tmp_path, reported("f", [0.5, 0.7], **elsewhere)))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["scored as it is on", "x"] in rows
-    assert ["ChildAdamW (F)", "25.0 (0.0)"] in rows
-    assert "head trained on" not in text
-
-
-def test_differences_are_paired_by_seed():
-    vanilla = [record for _, record in reported("vanilla", [0.1, 0.5, 0.9, 0.3])]
-    other = [record for _, record in reported("f", [0.2, 0.6, 1.0])]
-    mean, low, high, seeds = compare.difference_to(vanilla, other)
-    assert seeds == 3  # of the four that one of them has
-    assert mean == pytest.approx(10)
-    assert low == pytest.approx(10)
-    assert high == pytest.approx(10)
-    mean, low, high, _ = compare.difference_to(vanilla, [record for _, record in reported("f", [0.1, 0.7, 1.0])])
-    assert mean == pytest.approx(10)
-    assert high - mean == pytest.approx(4.302653 * 10 / 3**0.5)  # t of 2 degrees of freedom; sd 0.1
-    assert mean - low == pytest.approx(high - mean)
-    assert compare.difference_to(vanilla, other[:1]) is None
-
-
-def test_8_bit_state_is_paired_with_float32(tmp_path):
-    of = {"f": [0.7, 0.8, 0.6], "f-8bit": [0.72, 0.82, 0.61], "d-8bit": [0.5, 0.6, 0.7]}
-    methods = {name: [record for _, record in reported(name, scores)] for name, scores in of.items()}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.partner_table(methods).splitlines()]
-    # 2, 2 and 1 points: their mean is 5/3, their deviation 1/sqrt(3), so that the half width is t / 3
-    assert rows[2:] == [["F, 8-bit state", "ChildAdamW (F)", "3", "+1.667", "[+0.232, +3.101]", "1.434"]]
-    assert "half width" in compare.tables(written(tmp_path / "both", *(reported(*one) for one in of.items())))
-    assert "half width" not in compare.tables(written(tmp_path / "one", reported("f", of["f"])))
-
-
-def test_runs_of_different_sweeps_are_not_mixed(tmp_path):
-    others = [(replace(spec, limit=33), record) for spec, record in reported("f", [0.5])]
-    with pytest.raises(UserError, match="2 different sweeps"):
-        compare.tables(written(tmp_path, reported("vanilla", [0.5]), others))
-
-
-def test_one_method_at_two_rates_is_not_averaged(tmp_path):
-    with pytest.raises(UserError, match=r"task: f was run at 0\.1 and 0\.2, as after a second search"):
-        compare.tables(written(tmp_path, reported("f", [0.5]), reported("f", [0.5, 0.6], lr=0.2)))
-
-
-def test_searches_of_heads_with_other_epochs_are_not_averaged(tmp_path):
-    spec = replace(SPEC, method="frozen", lr=0.1, seed=1000, part="tune")
-    other = replace(spec, settings=tuple(sorted([*SPEC.settings, ("head_epochs", 9)])))
-    whole = replace(spec, method="vanilla")
-    alone = [(one, record_of(one, 0.5)) for one in (whole, other)]
-    assert "frozen encoder" in compare.tables(written(tmp_path / "one", alone))
-    with pytest.raises(UserError, match="2 different sweeps"):
-        compare.tables(written(tmp_path / "two", alone, [(spec, record_of(spec, 0.5))]))
-
-
-def test_the_pictures_are_drawn(tmp_path):
-    density = [["encoder.layer.0", "attention", 3, 10], ["encoder.layer.1", "attention", 5, 10]]
-    losses = {"losses": [[2, 0.9, 1.0], [4, 0.5, 0.8]]}
-    records = written(
-        tmp_path / "runs",
-        reported("vanilla", [0.5, 0.6], **losses),
-        reported("d", [0.5, 0.7], density=density, **losses),
-        reported("d-p0.1", [0.5, 0.7], density=density, **losses),
-        reported("f-p0.5", [0.5, 0.7], **losses),
-        reported("frozen-slow", [0.5, 0.5], **losses),
-        reported("lora", [0.5, 0.5]),  # of a time when no losses were kept
-    )
-    pictures.pictures(records, tmp_path)
-    for name in ("scores", "differences", "curves", "density", "shares", "frozen"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_report_of_nothing_says_what_to_do(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.finetune", "report", "--out", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "no finished runs; begin with" in done.stderr
