@@ -52,8 +52,7 @@ class Experiment:
 
     def steps(self, name):
         """Returns the training steps of one run of a method."""
-        settings = METHODS[name].own(self.settings)
-        return settings.epochs * math.ceil(len(self.task.train) / settings.batch_size)
+        return count_steps(len(self.task.train), METHODS[name].own(self.settings))
 
     def run(self, name, seed, on_step=lambda: None, lr=None, part="dev", afterwards=None):
         """Trains one model and scores it along the way.
@@ -163,7 +162,7 @@ class Experiment:
 
     def _train(self, model, inputs, optimizer, settings, seed, on_step, part):
         targets = self.targets["train"]
-        steps = settings.epochs * math.ceil(len(targets) / settings.batch_size)
+        steps = count_steps(len(targets), settings)
         factor = functools.partial(learning_rate_factor, steps=steps, warmup=settings.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         due = evaluated_after(steps, settings) if part == "dev" else {steps}
@@ -211,6 +210,11 @@ class Experiment:
         if not outputs.isfinite().all():  # a run that diverged scores as one that predicts the same for all
             outputs = torch.zeros_like(outputs)
         return METRICS[self.task.metric](self.targets[part].cpu(), outputs.cpu()), loss
+
+
+def count_steps(examples, settings):
+    """Returns how many training steps a run of so many examples has."""
+    return settings.epochs * math.ceil(examples / settings.batch_size)
 
 
 def evaluated_after(steps, settings):
