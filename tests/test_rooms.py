@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,9 @@ BELOW = {
     "native": set(),
 }
 READING_LIMIT = 600  # lines
+TOP = {".ci", ".clang-format", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"}
+TOP |= {"benchmarks", "childtune_fast", "constraints.txt", "csrc", "docs", "examples", "findings", "pyproject.toml"}
+TOP |= {"setup.py", "tests"}
 
 
 def imports_of(name):
@@ -63,6 +67,13 @@ def test_folders_import_only_those_below_them():
             assert imported in MODULES, f"{name} imports {imported}, which is no module"
             other = room_of(imported)
             assert other in {room, *BELOW[room]} or imported in OPEN, f"{name} must not import {imported}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_nothing_else_is_kept_at_the_top():
+    """As a tool's output would be that was added by mistake."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert {line.partition("/")[0] for line in tracked.splitlines()} == TOP
 
 
 def test_what_all_import_imports_nothing_of_the_package():

@@ -49,8 +49,18 @@ class Summary(NamedTuple):
     tensors: list[Row]
     kinds: list[Row]
 
+    @property
+    def layers(self) -> list[Row]:
+        """A Row for each layer, called by its name; parameters outside of layers have that of the name ""."""
+        return _rows_of([(row.layer, row) for row in self.tensors])
+
+    @property
+    def total(self) -> Row:
+        """The Row of all masked parameters, of the name "all"."""
+        return _merged("all", self.tensors)
+
     def __str__(self) -> str:
-        total = _merged("all", self.tensors)
+        total = self.total
         width = max(len(row.name) for row in [*self.kinds, total])
         lines = [f"{'kind of module':{width}}  {'kept':>13}  {'weights':>13}  density"]
         lines += [f"{r.name:{width}}  {r.count:>13,}  {r.numel:>13,}  {r.density:7.2%}" for r in [*self.kinds, total]]
@@ -64,8 +74,13 @@ def summarize(packed: Mapping[str, PackedMask]) -> Summary:
         parts = _LAYER.fullmatch(name)
         layer, kind = (parts["layer"], parts["kind"]) if parts else ("", name.rpartition(".")[0] or name)
         rows.append(Row(name, layer, kind, mask.count, mask.numel))
-    kinds = dict.fromkeys(row.kind for row in rows)
-    return Summary(rows, [_merged(kind, (row for row in rows if row.kind == kind)) for kind in kinds])
+    return Summary(rows, _rows_of([(row.kind, row) for row in rows]))
+
+
+def _rows_of(named: list[tuple[str, Row]]) -> list[Row]:
+    """Returns a Row for each name: of all rows that have it, in the order of the first ones."""
+    names = dict.fromkeys(name for name, _ in named)
+    return [_merged(name, (row for other, row in named if other == name)) for name in names]
 
 
 def _merged(name: str, rows: Iterable[Row]) -> Row:

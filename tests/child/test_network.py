@@ -234,6 +234,12 @@ def test_summary():
     assert [row.numel for row in summary.kinds] == [2 * 16 * 17, 2 * 17 * 32, 2 * 33 * 16]
     assert sum(row.count for row in summary.kinds) == round(0.3 * WEIGHTS)
     assert summary.tensors[0].layer == "blocks.0"
+    assert [row.name for row in summary.layers] == ["blocks.0", "blocks.1"]
+    assert [row.count for row in summary.layers] == [
+        sum(row.count for row in summary.tensors if row.layer == layer) for layer in ("blocks.0", "blocks.1")
+    ]
+    assert summary.total.count == round(0.3 * WEIGHTS)
+    assert summary.total.density == round(0.3 * WEIGHTS) / WEIGHTS
     assert summary.tensors[0].density == summary.tensors[0].count / 256
     lines = str(summary).splitlines()
     assert len(lines) == 5

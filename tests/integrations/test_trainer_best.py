@@ -11,8 +11,7 @@ from trainer_runs import BEST_IS_SECOND, REFRESHED, D, F, make_best, make_model,
 from transformers import TrainerCallback
 
 from childtune_fast import ChildNetwork
-from childtune_fast.integrations import scores
-from childtune_fast.integrations import transformers as integration
+from childtune_fast.integrations import mixin, scores
 from childtune_fast.integrations.transformers import CHILD_FILE
 from childtune_fast.ops.packed_mask import fingerprint
 
@@ -117,7 +116,7 @@ def test_a_best_checkpoint_that_has_been_deleted(tmp_path, monkeypatch, lost):
                 os.remove(folder / CHILD_FILE) if lost == "the child network" else shutil.rmtree(folder)
 
     said = []
-    monkeypatch.setattr(integration.logger, "warning", said.append)
+    monkeypatch.setattr(mixin.logger, "warning", said.append)
     trainer, notes = make_best(tmp_path)
     trainer.add_callback(Loses())
     trainer.train()
@@ -132,7 +131,7 @@ def test_no_evaluation_and_so_no_best(tmp_path, monkeypatch):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    monkeypatch.setattr(integration.logger, "warning", None)
+    monkeypatch.setattr(mixin.logger, "warning", None)
     trainer, notes = make_best(tmp_path, **{**EVERY_STEP, "eval_steps": 2, "save_steps": 2})
     trainer.add_callback(Stops())
     trainer.train()

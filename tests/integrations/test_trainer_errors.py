@@ -8,7 +8,7 @@ from processes import python, result_of
 from trainer_runs import BOTH, D, F, make_data, make_model, make_trainer
 
 from childtune_fast import ChildAdamW
-from childtune_fast.integrations import transformers as integration
+from childtune_fast.integrations import mixin
 from childtune_fast.integrations.transformers import ChildTuningConfig
 
 
@@ -86,7 +86,7 @@ def test_a_configuration_does_not_change():
 
 @pytest.mark.parametrize("config", ["D", {"mode": "D"}, ChildTuningConfig])
 def test_child_tuning_of_another_kind(tmp_path, config):
-    with pytest.raises(TypeError, match=r"child_tuning must be a ChildTuningConfig \(got "):
+    with pytest.raises(TypeError, match=r"child_tuning must be a ChildTuningConfig, or a function .* \(got "):
         make_trainer(tmp_path, config)
 
 
@@ -168,7 +168,7 @@ def test_sharded_parameters(tmp_path, monkeypatch, flag):
 
 def test_float16_on_shards(tmp_path, monkeypatch):
     """The scores are then of the shards' own precision, and there is no GradScaler for them."""
-    monkeypatch.setattr(integration, "is_fsdp2", lambda trainer: True)
+    monkeypatch.setattr(mixin, "is_fsdp2", lambda trainer: True)
     for config in (F, D):
         trainer = make_trainer(tmp_path, config)
         monkeypatch.setattr(trainer.args, "fp16", True)

@@ -44,9 +44,9 @@ def make_model(name="BERT", seed=0, **options):
     return family(name, **{"num_labels": CLASSES, **options})[0]
 
 
-def arguments(folder, **options):
+def arguments(folder, kind=TrainingArguments, **options):
     """Three batches, so three steps, in an epoch; two epochs; warm-up, decay and clipping at work."""
-    return TrainingArguments(
+    return kind(
         **{
             "output_dir": str(folder),
             "per_device_train_batch_size": 4,
@@ -69,8 +69,9 @@ def make_trainer(folder, config=D, model=None, data=None, trainer=ChildTuningTra
     """A trainer that has not begun; `config` None is for classes without Child-Tuning."""
     if config is not None:
         options["child_tuning"] = config
+    if "model_init" not in options:
+        options["model"] = make_model() if model is None else model
     return trainer(
-        model=make_model() if model is None else model,
         args=arguments(folder, **(arguments_ or {})),
         train_dataset=make_data() if data is None else data,
         **options,
