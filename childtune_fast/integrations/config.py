@@ -53,6 +53,9 @@ class ChildTuningConfig:
             is searched in them; None takes the weights of the repeated transformer blocks (default: None).
         refresh_every: mode "D" only: "epoch" chooses the child network again at the start of each later epoch; None
             keeps the first one (default: None).
+        log_every: number of steps from one log of what a step does to the next: the gradients' norm, the clip factor
+            and the share of the weights that it moves; see `integrations.metrics.StepLog`. None logs none of it
+            (default: None).
 
     Raises:
         ValueError: an option is out of its range, or the mode does not use it.
@@ -74,6 +77,7 @@ class ChildTuningConfig:
     scope: Scope = "global"
     maskable: Selector = None
     refresh_every: Literal["epoch"] | None = None
+    log_every: int | None = None
 
     def __post_init__(self) -> None:
         words = {"mode": Mode, "decay": Decay, "variant": Variant, "state": State, "rounding": Rounding, "scope": Scope}
@@ -90,11 +94,12 @@ class ChildTuningConfig:
         for name in ("per_example", "train_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"ChildTuningConfig: {name} must be True or False (got {shown(getattr(self, name))})")
-        if self.fisher_batches is not None and not (_is_number(self.fisher_batches, int) and self.fisher_batches >= 1):
-            raise ValueError(
-                "ChildTuningConfig: fisher_batches must be a whole number above 0, or None for the whole training set "
-                f"(got {shown(self.fisher_batches)})"
-            )
+        for name, none in (("fisher_batches", "the whole training set"), ("log_every", "no logs")):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, int) and value >= 1):
+                raise ValueError(
+                    f"ChildTuningConfig: {name} must be a whole number above 0, or None for {none} (got {shown(value)})"
+                )
         if self.grad_clip is not None and not (_is_number(self.grad_clip, (int, float)) and self.grad_clip > 0):
             raise ValueError(
                 "ChildTuningConfig: grad_clip must be a number above 0, or None for no clipping of the gradients that "

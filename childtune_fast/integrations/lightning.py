@@ -25,7 +25,7 @@ from ..fisher.estimation import OnNonfinite
 from ..ops.packed_mask import PackedMask
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
-from .metrics import metrics_of_choice
+from .metrics import StepLog, metrics_of_choice
 
 __all__ = ["ChildTuningCallback"]
 
@@ -59,6 +59,8 @@ class ChildTuningCallback(Callback):
         maskable: selects the maskable parameters: a predicate over names, which are those of the LightningModule, or a
             regular expression that is searched in them; None takes the weights of the repeated transformer blocks
             (default: None).
+        log_every: number of steps from one log of what a step does to the next, as `StepLog` has it; None logs none
+            (default: None).
 
     Attributes:
         child_network: the ChildNetwork, once it has been chosen or restored; before None.
@@ -80,6 +82,7 @@ class ChildTuningCallback(Callback):
         on_nonfinite: OnNonfinite = "raise",
         scope: Scope = "global",
         maskable: Selector = None,
+        log_every: int | None = None,
     ) -> None:
         self._config = ChildTuningConfig(
             mode="D",
@@ -91,7 +94,9 @@ class ChildTuningCallback(Callback):
             on_nonfinite=on_nonfinite,
             scope=scope,
             maskable=maskable,
+            log_every=log_every,
         )
+        self._steps: list[StepLog] = []
         self.child_network: ChildNetwork | None = None
         self._trainer: Trainer | None = None
         self._restored: dict[str, Any] | None = None  # what a checkpoint had of the present fit's child network
@@ -148,8 +153,27 @@ class ChildTuningCallback(Callback):
             )
             self._give(trainer, child)
         assert self.child_network is not None
+        self._log(trainer, metrics_of_choice(self.child_network), trainer.global_step)
+        if self._config.log_every is not None:
+            begun = trainer.global_step
+            self._steps = [
+                StepLog(
+                    optimizer,
+                    lambda numbers, step: self._log(trainer, numbers, begun + step - 1),
+                    every=self._config.log_every,
+                )
+                for optimizer in _optimizers(trainer)
+            ]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the logging of steps."""
+        for steps in self._steps:
+            steps.remove()
+        self._steps = []
+
+    def _log(self, trainer: Trainer, numbers: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics_of_choice(self.child_network), step=trainer.global_step)
+            logger.log_metrics(numbers, step=step)
 
     # ---- The child network -----------------------------------------------------------------------------------------
 

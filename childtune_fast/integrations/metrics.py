@@ -1,8 +1,17 @@
 """What a training loop can log of Child-Tuning: numbers by name, for any logger."""
 
-from ..child import ChildNetwork
+from collections.abc import Callable
+from typing import Any
 
-PREFIX = "child"
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from ..arguments import check_type, is_sharded, shown
+from ..child import ChildNetwork
+from ..optimizer import ChildAdamW
+
+Log = Callable[[dict[str, float], int], Any]
 
 
 def metrics_of_choice(child: ChildNetwork, before: ChildNetwork | None = None) -> dict[str, float]:
@@ -16,8 +25,91 @@ def metrics_of_choice(child: ChildNetwork, before: ChildNetwork | None = None) -
         `child/weights`, how many maskable weights are in it; `child/density`, their share of all maskable weights;
         `child/density/LAYER`, the same of each layer by its name; and with `before` `child/overlap`, the share of the
         smaller child network's weights that are in both.
+
+    Raises:
+        ValueError: the child networks mask different parameters.
     """
     summary = child.summary()
-    found = {f"{PREFIX}/weights": float(summary.total.count), f"{PREFIX}/density": summary.total.density}
-    found |= {f"{PREFIX}/density/{row.name or 'outside of layers'}": row.density for row in summary.layers}
-    return found if before is None else {**found, f"{PREFIX}/overlap": child.overlap(before)}
+    found = {"child/weights": float(summary.total.count), "child/density": summary.total.density}
+    found |= {f"child/density/{row.name or 'outside of layers'}": row.density for row in summary.layers}
+    return found if before is None else {**found, "child/overlap": child.overlap(before)}
+
+
+class StepLog:
+    """Logs what every so many steps of an optimizer do: for a training loop of one's own.
+
+        steps = StepLog(optimizer, lambda numbers, step: writer.add_scalars("", numbers, step), every=100)
+        ...
+        steps.remove()
+
+    The numbers are `child/grad_norm`, the 2-norm of all gradients before they are clipped; `child/clip_factor`, by
+    which `max_grad_norm` multiplies them, the least of all groups, if one has a limit and `norm_of` is "all" in each;
+    and `child/moved`, the share of the weights with a gradient that the step changed. In mode F that is about
+    `reserve_p` without weight decay, and 1 with it; weights in bfloat16 move less often, since small steps round to
+    none.
+
+    A step that is logged copies the weights, and passes over them and their gradients; all others cost nothing. With
+    sharded parameters every rank must have one, for the numbers are of the whole model.
+
+    Args:
+        optimizer: the ChildAdamW.
+        log: function of ({name: number}, number of the step, from 1, counted since this was made).
+        every: number of steps from one log to the next; the first step is logged (default: 100).
+
+    Raises:
+        TypeError: `optimizer` is no ChildAdamW, or `log` no function.
+        ValueError: `every` is not a whole number above 0.
+    """
+
+    def __init__(self, optimizer: ChildAdamW, log: Log, *, every: int = 100) -> None:
+        check_type("StepLog: optimizer", optimizer, ChildAdamW, "a ChildAdamW")
+        if not callable(log):
+            raise TypeError(f"StepLog: log must be a function of numbers and step (got {type(log).__name__})")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"StepLog: every must be a whole number above 0 (got {shown(every)})")
+        self._optimizer, self._log, self._every = optimizer, log, every
+        self._steps = 0
+        self._found: dict[str, float] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []  # each weight with a gradient, and its values before the step
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._begin()),
+            optimizer.register_step_post_hook(lambda *_: self._end()),
+        ]
+
+    def remove(self) -> None:
+        """Ends the logging."""
+        for hook in self._hooks:
+            hook.remove()
+        self._before = []
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        if self._steps % self._every:
+            return
+        groups = self._optimizer.param_groups
+        params = [param for group in groups for param in group["params"] if param.grad is not None]
+        norm = _number(get_total_norm([param.grad for param in params])) / self._scale()
+        self._found = {"child/grad_norm": norm}
+        limits = [group["max_grad_norm"] for group in groups if group["max_grad_norm"] is not None]
+        if limits and all(group["norm_of"] == "all" for group in groups):
+            self._found["child/clip_factor"] = min(1.0, *(limit / (norm + 1e-6) for limit in limits))
+        self._before = [(param, param.detach().clone()) for param in params]
+
+    def _scale(self) -> float:
+        """Returns by what a GradScaler has multiplied the gradients."""
+        scale = getattr(self._optimizer, "grad_scale", None)
+        return 1.0 if scale is None else float(scale)
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        self._steps += 1
+        if not self._before:
+            return
+        before, self._before = self._before, []
+        moved = sum(_number((param.detach() != values).sum()) for param, values in before)
+        total = sum(values.numel() for _, values in before)
+        self._log({**self._found, "child/moved": moved / total if total else 0.0}, self._steps)
+
+
+def _number(value: Any) -> float:
+    return float(value.full_tensor() if is_sharded(value) else value)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
@@ -15,6 +14,8 @@ from ..arguments import FilePath
 from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
+from .metrics import metrics_of_choice
+from .moments import Moments
 from .scores import fisher_scores, is_fsdp2
 from .search import Searched, check_arguments
 
@@ -76,7 +77,7 @@ class ChildTuning(Searched):
                 "ChildAdamW (got one of them); use Trainer with optimizer_cls_and_kwargs=(ChildAdamW, {...}) instead"
             )
         self._check_supported()
-        self.add_callback(_Moments(self))
+        self.add_callback(Moments(self))
 
     def _check_supported(self) -> None:
         sharded, config = is_fsdp2(self), self.child_tuning
@@ -206,7 +207,7 @@ class ChildTuning(Searched):
     def _first_child(self) -> ChildNetwork | None:
         """Returns the first child network: None in mode "F", else that of the checkpoint, else one that it chooses.
 
-        With FSDP2 it returns None instead of choosing: see `_begin_child`.
+        With FSDP2 it returns None instead of choosing: see `begin_child`.
         """
         path = None if self._checkpoint is None else os.path.join(self._checkpoint, CHILD_FILE)
         found = path is not None and os.path.isfile(path)
@@ -242,21 +243,26 @@ class ChildTuning(Searched):
         logger.info(f"Child network of epoch {epoch}: {child!r}")
         return child
 
-    def _begin_child(self) -> None:
-        """Chooses the first child network if that had to wait until the model was sharded.
+    def begin_child(self) -> None:
+        """Chooses the first child network if that had to wait until the model was sharded, and logs the first one.
 
         Trainer makes the optimizer before, and then one process may not have memory, or weights, for the whole model.
         """
         if self.child_tuning.mode == "D" and self.child_network is None:
             self._replace_child(self._chosen_child(epoch=0))
+        if self.child_network is not None:
+            self.log(metrics_of_choice(self.child_network))
 
-    def _refresh_child(self) -> None:
+    def refresh_child(self) -> None:
         """Chooses the child network again if a later epoch begins, but not if one continues after a resume."""
         epoch = self.state.epoch or 0
         if self.child_tuning.refresh_every is not None and epoch and epoch == int(epoch):
-            self._replace_child(self._chosen_child(int(epoch)))
+            before = self.child_network
+            child = self._chosen_child(int(epoch))
+            self._replace_child(child)
+            self.log(metrics_of_choice(child, before))
 
-    def _take_best_child(self) -> None:
+    def take_best_child(self) -> None:
         """Takes the child network of the best checkpoint, whose weights Trainer has loaded by now.
 
         The optimizer needs the same one on every process, so the present one stays unless each of them finds the file.
@@ -273,23 +279,10 @@ class ChildTuning(Searched):
 
     def _replace_child(self, child: ChildNetwork) -> None:
         self.child_network = child
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        optimizer.replace_child(child)
+        self.child_optimizer.replace_child(child)
 
-
-class _Moments(TrainerCallback):
-    """Tells the trainer when its child network may have to become another."""
-
-    def __init__(self, trainer: ChildTuning) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._begin_child()
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._refresh_child()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer.child_tuning.mode == "D" and trainer.args.load_best_model_at_end:
-            trainer._take_best_child()
+    @property
+    def child_optimizer(self) -> ChildAdamW:
+        """The optimizer, once the training has begun, without what accelerate wraps it in."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)

@@ -10,6 +10,7 @@ from ranks import launch
 from trainer_runs import make_data, weights
 
 lightning = pytest.importorskip("lightning")
+pandas = pytest.importorskip("pandas")
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
@@ -133,14 +134,23 @@ def test_loggers_get_the_density(tmp_path):
     callback, logger = ChildTuningCallback(), CSVLogger(tmp_path, name="")
     fitted(tmp_path, callback, logger=logger)
     logger.save()
-    (path,) = tmp_path.glob("version_0/metrics.csv")
-    header, *rows = (line.split(",") for line in path.read_text().splitlines())
-    found = {name: value for name, value in zip(header, rows[0], strict=True) if name.startswith("child/")}
+    row = pandas.read_csv(tmp_path / "version_0" / "metrics.csv").iloc[0]
+    found = {name: value for name, value in row.items() if name.startswith("child/")}
     total = callback.child_network.summary().total
     layers = [f"child/density/model.bert.encoder.layer.{i}" for i in range(2)]
     assert set(found) == {"child/weights", "child/density", *layers}
-    assert float(found["child/weights"]) == total.count
-    assert float(found["child/density"]) == pytest.approx(0.3, abs=1e-4)
+    assert found["child/weights"] == total.count
+    assert found["child/density"] == pytest.approx(0.3, abs=1e-4)
+
+
+def test_loggers_get_what_steps_do(tmp_path):
+    logger = CSVLogger(tmp_path, name="")
+    fitted(tmp_path, ChildTuningCallback(log_every=2), logger=logger)
+    logger.save()
+    rows = pandas.read_csv(tmp_path / "version_0" / "metrics.csv").dropna(subset="child/moved")
+    assert rows["step"].tolist() == [0, 2, 4]  # of six; Lightning counts from 0
+    assert ((rows["child/clip_factor"] * rows["child/grad_norm"]).round(3) <= 1).all()
+    assert ((rows["child/moved"] > 0.3) & (rows["child/moved"] < 1)).all()
 
 
 @pytest.mark.parametrize(("ours", "lightnings"), [({"fisher_batches": 2}, {}), ({}, {"limit_train_batches": 2})])
