@@ -69,8 +69,7 @@ class StepLog:
             raise ValueError(f"StepLog: every must be a whole number above 0 (got {shown(every)})")
         self._optimizer, self._log, self._every = optimizer, log, every
         self._steps = 0
-        self._found: dict[str, float] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []  # each weight with a gradient, and its values before the step
+        self._before: list[tuple[Tensor, Tensor]] = []  # each parameter, and its values before the step
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._begin()),
             optimizer.register_step_post_hook(lambda *_: self._end()),
@@ -84,31 +83,34 @@ class StepLog:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        if self._steps % self._every:
-            return
-        groups = self._optimizer.param_groups
-        params = [param for group in groups for param in group["params"] if param.grad is not None]
-        norm = _number(get_total_norm([param.grad for param in params])) / self._scale()
-        self._found = {"child/grad_norm": norm}
-        limits = [group["max_grad_norm"] for group in groups if group["max_grad_norm"] is not None]
-        if limits and all(group["norm_of"] == "all" for group in groups):
-            self._found["child/clip_factor"] = min(1.0, *(limit / (norm + 1e-6) for limit in limits))
-        self._before = [(param, param.detach().clone()) for param in params]
-
-    def _scale(self) -> float:
-        """Returns by what a GradScaler has multiplied the gradients."""
-        scale = getattr(self._optimizer, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
+        if self._steps % self._every == 0:
+            params = [param for group in self._optimizer.param_groups for param in group["params"]]
+            self._before = [(param, param.detach().clone()) for param in params]
 
     @torch.no_grad()
     def _end(self) -> None:
         self._steps += 1
-        if not self._before:
-            return
         before, self._before = self._before, []
+        before = [(param, values) for param, values in before if param.grad is not None]  # a closure may have made it
+        if not before:
+            return
         moved = sum(_number((param.detach() != values).sum()) for param, values in before)
-        total = sum(values.numel() for _, values in before)
-        self._log({**self._found, "child/moved": moved / total if total else 0.0}, self._steps)
+        found = {**self._norm([param.grad for param, _ in before]), "child/moved": 0.0}
+        if total := sum(values.numel() for _, values in before):
+            found["child/moved"] = moved / total
+        self._log(found, self._steps)
+
+    def _norm(self, grads: list[Tensor | None]) -> dict[str, float]:
+        """Returns the norm of the gradients, which a step leaves as they are, and by what it multiplied them."""
+        scale = getattr(self._optimizer, "grad_scale", None)  # by which a GradScaler has multiplied them
+        norm = _number(get_total_norm([grad for grad in grads if grad is not None])) / float(
+            1 if scale is None else scale
+        )
+        groups = self._optimizer.param_groups
+        limits = [group["max_grad_norm"] for group in groups if group["max_grad_norm"] is not None]
+        if not limits or any(group["norm_of"] == "child" for group in groups):
+            return {"child/grad_norm": norm}
+        return {"child/grad_norm": norm, "child/clip_factor": min(1.0, min(limits) / (norm + 1e-6))}
 
 
 def _number(value: Any) -> float:

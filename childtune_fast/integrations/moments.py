@@ -1,19 +1,17 @@
 """What ChildTuning does at certain moments of a training."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from .metrics import StepLog
 
-if TYPE_CHECKING:
-    from .mixin import ChildTuning
-
 
 class Moments(TrainerCallback):
     """Tells a trainer when its child network may have to become another, and logs what steps do."""
 
-    def __init__(self, trainer: "ChildTuning") -> None:
+    def __init__(self, trainer: Any) -> None:
+        """Holds the trainer, which is a `ChildTuning`."""
         self._trainer = trainer
         self._steps: StepLog | None = None
         self._numbers: dict[str, float] = {}  # of a step that the trainer has not counted yet

@@ -85,6 +85,17 @@ def test_weights_outside_of_the_child_network_and_without_a_gradient_do_not_coun
     assert "child/clip_factor" not in numbers  # the norm that clips is another one
 
 
+def test_a_closure_makes_the_gradients():
+    model = Tiny()
+    optimizer, found = ChildAdamW(model.parameters()), []
+    StepLog(optimizer, lambda numbers, step: found.append(numbers), every=1)
+    for scale in (1.0, 3.0):
+        optimizer.step(lambda scale=scale: with_gradients(model, scale))
+        norm = get_total_norm([param.grad for param in model.parameters()]).item()
+        assert found[-1]["child/grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert len(found) == 2
+
+
 def test_every_so_many_steps_until_it_is_removed():
     optimizer = ChildAdamW(with_gradients(Tiny()).parameters())
     assert [step for step, _ in logged(optimizer, 7, every=3)] == [1, 4, 7]
