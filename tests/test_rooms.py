@@ -31,7 +31,7 @@ BELOW = {
 READING_LIMIT = 600  # lines
 TOP = {".ci", ".clang-format", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"}
 TOP |= {"benchmarks", "childtune_fast", "constraints.txt", "csrc", "docs", "examples", "findings", "pyproject.toml"}
-TOP |= {"setup.py", "tests"}
+TOP |= {".github", "MANIFEST.in", "setup.py", "tests"}
 
 
 def imports_of(name):

@@ -88,6 +88,51 @@ def test_wheel_metadata(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
     assert "\nRequires-Dist: torch>=2.9\n" in metadata
+    assert re.findall(r"^Requires-Dist: (?:ninja|pybind11).*", metadata, flags=re.MULTILINE)[0] == (
+        'Requires-Dist: ninja; extra == "jit"'
+    )  # who has a wheel compiles nothing
+    assert "\nProject-URL:" not in metadata  # nobody has said where
+
+
+def test_links_are_absolute_where_the_repository_is_known(tree, tmp_path):
+    archive = zipfile.ZipFile(make("wheel", tree, tmp_path, CHILDTUNE_REPOSITORY="https://example.org/a/b"))
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = archive.read(name).decode()
+    assert "\nProject-URL: Issues, https://example.org/a/b/issues\n" in metadata
+    links = re.findall(r"\]\(([^)\s]+)\)", metadata)
+    readme = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) == len(readme) > 20
+    for link, relative in zip(links, readme, strict=True):
+        if relative.startswith(("https:", "#")):
+            assert link == relative
+            continue
+        assert (ROOT / relative.partition("#")[0]).exists(), relative
+        kind = "raw" if relative.endswith((".png", ".svg")) else "blob"
+        assert link == f"https://example.org/a/b/{kind}/main/{relative}"
+
+
+def test_wheels_are_built_for_the_versions_that_are_named():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["project"]["classifiers"]))
+    built = re.findall(r"cp3(\d+)-\*", project["tool"]["cibuildwheel"]["build"])
+    assert named == [f"3.{minor}" for minor in built]
+    assert project["project"]["requires-python"] == f">={named[0]}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_sdist_holds_all_that_is_tracked(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tracked = {name for name in listed.splitlines() if (ROOT / name).exists()}
+    for name in tracked:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    with tarfile.open(make("sdist", tmp_path / "tree", tmp_path)) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {name for name in files if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    of_repositories = {name for name in tracked if name == ".gitignore" or name.startswith(".github/")}
+    assert files - made == tracked - of_repositories
 
 
 def test_prebuilt_binary_of_an_installed_wheel_is_used(wheel, tmp_path):
