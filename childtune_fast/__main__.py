@@ -1,12 +1,14 @@
-"""`python -m childtune_fast` prints the facts for a bug report and checks the native backend against pure torch.
+"""`childtune`, or `python -m childtune_fast`, prints the facts for a bug report and checks native against pure torch.
 
 With "prove" it proves the kernels of GPUs, with "spectra" it analyses models.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -22,6 +24,12 @@ from .ops import proof, prover, trust
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
 COMMAND = "`python -m childtune_fast prove`"
+_EXAMPLES = """examples:
+  childtune                        what serves the CPU and each GPU, and why; a self-check
+  childtune info --json            the same for a program
+  childtune prove                  compares every kernel of every GPU with the reference, bit for bit
+  childtune spectra my-model/ --base bert-base-uncased
+"""
 
 
 def main(*arguments: str) -> int:
@@ -37,25 +45,62 @@ def main(*arguments: str) -> int:
         from .spectra import command
 
         return command.main(arguments[1:])
-    if arguments not in ((), ("prove",)):
-        print(f"usage: python -m childtune_fast [prove | spectra MODEL ...] (got {' '.join(arguments)})")
-        return 2
     try:
-        if arguments:
-            return prove()
-        native = load.find_native()
-        served = list(_devices(native))
+        options = _parser().parse_args(arguments)
+    except SystemExit as ended:  # --help, or an argument that it does not know, of which it has told
+        return int(ended.code or 0)
+    try:
+        return prove() if options.command == "prove" else info(as_json=getattr(options, "json", False))
     except ValueError as error:
         print(error)
         return 2
-    passed = True
-    for label, value in [*_versions(), *_native(native), *served]:
-        print(f"{label:<18}{value}")
-    checked = ["cpu", *(label.removeprefix("serves ") for label, value in served if value.startswith("native ("))]
-    for device in dict.fromkeys(checked):
+
+
+def console() -> int:
+    """Runs `main` with the arguments of the command line: what `childtune` does."""
+    return main(*sys.argv[1:])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="childtune",
+        description="Child-Tuning for PyTorch: what serves which device, proofs of GPU kernels, spectra of models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=build.version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    report = commands.add_parser("info", help="facts for a bug report, and a self-check; what no COMMAND does too")
+    report.add_argument("--json", action="store_true", help="prints a JSON list of pairs (label, value)")
+    commands.add_parser("prove", help="proves the kernels of every GPU anew")
+    commands.add_parser("spectra", help="was a model trained on enough, layer by layer? see spectra --help")
+    return parser
+
+
+def info(*, as_json: bool) -> int:
+    """Prints what serves each device, and a self-check; returns 1 if that fails.
+
+    Args:
+        as_json: prints a JSON list of pairs (label, value) instead of lines.
+
+    Raises:
+        ValueError: an environment variable is invalid.
+    """
+    native = load.find_native()
+    served = list(_devices(native))
+    lines = [*_versions(), *_native(native), *served]
+    if not as_json:  # before the self-check, which may end the process
+        print("\n".join(f"{label:<18}{value}" for label, value in lines), flush=True)
+    passed, checks = True, []
+    devices = ["cpu", *(label.removeprefix("serves ") for label, value in served if value.startswith("native ("))]
+    for device in dict.fromkeys(devices):
         said, right = self_check(native, device)
-        print(f"{'self-check' + f' {device}' * (device != 'cpu'):<18}{said}")
+        checks.append((f"self-check{f' {device}' * (device != 'cpu')}", said))
         passed = passed and right
+    if as_json:
+        print(json.dumps([[label.strip(), value] for label, value in [*lines, *checks]], indent=1))
+    else:
+        print("\n".join(f"{label:<18}{value}" for label, value in checks))
     return 0 if passed else 1
 
 
@@ -252,4 +297,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(console())

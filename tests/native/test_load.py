@@ -143,6 +143,25 @@ def test_report_without_a_compiler(monkeypatch, capsys):
     assert "self-check        skipped" in output
 
 
+def test_report_as_json(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert report.main("info") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert report.main("info", "--json") == 0
+    pairs = json.loads(capsys.readouterr().out)
+    assert [f"{label} {value}".split() for label, value in pairs] == [line.split() for line in lines]
+    assert [label for label, _ in pairs][:2] == ["childtune_fast", "torch"]
+
+
+def test_report_explains_itself(capsys):
+    assert report.main("--help") == 0
+    assert "childtune info --json" in capsys.readouterr().out
+    assert report.main("--version") == 0
+    assert capsys.readouterr().out == f"{build.version()}\n"
+    assert report.main("proof") == 2
+    assert "invalid choice: 'proof'" in capsys.readouterr().err
+
+
 def test_report_with_a_wrong_environment(monkeypatch, capsys):
     monkeypatch.setenv("CHILDTUNE_BACKEND", "fast")
     monkeypatch.setenv("CXX", "/nonexistent/c++")
