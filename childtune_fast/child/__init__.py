@@ -1,5 +1,6 @@
 """The child network of Child-Tuning_D: which weights it trains, how they are chosen, and its files."""
 
 from .network import ChildNetwork
+from .task_vector import TaskVector
 
-__all__ = ["ChildNetwork"]
+__all__ = ["ChildNetwork", "TaskVector"]

@@ -72,6 +72,18 @@ class WeightSet:
         """
         return self._combined(other, torch.bitwise_and)
 
+    def difference(self, other: "WeightSet") -> Self:
+        """Returns the child network of the weights that are in this one and not in the other.
+
+        Args:
+            other: another child network, which masks parameters of the same names and shapes.
+
+        Raises:
+            ValueError: `other` masks other parameters.
+            TypeError: `other` is no child network.
+        """
+        return self._combined(other, lambda a, b: a & ~b)
+
     def _combined(self, other: "WeightSet", operation: Callable[[Tensor, Tensor], Tensor]) -> Self:
         check_type("other", other, WeightSet, "a ChildNetwork")
         others = renamed(other.packed, self.packed)
