@@ -1,7 +1,8 @@
 """ChildTuningConfig: the options of Child-Tuning for a trainer, checked when they are given."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from ..arguments import Selector, check_seed, predicate, shown
 from ..child.choice import Scope
@@ -105,6 +106,17 @@ class ChildTuningConfig:
                 "ChildTuningConfig: grad_clip must be a number above 0, or None for no clipping of the gradients that "
                 f"are squared (got {shown(self.grad_clip)})"
             )
+
+    def changed(self, options: Mapping[str, Any]) -> "ChildTuningConfig":
+        """Returns the configuration with other options. If the mode changes, those that it does not use are left out.
+
+        Raises:
+            ValueError: an option is out of its range, or the mode does not use it.
+            TypeError: an option has a wrong type, or is unknown.
+        """
+        foreign = _ONLY_D if options.get("mode", self.mode) == "F" else _ONLY_F
+        defaults = {field.name: field.default for field in fields(self) if field.name in foreign}
+        return replace(self, **({**defaults, **options} if options.get("mode", self.mode) != self.mode else options))
 
     def _check_choice(self, name: str, *choices: str | None) -> None:
         value = getattr(self, name)

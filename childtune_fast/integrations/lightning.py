@@ -8,6 +8,7 @@ from torch import Tensor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
     from torchmetrics import Metric
 except ImportError as error:
@@ -26,6 +27,7 @@ from ..ops.packed_mask import PackedMask
 from ..optimizer import ChildAdamW
 from .config import ChildTuningConfig
 from .metrics import StepLog, metrics_of_choice
+from .records import in_copies
 
 __all__ = ["ChildTuningCallback"]
 
@@ -35,8 +37,9 @@ class ChildTuningCallback(Callback):
 
     `configure_optimizers` returns a ChildAdamW without a child network; this gives it one before the first step. The
     Fisher scores are of the loss that `training_step` returns, over the training data, in evaluation mode unless
-    `train_mode`, and in the precision of the training, or in float32 where that is "16-mixed". What the step logs
-    meanwhile is dropped, torchmetrics are reset, and weights, buffers and random states are afterwards what they were.
+    `train_mode`, and in the precision of the training, or in float32 where that is "16-mixed". What the step logs and
+    collects in the module's lists and dicts meanwhile is dropped, torchmetrics are reset, and weights, buffers and
+    random states are afterwards what they were.
 
     Checkpoints hold the child network, and a fit that resumes by `ckpt_path` has it from there. With several processes,
     the scores are the mean over all of them. Loggers get the density by layer, as `metrics_of_choice` has it.
@@ -98,18 +101,31 @@ class ChildTuningCallback(Callback):
         )
         self._steps: list[StepLog] = []
         self.child_network: ChildNetwork | None = None
-        self._trainer: Trainer | None = None
+        self._trainer: Trainer | None = None  # while it fits, from the moment at which it has its optimizers
+        self._missing = False  # whether the present fit resumes from a checkpoint that this callback did not write to
         self._restored: dict[str, Any] | None = None  # what a checkpoint had of the present fit's child network
 
     # ---- What Lightning calls --------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keeps the trainer, whose optimizers may be made before or after a checkpoint is read."""
-        self._trainer = trainer
+        """Begins a fit without anything of an earlier one, whose checkpoint is not read yet."""
+        if stage == "fit":
+            self._end()
+            self.child_network = None
+            self._missing = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the trainer, and with it the fit that has ended."""
-        self._trainer = self._restored = None
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does what `teardown` does, which Lightning does not call then."""
+        self._end()
+
+    def _end(self) -> None:
+        for steps in self._steps:
+            steps.remove()
+        self._steps, self._trainer, self._restored = [], None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the child network, for a checkpoint: the bits of its masks and their shapes, by parameter name."""
@@ -117,10 +133,17 @@ class ChildTuningCallback(Callback):
         bits = {name: mask.bits.cpu() for name, mask in packed.items()}
         return {"bits": bits, "shapes": {name: list(mask.shape) for name, mask in packed.items()}}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes a checkpoint that this callback did not write to; those of Lightning's finders it did."""
+        self._missing = self.state_key not in checkpoint["callbacks"]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the child network of a checkpoint; its optimizer state is read afterwards, and must find the masks."""
+        """Takes the child network of a checkpoint; its optimizer state is read afterwards, and must find the masks.
+
+        Lightning calls it before there are optimizers, under some strategies afterwards.
+        """
         self._restored = state_dict if state_dict["bits"] else None
-        if self._trainer is not None and self._trainer.optimizers:
+        if self._trainer is not None:
             self._put_back(self._trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,6 +153,7 @@ class ChildTuningCallback(Callback):
             ValueError: no optimizer is a ChildAdamW, or the checkpoint is of another model.
         """
         _optimizers(trainer)
+        self._trainer = trainer
         self._put_back(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,7 +163,7 @@ class ChildTuningCallback(Callback):
             ValueError: the checkpoint has no child network; the module optimizes by itself, or there is not one loader
                 of batches; and what `estimate_fisher` and `ChildNetwork.from_scores` raise.
         """
-        if self._restored is None and trainer.ckpt_path is not None:
+        if self._missing:
             raise ValueError(
                 "ChildTuningCallback: a fit must resume from a checkpoint with its child network (got none in "
                 f"'{trainer.ckpt_path}'), for one that is chosen now would be another; resume with the callbacks that "
@@ -164,12 +188,6 @@ class ChildTuningCallback(Callback):
                 )
                 for optimizer in _optimizers(trainer)
             ]
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the logging of steps."""
-        for steps in self._steps:
-            steps.remove()
-        self._steps = []
 
     def _log(self, trainer: Trainer, numbers: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
@@ -204,13 +222,17 @@ class ChildTuningCallback(Callback):
                 f"ChildTuningCallback: there must be one loader of training batches (got a {type(loader).__name__} of "
                 "them); choose the child network yourself, and give it to ChildAdamW(child=...) in configure_optimizers"
             )
-        an_epoch = None if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)
-        with _nothing_logged(module):
+        if config.fisher_batches is None and trainer.num_training_batches == float("inf"):
+            raise ValueError(
+                "ChildTuningCallback: fisher_batches must say how many batches to score where the training data has no "
+                "length (got None)"
+            )
+        with _apart(trainer, module):
             scores = estimate_fisher(
                 module,
                 loader,
                 loss_fn=lambda module, batch: _loss(trainer, module, batch),
-                max_batches=an_epoch if config.fisher_batches is None else config.fisher_batches,
+                max_batches=config.fisher_batches or int(trainer.num_training_batches),
                 per_example=config.per_example,
                 grad_clip=config.grad_clip,
                 names=maskable_parameters(module, config.maskable).__contains__,
@@ -251,19 +273,26 @@ def _loss(trainer: Trainer, module: Any, batch: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _nothing_logged(module: LightningModule) -> Iterator[None]:
-    """Drops what a module logs, which Lightning allows in its own loops only, and resets its metrics in the end."""
+def _apart(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Drops what a module logs and collects meanwhile, and resets its metrics in the end.
+
+    Lightning allows `log` in its own loops only.
+    """
 
     def drop(*args: Any, **kwargs: Any) -> None:
         pass
 
-    names = ("log", "log_dict")
-    vars(module).update(dict.fromkeys(names, drop))
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(module)[name]
-        for part in module.modules():
-            if isinstance(part, Metric):
-                part.reset()
+    own = [name for name in vars(module) if name.startswith("_")]  # of torch and of Lightning
+    names, loggers = ("log", "log_dict"), trainer.loggers
+    with in_copies(module, without=own):
+        vars(module).update(dict.fromkeys(names, drop))
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            yield
+        finally:
+            trainer.loggers = loggers
+            for name in names:
+                del vars(module)[name]
+            for part in module.modules():
+                if isinstance(part, Metric):
+                    part.reset()

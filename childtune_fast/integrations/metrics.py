@@ -1,11 +1,11 @@
 """What a training loop can log of Child-Tuning: numbers by name, for any logger."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from ..arguments import check_type, is_sharded, shown
 from ..child import ChildNetwork
@@ -38,22 +38,27 @@ def metrics_of_choice(child: ChildNetwork, before: ChildNetwork | None = None) -
 class StepLog:
     """Logs what every so many steps of an optimizer do: for a training loop of one's own.
 
-        steps = StepLog(optimizer, lambda numbers, step: writer.add_scalars("", numbers, step), every=100)
+        def log(numbers, step):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        steps = StepLog(optimizer, log, every=100)
         ...
         steps.remove()
 
-    The numbers are `child/grad_norm`, the 2-norm of all gradients before they are clipped; `child/clip_factor`, by
-    which `max_grad_norm` multiplies them, the least of all groups, if one has a limit and `norm_of` is "all" in each;
-    and `child/moved`, the share of the weights with a gradient that the step changed. In mode F that is about
-    `reserve_p` without weight decay, and 1 with it; weights in bfloat16 move less often, since small steps round to
-    none.
+    The numbers are `child/grad_norm`, the 2-norm of all gradients as the step finds them; `child/clip_factor`, by which
+    `max_grad_norm` multiplies them, the least of all groups, if one has a limit and `norm_of` is "all" in each; and
+    `child/moved`, the share of the weights with a gradient that the step changed. In mode F without weight decay that
+    is `reserve_p` in the first step, and grows, since weights with momentum move too. Weights in bfloat16 move less
+    often, since small steps round to none.
 
     A step that is logged copies the weights, and passes over them and their gradients; all others cost nothing. With
     sharded parameters every rank must have one, for the numbers are of the whole model.
 
     Args:
-        optimizer: the ChildAdamW.
-        log: function of ({name: number}, number of the step, from 1, counted since this was made).
+        optimizer: the ChildAdamW; of one that accelerate has prepared, its attribute `optimizer`.
+        log: function of ({name: number}, number of the step, from 1, counted since this was made). Steps that a
+            GradScaler skips count, and move nothing.
         every: number of steps from one log to the next; the first step is logged (default: 100).
 
     Raises:
@@ -103,14 +108,17 @@ class StepLog:
     def _norm(self, grads: list[Tensor | None]) -> dict[str, float]:
         """Returns the norm of the gradients, which a step leaves as they are, and by what it multiplied them."""
         scale = getattr(self._optimizer, "grad_scale", None)  # by which a GradScaler has multiplied them
-        norm = _number(get_total_norm([grad for grad in grads if grad is not None])) / float(
-            1 if scale is None else scale
-        )
+        norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad.dtype)) for grad in grads if grad is not None]
+        norm = math.sqrt(sum(_number(norm) ** 2 for norm in norms)) / (1.0 if scale is None else float(scale))
         groups = self._optimizer.param_groups
         limits = [group["max_grad_norm"] for group in groups if group["max_grad_norm"] is not None]
         if not limits or any(group["norm_of"] == "child" for group in groups):
             return {"child/grad_norm": norm}
         return {"child/grad_norm": norm, "child/clip_factor": min(1.0, min(limits) / (norm + 1e-6))}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _number(value: Any) -> float:

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
@@ -39,14 +41,13 @@ class ChildTuning(Searched):
     then of gradients that are means over all processes, as if these had one larger batch.
 
     With `refresh_every="epoch"`, the child network is chosen again at the start of each later epoch. The state of the
-    parameters that it masks then begins again, step count included. Otherwise weights that enter would have empty
-    averages and an old step count, which does not correct the averages' bias, and would move by several times the
-    learning rate. Weights that leave keep their value. `load_best_model_at_end=True` loads the best checkpoint's again.
+    parameters that it masks then begins again, step count included: else weights that enter would have empty averages
+    and an old step count, which does not correct their bias, and would move by several times the learning rate. Weights
+    that leave keep their value. `load_best_model_at_end=True` loads the best checkpoint's again.
 
-    In `hyperparameter_search`, `hp_space` may name options of ChildTuningConfig beside those of TrainingArguments:
-    each trial has `child_tuning` with them. `seed` is that of TrainingArguments. A name that neither has raises, unless
-    `model_init` or `child_tuning` is a function of the trial, which may read it. After the search `child_tuning` is
-    again what it was.
+    In `hyperparameter_search`, `hp_space` may name options of ChildTuningConfig beside those of TrainingArguments; each
+    trial has them in `child_tuning`, which is afterwards what it was. `seed` is that of TrainingArguments. A name that
+    neither has raises, unless `model_init` or `child_tuning` is a function of the trial, which may read it.
 
     Args:
         *args, **kwargs: arguments of the Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and
@@ -56,7 +57,7 @@ class ChildTuning(Searched):
             `hyperparameter_search`, and for None, which stands for no trial, as in `model_init`.
 
     Attributes:
-        child_tuning: the present ChildTuningConfig.
+        child_tuning: the present ChildTuningConfig; another one holds from the next call of `train` on.
         child_network: in mode "D", the present ChildNetwork, from the start of `train` on; otherwise None.
 
     Raises:
@@ -71,13 +72,15 @@ class ChildTuning(Searched):
         super().__init__(*args, child_tuning=child_tuning, **kwargs)
         self.child_network: ChildNetwork | None = None
         self._checkpoint: FilePath | None = None  # the checkpoint that the present training resumes from
+        self._made_with: ChildTuningConfig | None = None  # what the optimizer was made with
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise ValueError(
                 "ChildTuning: optimizers and optimizer_cls_and_kwargs must be left out, for it makes its own "
                 "ChildAdamW (got one of them); use Trainer with optimizer_cls_and_kwargs=(ChildAdamW, {...}) instead"
             )
         self._check_supported()
-        self.add_callback(Moments(self))
+        self._moments = Moments(self)
+        self.add_callback(self._moments)
 
     def _check_supported(self) -> None:
         sharded, config = is_fsdp2(self), self.child_tuning
@@ -117,12 +120,16 @@ class ChildTuning(Searched):
                 ChildTuningConfig was set on the TrainingArguments.
         """
         check_arguments(self.args)
+        self._check_supported()
         if resume_from_checkpoint is True:  # stays True if there is no checkpoint, for which Trainer has an error
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
-        if self._checkpoint is not None:
-            self.optimizer = None  # one of an earlier call may have another child network than the checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._checkpoint is not None or self._made_with != replace(self.child_tuning, log_every=None):
+            self.optimizer = None  # one of an earlier call may have another child network, or other options
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._moments.end()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Returns the ChildAdamW over Trainer's parameter groups; chooses the child network first in mode "D".
@@ -143,6 +150,7 @@ class ChildTuning(Searched):
                     f"takes the place of (got {self.args.optim!r}); leave it out, and ask for 8-bit state by "
                     "ChildTuningConfig(state='8bit')"
                 )
+            self._made_with = replace(self.child_tuning, log_every=None)
             self.child_network = self._first_child()
             self.optimizer_cls_and_kwargs = ChildAdamW, {**options, **self._child_options()}
         return super().create_optimizer(*args, **kwargs)
@@ -229,7 +237,7 @@ class ChildTuning(Searched):
         return ChildNetwork.load(path, self._model)
 
     def _chosen_child(self, epoch: int) -> ChildNetwork:
-        """Returns a child network chosen by scores that it estimates with the present weights."""
+        """Returns a child network chosen by scores of the present weights."""
         config = self.child_tuning
         if config.refresh_every is not None and not has_length(self.train_dataset):
             raise ValueError(
@@ -251,7 +259,7 @@ class ChildTuning(Searched):
         if self.child_tuning.mode == "D" and self.child_network is None:
             self._replace_child(self._chosen_child(epoch=0))
         if self.child_network is not None:
-            self.log(metrics_of_choice(self.child_network))
+            self.log_child(metrics_of_choice(self.child_network))
 
     def refresh_child(self) -> None:
         """Chooses the child network again if a later epoch begins, but not if one continues after a resume."""
@@ -260,7 +268,7 @@ class ChildTuning(Searched):
             before = self.child_network
             child = self._chosen_child(int(epoch))
             self._replace_child(child)
-            self.log(metrics_of_choice(child, before))
+            self.log_child(metrics_of_choice(child, before))
 
     def take_best_child(self) -> None:
         """Takes the child network of the best checkpoint, whose weights Trainer has loaded by now.
@@ -276,6 +284,10 @@ class ChildTuning(Searched):
                 self._replace_child(child)
         elif best is not None:
             logger.warning(f"Not every process finds '{path}', so that the child network stays that of the last step")
+
+    def log_child(self, numbers: dict[str, float]) -> None:
+        """Logs through Trainer's loggers, past a subclass: SFTTrainer's `log` begins new means at each call."""
+        Trainer.log(self, numbers)
 
     def _replace_child(self, child: ChildNetwork) -> None:
         self.child_network = child

@@ -18,12 +18,14 @@ class Moments(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Chooses the first child network, where that could not be done before."""
+        self.end()
         trainer = self._trainer
         trainer.begin_child()
         if trainer.child_tuning.log_every is not None:
             self._steps = StepLog(
                 trainer.child_optimizer,
-                lambda numbers, step: self._numbers.update(numbers),
+                # Trainer logs the norm itself, and has clipped the gradients by now.
+                lambda numbers, step: self._numbers.update({"child/moved": numbers["child/moved"]}),
                 every=trainer.child_tuning.log_every,
             )
 
@@ -31,7 +33,7 @@ class Moments(TrainerCallback):
         """Logs the numbers of a step under the step's own number."""
         if self._numbers:
             numbers, self._numbers = self._numbers, {}
-            self._trainer.log(numbers)
+            self._trainer.log_child(numbers)
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Chooses the child network again, if that was asked for."""
@@ -39,9 +41,12 @@ class Moments(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Takes the child network of the best checkpoint, if its weights were loaded."""
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
         trainer = self._trainer
         if trainer.child_tuning.mode == "D" and trainer.args.load_best_model_at_end:
             trainer.take_best_child()
+
+    def end(self) -> None:
+        """Ends the logging of steps, also of a training that has been interrupted."""
+        if self._steps is not None:
+            self._steps.remove()
+        self._steps, self._numbers = None, {}

@@ -1,8 +1,7 @@
 """The Fisher scores of ChildTuningTrainer: of its training set, with the loss and in the precision of its training."""
 
 import contextlib
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ..child.maskable import maskable_parameters
 from ..fisher import estimate_fisher
 from ..fisher.restore import leaving_random_states
 from .config import ChildTuningConfig
+from .records import in_copies
 
 
 def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> di
     processes. Those of sharded parameters are DTensors of squares of gradients that are means over all processes.
     """
     model: Any = trainer.model  # which Trainer's annotations allow to be None
-    with leaving_random_states(trainer, without=model), _own_records(trainer):
+    with leaving_random_states(trainer, without=model), in_copies(trainer):
         set_seed(trainer.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
         batches: Any = trainer.get_train_dataloader()
         if hasattr(batches, "set_epoch"):
@@ -47,29 +47,6 @@ def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> di
         return scores
     own = {name: tensor for name, tensor in scores.items() if not is_sharded(tensor)}
     return {**scores, **trainer.accelerator.reduce(own, reduction="mean")}
-
-
-@contextlib.contextmanager
-def _own_records(trainer: Trainer) -> Iterator[None]:
-    """Lets a trainer count in copies while the context lasts; what it counts in training then begins as if without it.
-
-    Subclasses add up tokens, accuracies or parts of the loss in `compute_loss`, to log their means later, as SFTTrainer
-    does. Copied are the attributes that are numbers, tensors of no dimensions, or containers of them.
-    """
-    kept = {name: value for name, value in vars(trainer).items() if _is_record(value)}
-    try:
-        vars(trainer).update(copy.deepcopy(kept))
-        yield
-    finally:
-        vars(trainer).update(kept)
-
-
-def _is_record(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, (str, int)) and _is_record(entry) for key, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_record, value))
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Options of Child-Tuning among the hyperparameters that Trainer.hyperparameter_search tries."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
@@ -111,7 +111,7 @@ class Searched(_Trainer):
             self.hp_space = space
         self._trial = trial
         config = self._without_trial if of_trial is None else _checked(of_trial(trial))
-        self.child_tuning = replace(config, **ours)
+        self.child_tuning = config.changed(ours)
         self._check_supported()
 
     def _check_supported(self) -> None:

@@ -100,7 +100,9 @@ def test_skorch():
     X = np.random.default_rng(0).integers(0, 10, (24, 4))
     y = X[:, 0] % 3
     net = run("skorch", Module=Words, criterion=nn.CrossEntropyLoss, X=X, y=y)["net"]
-    everything = [(torch.from_numpy(X), torch.from_numpy(y))]  # a batch of skorch's has 128 examples
+    train, _ = net.get_split_datasets(X, y)  # the others are for validation
+    assert len(train) < len(X)
+    everything = [next(iter(torch.utils.data.DataLoader(train, batch_size=128)))]
     scores = estimate_fisher(
         Words(), everything, loss_fn=lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]), progress=False
     )

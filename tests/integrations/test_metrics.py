@@ -5,10 +5,12 @@ import torch
 from models import Tiny
 from torch.nn.utils import get_total_norm
 from trainer_runs import REFRESHED, D, F, make_trainer
+from transformers import TrainerCallback
 
 from childtune_fast import ChildAdamW, ChildNetwork
 from childtune_fast.integrations.config import ChildTuningConfig
 from childtune_fast.integrations.metrics import StepLog, metrics_of_choice
+from childtune_fast.integrations.transformers import ChildTuningTrainer
 
 
 def with_gradients(model, scale=1.0):
@@ -96,6 +98,15 @@ def test_a_closure_makes_the_gradients():
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_gradients_of_16_bits_is_not_rounded_to_them(dtype):
+    model = with_gradients(Tiny().to(dtype), 3e3)  # whose norm float16 cannot hold
+    norm = torch.cat([param.grad.double().flatten() for param in model.parameters()]).norm().item()
+    ((_, numbers),) = logged(ChildAdamW(model.parameters(), max_grad_norm=0.5), 1)
+    assert numbers["child/grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert numbers["child/clip_factor"] == pytest.approx(0.5 / norm, rel=1e-6)
+
+
 def test_every_so_many_steps_until_it_is_removed():
     optimizer = ChildAdamW(with_gradients(Tiny()).parameters())
     assert [step for step, _ in logged(optimizer, 7, every=3)] == [1, 4, 7]
@@ -152,8 +163,47 @@ def test_trainer_logs_steps(tmp_path, config):
     trainer.train()
     assert [step for step, _ in rows_of(trainer, "child/moved")] == [1, 3, 5]
     assert all(0 < share <= 1 for _, share in rows_of(trainer, "child/moved"))
-    assert len(rows_of(trainer, "child/grad_norm")) == 3
+    assert rows_of(trainer, "child/grad_norm") == []  # Trainer logs grad_norm itself
     assert len(rows_of(trainer, "child/density")) == (config.mode == "D")
+
+
+class Means(ChildTuningTrainer):
+    """Begins new means at each log of its own, as SFTTrainer does."""
+
+    logs = 0
+
+    def log(self, *args, **kwargs):
+        self.logs += 1
+        super().log(*args, **kwargs)
+
+
+def test_a_trainers_own_log_is_not_called_more_often(tmp_path):
+    options = {"logging_strategy": "steps", "logging_steps": 2}
+    plain = make_trainer(tmp_path, D, trainer=Means, arguments_=options)
+    plain.train()
+    logging = make_trainer(tmp_path, ChildTuningConfig(mode="D", log_every=1), trainer=Means, arguments_=options)
+    logging.train()
+    assert plain.logs == logging.logs == 4  # of six steps, and the summary
+    assert len(rows_of(logging, "child/moved")) == 6
+
+
+class Interrupted(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_ends_its_log(tmp_path):
+    trainer = make_trainer(tmp_path, ChildTuningConfig(mode="F", log_every=4))
+    trainer.add_callback(Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupted)
+    optimizer = trainer.child_optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    trainer.train()
+    assert [step for step, _ in rows_of(trainer, "child/moved")] == [1, 5]
 
 
 def test_tensorboard_reads_it_back(tmp_path):

@@ -1,6 +1,7 @@
 """ChildTuningTrainer: Trainer in everything but the optimizer, and the child network that its loss chooses."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -46,6 +47,25 @@ class Noisy(torch.utils.data.Dataset):
         draws = np.random.rand(), random.random(), torch.rand(()).item()  # noqa: NPY002
         self.seen.append((i, draws))
         return self.data[i]
+
+
+@pytest.mark.parametrize("then", [ChildTuningConfig(mode="D", reserve_p=0.6), F], ids=["D", "F"])
+def test_the_next_training_has_the_options_that_were_set_in_between(tmp_path, then):
+    trainer = make_trainer(tmp_path, D)
+    trainer.train()
+    trainer.child_tuning = then
+    trainer.train()
+    if then.mode == "F":
+        assert trainer.child_network is None
+        assert optimizer_of(trainer).param_groups[0]["reserve_p"] == then.reserve_p
+        trainer.save_model(tmp_path / "saved")
+        assert not (tmp_path / "saved" / "child.safetensors").exists()
+    else:
+        assert trainer.child_network.summary().total.density == pytest.approx(0.6, abs=1e-3)
+    optimizer = trainer.optimizer
+    trainer.child_tuning = dataclasses.replace(then, log_every=2)
+    trainer.train()
+    assert trainer.optimizer is optimizer  # which goes on
 
 
 def recorded(trainer):

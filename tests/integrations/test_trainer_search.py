@@ -82,6 +82,16 @@ def test_a_trial_may_choose_the_mode(tmp_path):
         assert bool(list(tmp_path.glob(f"run-{number}/*/child.safetensors"))) == (config.mode == "D")
 
 
+@pytest.mark.parametrize("base", [ChildTuningConfig(mode="F", seed=3), ChildTuningConfig(mode="D", fisher_batches=2)])
+def test_options_of_the_other_mode_do_not_hinder_a_trial(tmp_path, base):
+    trainer, notes = searching(tmp_path, base, new_model)
+    search(trainer, mode=["F", "D"])
+    assert base in notes.configs
+    assert {config.mode for config in notes.configs} == {"F", "D"}
+    with pytest.raises(ValueError, match="fisher_batches must be left out with mode='F'"):
+        base.changed({"mode": "F", "fisher_batches": 1})
+
+
 def test_the_others_are_trainers(tmp_path):
     trainer, notes = searching(tmp_path, ChildTuningConfig(mode="F", seed=5), new_model)
     search(trainer, seed=[11, 12])  # of TrainingArguments
