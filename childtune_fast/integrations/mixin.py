@@ -66,6 +66,8 @@ class ChildTuning(Searched):
         TypeError: `child_tuning` is no ChildTuningConfig, or does not return one.
     """
 
+    model: Any  # which Trainer's annotations allow to be None
+
     def __init__(
         self, *args: Any, child_tuning: ChildTuningConfig | Callable[[Any], ChildTuningConfig], **kwargs: Any
     ) -> None:
@@ -141,7 +143,7 @@ class ChildTuning(Searched):
         """
         if self.optimizer is None:
             try:
-                optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._model)
+                optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             except ImportError:  # of another optimizer's package
                 optimizer_cls, options = None, {}
             if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
@@ -195,10 +197,6 @@ class ChildTuning(Searched):
             path.unlink(missing_ok=True)  # that of an earlier run in this folder
         super().save_model(output_dir, *args, **kwargs)
 
-    @property
-    def _model(self) -> Any:
-        return self.model  # which Trainer's annotations allow to be None
-
     # ---- The child network -----------------------------------------------------------------------------------------
 
     def _child_options(self) -> dict[str, Any]:
@@ -234,7 +232,7 @@ class ChildTuning(Searched):
                 "for one that is chosen now would be another; resume with the mode that saved it, or begin a new run "
                 "from the checkpoint's model"
             )
-        return ChildNetwork.load(path, self._model)
+        return ChildNetwork.load(path, self.model)
 
     def _chosen_child(self, epoch: int) -> ChildNetwork:
         """Returns a child network chosen by scores of the present weights."""
@@ -246,7 +244,7 @@ class ChildTuning(Searched):
             )
         scores = fisher_scores(self, config, epoch)
         child = ChildNetwork.from_scores(
-            self._model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
+            self.model, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
         )
         logger.info(f"Child network of epoch {epoch}: {child!r}")
         return child
@@ -279,7 +277,7 @@ class ChildTuning(Searched):
         path = os.path.join(best or "", CHILD_FILE)
         found = torch.tensor([best is not None and os.path.isfile(path)], device=self.accelerator.device)
         if self.accelerator.gather(found).all():
-            child = ChildNetwork.load(path, self._model)
+            child = ChildNetwork.load(path, self.model)
             if present is None or child.fingerprint != present.fingerprint:  # else the optimizer keeps its state
                 self._replace_child(child)
         elif best is not None:
@@ -287,7 +285,9 @@ class ChildTuning(Searched):
 
     def log_child(self, numbers: dict[str, float]) -> None:
         """Logs through Trainer's loggers, past a subclass: SFTTrainer's `log` begins new means at each call."""
+        due = self.control.should_log  # which Trainer takes for done with any log
         Trainer.log(self, numbers)
+        self.control.should_log = due
 
     def _replace_child(self, child: ChildNetwork) -> None:
         self.child_network = child
