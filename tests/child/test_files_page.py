@@ -1,21 +1,14 @@
 """docs/files.md: others read our files as it says, and its recipe for merging runs."""
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
 from models import Tiny, child_of
+from pages import codes
 from safetensors import safe_open
 
 from childtune_fast import ChildNetwork
-
-PAGE = Path(__file__).parents[2] / "docs" / "files.md"
-
-
-def codes():
-    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def test_a_child_network_is_read_with_numpy(tmp_path, monkeypatch):
@@ -23,7 +16,7 @@ def test_a_child_network_is_read_with_numpy(tmp_path, monkeypatch):
     child = child_of(Tiny())
     child.save("child.safetensors")
     names = {}
-    exec(codes()[0], names)
+    exec(codes("files.md")[0], names)
     expected = child.masks()
     assert names["masks"].keys() == expected.keys()
     for name, mask in names["masks"].items():
@@ -62,7 +55,7 @@ def test_two_deltas_are_merged(tmp_path, monkeypatch):
                 model.get_parameter(name).add_(mask.float())
         child.save_delta(path, model, base)
     names = {"base": base, "copy": copy}
-    exec(codes()[1], names)
+    exec(codes("files.md")[1], names)
     a, b = (ChildNetwork.random(base, reserve_p=0.3, seed=seed).masks() for seed in (0, 1))
     for name, before in base.named_parameters():
         by = (a[name].float() + b[name].float()) / 2 if name in a else torch.zeros_like(before)

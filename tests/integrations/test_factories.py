@@ -1,20 +1,12 @@
 """docs/recipes/factories.md: each recipe gives the optimizer that one would make by hand."""
 
-import re
-from pathlib import Path
-
 import pytest
 from models import Tiny
+from pages import run
 
 from childtune_fast import ChildAdamW
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "factories.md"
-
-
-def run(heading, **names):
-    section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
-    exec(re.search(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[1], names)
-    return names["optimizer"]
+PAGE = "recipes/factories.md"
 
 
 def check(optimizer, model):
@@ -29,11 +21,11 @@ def check(optimizer, model):
 def test_timm():
     pytest.importorskip("timm.optim")
     model = Tiny()
-    check(run("timm", model=model), model)
+    check(run(PAGE, "timm", model=model)["optimizer"], model)
 
 
 @pytest.mark.filterwarnings("ignore")  # of what it imports
 def test_pytorch_optimizer():
     pytest.importorskip("pytorch_optimizer")
     model = Tiny()
-    check(run("pytorch_optimizer", model=model), model)
+    check(run(PAGE, "pytorch_optimizer", model=model)["optimizer"], model)

@@ -1,11 +1,9 @@
 """ChildTuningCallback and docs/recipes/lightning.md: Child-Tuning_D in Lightning's Trainer."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from models import family
+from pages import codes
 from ranks import launch
 from trainer_runs import make_data, weights
 
@@ -19,7 +17,6 @@ from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
 from childtune_fast import ChildAdamW, ChildNetwork, estimate_fisher  # noqa: E402
 from childtune_fast.integrations.lightning import ChildTuningCallback  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "lightning.md"
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Lightning and its dependencies warn of is theirs
 
 
@@ -334,8 +331,7 @@ def test_the_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lightning, "Trainer", trainer)
     names = {"model": family("BERT", num_labels=3)[0], "batches": loader()}
-    page = PAGE.read_text(encoding="utf-8")
-    first, resumed = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    first, resumed = codes("recipes/lightning.md")
     exec(first, names)
     made[0].save_checkpoint("last.ckpt")
     exec(resumed, names)

@@ -1,26 +1,19 @@
 """docs/recipes/loops.md: each recipe runs, and moves the child network alone."""
 
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import Tiny
+from pages import run
 from ranks import launch
 from torch import nn
 from trainer_runs import make_data, make_model, weights
 
 from childtune_fast import ChildNetwork, estimate_fisher
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "loops.md"
-
-
-def run(heading, **names):
-    section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
-    exec(re.search(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[1], names)
-    return names
+PAGE = "recipes/loops.md"
 
 
 def batches(size=4):
@@ -42,7 +35,9 @@ def check_moved(model, before, child):
 def test_a_plain_loop():
     model, lines = make_model(), []
     before, child = weights(model), expected_child(make_model())
-    names = run("A plain loop", model=model, batches=batches(), log=lambda numbers, step: lines.append((step, numbers)))
+    names = run(
+        PAGE, "A plain loop", model=model, batches=batches(), log=lambda numbers, step: lines.append((step, numbers))
+    )
     assert names["child"].fingerprint == child.fingerprint
     check_moved(model, before, child)
     assert [step for step, _ in lines] == [0, 1]
@@ -52,7 +47,7 @@ def test_a_plain_loop():
 def train_by_accelerate(size):
     model = make_model()
     before = weights(model)
-    names = run("accelerate", model=model, batches=batches(size))
+    names = run(PAGE, "accelerate", model=model, batches=batches(size))
     return names["accelerator"], names["inner"], before, fingerprint_in(names["optimizer"].optimizer)
 
 
@@ -99,7 +94,7 @@ def test_skorch():
     pytest.importorskip("skorch")
     X = np.random.default_rng(0).integers(0, 10, (24, 4))
     y = X[:, 0] % 3
-    net = run("skorch", Module=Words, criterion=nn.CrossEntropyLoss, X=X, y=y)["net"]
+    net = run(PAGE, "skorch", Module=Words, criterion=nn.CrossEntropyLoss, X=X, y=y)["net"]
     train, _ = net.get_split_datasets(X, y)  # the others are for validation
     assert len(train) < len(X)
     everything = [next(iter(torch.utils.data.DataLoader(train, batch_size=128)))]

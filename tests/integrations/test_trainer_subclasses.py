@@ -1,25 +1,19 @@
 """docs/recipes/trainers.md: each recipe runs, and trains the child network of that trainer's own loss."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from models import family
+from pages import run
 from trainer_runs import EXAMPLES, arguments, make_data, weights
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 
 from childtune_fast import ChildNetwork
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "trainers.md"
 ONE_BATCH = {"per_device_train_batch_size": EXAMPLES, "num_train_epochs": 4}
 
 
 def recipe(heading, **names):
-    """Runs the code under a heading of the page with these names, and returns the trainer."""
-    section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
-    exec(re.search(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[1], names)
-    return names["trainer"]
+    return run("recipes/trainers.md", heading, **names)["trainer"]
 
 
 def seeded(make, **options):
