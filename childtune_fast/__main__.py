@@ -1,12 +1,13 @@
 """`childtune`, or `python -m childtune_fast`, prints the facts for a bug report and checks native against pure torch.
 
-With "prove" it proves the kernels of GPUs, with "spectra" it analyses models.
+With "prove" it proves the kernels of GPUs, with "spectra" it analyses models, with "inspect" it reads our files.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
@@ -24,16 +25,18 @@ from .ops import proof, prover, trust
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
 COMMAND = "`python -m childtune_fast prove`"
+_OTHERS = {"inspect": ".child.command", "spectra": ".spectra.command"}  # modules with a `main` of their own
 _EXAMPLES = """examples:
   childtune                        what serves the CPU and each GPU, and why; a self-check
   childtune info --json            the same for a program
   childtune prove                  compares every kernel of every GPU with the reference, bit for bit
+  childtune inspect child.safetensors
   childtune spectra my-model/ --base bert-base-uncased
 """
 
 
 def main(*arguments: str) -> int:
-    """Prints the report; with "prove" it proves the kernels of all GPUs, with "spectra" it prints models' spectra.
+    """Prints the report; "prove" proves the kernels of all GPUs, "spectra" and "inspect" print models and files.
 
     Args:
         arguments: those of the command line.
@@ -41,10 +44,8 @@ def main(*arguments: str) -> int:
     Returns:
         0; 1 if a self-check or a proof fails; 2 if an argument or an environment variable is invalid.
     """
-    if arguments[:1] == ("spectra",):
-        from .spectra import command
-
-        return command.main(arguments[1:])
+    if arguments and arguments[0] in _OTHERS:
+        return importlib.import_module(_OTHERS[arguments[0]], __package__).main(arguments[1:])
     try:
         options = _parser().parse_args(arguments)
     except SystemExit as ended:  # --help, or an argument that it does not know, of which it has told
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("info", help="facts for a bug report, and a self-check; what no COMMAND does too")
     report.add_argument("--json", action="store_true", help="prints a JSON list of pairs (label, value)")
     commands.add_parser("prove", help="proves the kernels of every GPU anew")
+    commands.add_parser("inspect", help="what a child network's file, or a delta, holds; see inspect --help")
     commands.add_parser("spectra", help="was a model trained on enough, layer by layer? see spectra --help")
     return parser
 
@@ -81,7 +83,7 @@ def info(*, as_json: bool) -> int:
     """Prints what serves each device, and a self-check; returns 1 if that fails.
 
     Args:
-        as_json: prints a JSON list of pairs (label, value) instead of lines.
+        as_json: prints a JSON list of pairs (label, value).
 
     Raises:
         ValueError: an environment variable is invalid.
@@ -120,14 +122,9 @@ def self_check(native: load.Native, device: str = "cpu") -> tuple[str, bool]:
         int((a.view(torch.int32) != b.view(torch.int32)).sum()) for a, b in zip(ours, expected, strict=True)
     )
     if differing:
-        return (
-            f"MISMATCH: {differing} of {sum(SIZES)} weights differ between native and torch; please report this",
-            False,
-        )
-    return (
-        f"OK: after {STEPS} steps of F and {STEPS} of D on {sum(SIZES)} weights, native and torch agree in every bit",
-        True,
-    )
+        return f"MISMATCH: {differing} of {sum(SIZES)} weights differ between native and torch; report this", False
+    steps = f"{STEPS} steps of F and {STEPS} of D on {sum(SIZES)} weights"
+    return f"OK: after {steps}, native and torch agree in every bit", True
 
 
 def _steps(name: load.Backend, device: str) -> list[torch.Tensor]:

@@ -22,7 +22,6 @@ from .delta_entries import Entry
 from .files import check_shapes
 from .names import renamed
 
-_KIND = "delta"
 _NAMED = 5  # tensors that an error names
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
@@ -71,7 +70,7 @@ def save(
             contents |= {f"full.{part}/{name}" if part else f"full/{name}": t for part, t in parts(tensor).items()}
     description: dict[str, Any] = {"shapes": {n: tuple(t.shape) for n, t in tuned.items()}, "base": digests}
     kinds = {name: kind for name, tensor in tuned.items() if (kind := kind_of(tensor))}
-    files.write(path, _KIND, contents, {**description, "kinds": kinds} if kinds else description)
+    files.write(path, files.DELTA, contents, {**description, "kinds": kinds} if kinds else description)
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
             f"apply_delta: the base model must have whole tensors (got a DTensor for '{sharded}'); apply the delta "
             "before the model is sharded"
         )
-    contents, description = files.read(path, _KIND)
+    contents, description = files.read(path, files.DELTA)
     shapes = files.shapes_in(path, description)
     entries = renamed(delta_entries.entries(path, shapes, contents, description), tensors)
     check_shapes(path, renamed(shapes, tensors), tensors)

@@ -24,7 +24,7 @@ from ..whole_file import written
 from .names import renamed
 
 _RESERVED = "__metadata__"  # what a safetensors file calls its metadata, and so cannot call a tensor
-_CHILD = "child network"  # the kind of file
+CHILD, DELTA = "child network", "delta"  # the kinds of file
 
 
 def digest(tensor: Tensor) -> str:
@@ -145,6 +145,29 @@ def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return contents, description
 
 
+def kind_in(path: FilePath) -> str:
+    """Returns the kind of file that one says it is, `CHILD` or `DELTA`.
+
+    Raises:
+        ValueError: it is neither.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb"):  # raises the usual OSError
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("childtune_fast")
+    except SafetensorError:
+        found = None
+    if found not in (CHILD, DELTA):
+        raise ValueError(
+            f"'{os.fspath(path)}' must be a {CHILD} or {DELTA} file of childtune_fast (got another, or a damaged one)"
+        )
+    return found
+
+
 def _name_of(file: BinaryIO, path: FilePath) -> FilePath:
     """Returns a name by which an open file can be opened again, although another may have taken its place at `path`."""
     name = f"/proc/self/fd/{file.fileno()}"
@@ -200,7 +223,7 @@ def save_masks(path: FilePath, packed: Mapping[str, PackedMask]) -> None:
     """
     bits = {name: mask.bits for name, mask in packed.items()}
     shapes = {name: mask.shape for name, mask in packed.items()}
-    write(path, _CHILD, bits, {"shapes": shapes, "fingerprint": fingerprint(packed.values())})
+    write(path, CHILD, bits, {"shapes": shapes, "fingerprint": fingerprint(packed.values())})
 
 
 def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, PackedMask]:
@@ -210,7 +233,7 @@ def load_masks(path: FilePath, params: Mapping[str, Tensor]) -> dict[str, Packed
         ValueError: the file is damaged, of another kind, or for other parameters.
         OSError: the file cannot be read.
     """
-    bits, description = read(path, _CHILD)
+    bits, description = read(path, CHILD)
     shapes = shapes_in(path, description)
     if alone := sorted(bits.keys() ^ shapes.keys()):
         refuse(path, "a shape and a mask for each parameter", f"one of the two for {alone[0]!r}")
