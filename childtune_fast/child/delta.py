@@ -93,7 +93,7 @@ def apply(path: FilePath, base_model: nn.Module) -> dict[str, PackedMask]:
     for name, tensor in tensors.items():
         if entries[name].mask is not None and name not in params:
             files.refuse(path, "masks of parameters only", f"one of the buffer {name!r}")
-        _check_base(path, name, tensor, entries[name])
+        check_base(path, name, tensor, entries[name])
     with undisturbed():  # all is checked
         for name, tensor in tensors.items():
             _write(tensor, entries[name])
@@ -135,7 +135,7 @@ def _check_memory(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor],
     """Raises ValueError if the base has a trainable tensor in the model's memory, where training changed it too."""
     for name, tensor in tuned.items():
         trained = tensor.requires_grad and (name not in packed or packed[name].count > 0)
-        if trained and name in base and _same_memory(tensor, base[name]):
+        if trained and name in base and same_memory(tensor, base[name]):
             raise ValueError(
                 f"save_delta: the base must have memory of its own for what was trained (got '{name}' in the model's, "
                 "where training has changed it too, as in a state dict that was not copied); pass a copy that was made "
@@ -143,7 +143,8 @@ def _check_memory(packed: Mapping[str, PackedMask], tuned: Mapping[str, Tensor],
             )
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two dense tensors begin at the same place in memory."""
     if kind_of(a) or kind_of(b) or not a.numel():
         return False
     return (a.device, a.data_ptr()) == (b.device, b.data_ptr())
@@ -232,7 +233,7 @@ def _integers(tensor: Tensor) -> Tensor:
     return tensor if integers is None else tensor.resolve_conj().resolve_neg().view(integers)
 
 
-def _check_base(path: FilePath, name: str, tensor: Tensor, entry: Entry) -> None:
+def check_base(path: FilePath, name: str, tensor: Tensor, entry: Entry) -> None:
     """Raises ValueError unless a tensor is of the kind and dtype in the file, and has what the file leaves out."""
     stored = entry.full if entry.values is None else entry.values
     for of_file, of_model, what in (

@@ -15,13 +15,14 @@ _LAYER = re.compile(r"(?P<layer>(?:.*?\.)?\d+)\.(?P<kind>.+)\.[^.]+")  # the fir
 
 
 class Row(NamedTuple):
-    """One line of a `Summary`: one masked parameter, or all masked parameters of one kind of module.
+    """One line of a `Summary`: one masked parameter, or all of one kind of module, of one layer, or in all.
 
     Attributes:
-        name: name of the parameter, or of the kind of module.
+        name: name of the parameter, of the kind of module or of the layer, or "all".
         layer: block that the parameter is in, such as "bert.encoder.layer.3"; "" for a parameter outside of blocks and
-            for a kind of module.
-        kind: name within its block of the module that the parameter is in, such as "attention.self.query".
+            for several parameters.
+        kind: name within its block of the module that the parameter is in, such as "attention.self.query"; for several
+            parameters the same as `name`.
         count: number of weights that are in the child network.
         numel: number of all weights.
     """

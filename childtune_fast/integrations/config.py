@@ -114,9 +114,13 @@ class ChildTuningConfig:
             ValueError: an option is out of its range, or the mode does not use it.
             TypeError: an option has a wrong type, or is unknown.
         """
-        foreign = _ONLY_D if options.get("mode", self.mode) == "F" else _ONLY_F
+        if options.get("mode", self.mode) == self.mode:
+            return replace(self, **options)
+        foreign = {*(_ONLY_D if options["mode"] == "F" else _ONLY_F)}
+        if self.decay == "child":  # which F does not know
+            foreign.add("decay")
         defaults = {field.name: field.default for field in fields(self) if field.name in foreign}
-        return replace(self, **({**defaults, **options} if options.get("mode", self.mode) != self.mode else options))
+        return replace(self, **{**defaults, **options})
 
     def _check_choice(self, name: str, *choices: str | None) -> None:
         value = getattr(self, name)

@@ -282,17 +282,14 @@ def _apart(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     def drop(*args: Any, **kwargs: Any) -> None:
         pass
 
-    own = [name for name in vars(module) if name.startswith("_")]  # of torch and of Lightning
-    names, loggers = ("log", "log_dict"), trainer.loggers
-    with in_copies(module, without=own):
-        vars(module).update(dict.fromkeys(names, drop))
+    loggers = trainer.loggers
+    with in_copies(module, without=vars(LightningModule())):
+        vars(module).update(log=drop, log_dict=drop)
         trainer.loggers = [DummyLogger() for _ in loggers]
         try:
             yield
         finally:
             trainer.loggers = loggers
-            for name in names:
-                del vars(module)[name]
             for part in module.modules():
                 if isinstance(part, Metric):
                     part.reset()

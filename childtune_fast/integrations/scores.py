@@ -14,6 +14,8 @@ from ..fisher.restore import leaving_random_states
 from .config import ChildTuningConfig
 from .records import in_copies
 
+_DATA = ("train_dataset", "eval_dataset")  # attributes of a trainer that may be long lists
+
 
 def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> dict[str, Tensor]:
     """Returns {parameter name: Fisher scores} of the maskable weights of a trainer's model, of all processes' data.
@@ -22,7 +24,7 @@ def fisher_scores(trainer: Trainer, config: ChildTuningConfig, epoch: int) -> di
     processes. Those of sharded parameters are DTensors of squares of gradients that are means over all processes.
     """
     model: Any = trainer.model  # which Trainer's annotations allow to be None
-    with leaving_random_states(trainer, without=model), in_copies(trainer):
+    with leaving_random_states(trainer, without=model), in_copies(trainer, _DATA):
         set_seed(trainer.args.seed + epoch)  # a resumed run has another random state here than an uninterrupted one
         batches: Any = trainer.get_train_dataloader()
         if hasattr(batches, "set_epoch"):

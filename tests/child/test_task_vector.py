@@ -133,6 +133,90 @@ def test_a_new_head_is_left_out():
     assert (2 * vector + vector).left_out == vector.left_out
 
 
+def test_deltas_of_models_with_other_heads(tmp_path):
+    base = Tiny()
+    model, child = trained(base, 1)
+    model.classifier = nn.Linear(16, 5)
+    child.save_delta(tmp_path / "d.safetensors", model, base)
+    for without, head in ((None, nn.Linear(16, 3)), (None, nn.Identity()), ("classifier", nn.Linear(16, 5))):
+        other = copy.deepcopy(base)
+        other.classifier = head
+        vector = TaskVector.from_delta(tmp_path / "d.safetensors", other, without=without)
+        assert sorted(vector.left_out) == ["classifier.bias", "classifier.weight"]
+        assert not any(name.startswith("classifier") for name in vector.changes)
+        vector.apply(other)
+        for name, param in other.named_parameters():
+            if not name.startswith("classifier"):
+                assert torch.allclose(param, model.get_parameter(name), rtol=0, atol=1e-6), name
+    other.blocks[0].attention.weight.data[child.masks()["blocks.0.attention.weight"].logical_not()] += 1
+    with pytest.raises(ValueError, match=r"is for another base: 'blocks.0.attention.weight'"):
+        TaskVector.from_delta(tmp_path / "d.safetensors", other)
+
+
+def test_a_base_in_the_models_memory():
+    model = Tiny()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"must have memory of its own for what was trained \(got 'embedding.weight'"):
+        TaskVector.between(model, before)
+    with pytest.raises(ValueError, match="must have memory of its own"):
+        TaskVector.between(model, model)
+
+
+def test_values_that_are_not_finite():
+    base = Tiny()
+    with torch.no_grad():
+        base.classifier.bias.copy_(torch.tensor([float("inf"), float("nan"), 1.0]))
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.classifier.bias[2] = 3
+    vector = TaskVector.between(model, base)
+    assert vector.count == 1
+    assert vector.norm() == 2
+    with torch.no_grad():
+        model.classifier.bias[0] = 0
+    with pytest.raises(ValueError, match=r"differences must be finite in float32 \(got others in 'classifier.bias'\)"):
+        TaskVector.between(model, base)
+    assert TaskVector.between(model, base, without="classifier").left_out == ("classifier.weight", "classifier.bias")
+
+
+class Tied(nn.Module):
+    def __init__(self, tie):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.head.load_state_dict(self.body.state_dict())
+        if tie:
+            self.head.weight = self.body.weight
+
+
+def test_tied_weights():
+    base, model = Tied(tie=True), Tied(tie=False)
+    with torch.no_grad():
+        model.body.weight.copy_(base.body.weight + 1)
+        model.head.weight.copy_(base.body.weight + 2)
+    vector = TaskVector.between(model, base)
+    assert (list(vector.changes), vector.left_out) == (["body.weight", "head.weight"], ())
+    with pytest.raises(ValueError, match=r"each parameter must have one change \(got 'body.weight' and 'head.weight'"):
+        vector.apply(base)
+    TaskVector.between(model, base, without="head").apply(base)
+    assert torch.allclose(base.head.weight, model.body.weight)
+
+
+def test_models_that_have_no_values():
+    base = Tiny()
+    vector = TaskVector.between(trained(base, 1)[0], base)
+    with pytest.raises(ValueError, match=r"must have a whole 'embedding.weight' .*, with values \(got meta"):
+        vector.apply(copy.deepcopy(base).to("meta"))
+    with pytest.raises(ValueError, match=r"must be whole dense tensors with values \(got 'embedding.weight', meta"):
+        TaskVector.between(copy.deepcopy(base).to("meta"), base)
+
+
+def test_a_vector_of_nothing():
+    base = Tiny()
+    vector = TaskVector.between(trained(base, 1)[0], base)
+    assert (0 * vector).count == (1e-60 * vector).count == 0
+    assert sum([]) == 0
+
+
 def test_wrappers_and_state_dicts():
     base = Tiny()
     model, _ = trained(base, 1)
@@ -153,7 +237,9 @@ def test_errors():
         TaskVector.between(base, 3)
     before = copy.deepcopy(base.state_dict())
     base.blocks[1].mlp[2] = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"must have a whole 'blocks.1.mlp.2.weight' of shape \(16, 32\) \(got shape"):
+    with pytest.raises(
+        ValueError, match=r"must have a whole 'blocks.1.mlp.2.weight' of shape \(16, 32\), .*\(got shape"
+    ):
         vector.apply(base)
     assert torch.equal(base.embedding.weight, before["embedding.weight"])
     with pytest.raises(ValueError, match=r"both must be of one base \(got '.*' of shapes \(10, 16\) and \(10, 8\)"):

@@ -88,6 +88,8 @@ def test_options_of_the_other_mode_do_not_hinder_a_trial(tmp_path, base):
     search(trainer, mode=["F", "D"])
     assert base in notes.configs
     assert {config.mode for config in notes.configs} == {"F", "D"}
+    assert ChildTuningConfig(mode="D", decay="child").changed({"mode": "F"}).decay == "auto"
+    assert ChildTuningConfig(mode="D", decay="all").changed({"mode": "F"}).decay == "all"
     with pytest.raises(ValueError, match="fisher_batches must be left out with mode='F'"):
         base.changed({"mode": "F", "fisher_batches": 1})
 
