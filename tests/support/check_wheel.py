@@ -1,4 +1,4 @@
-"""Fails unless the package that is installed has a native backend that was built ahead, and that passes the self-check."""
+"""Fails unless the installed package has a native backend that was built ahead, and that passes the self-check."""
 
 import sys
 
