@@ -5,74 +5,18 @@ import torch
 from models import family
 from pages import codes
 from ranks import launch
-from trainer_runs import make_data, weights
+from trainer_runs import weights
 
 lightning = pytest.importorskip("lightning")
 pandas = pytest.importorskip("pandas")
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
-from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
+from lightning_runs import Classifier, fitted, loader  # noqa: E402
 
-from childtune_fast import ChildAdamW, ChildNetwork, estimate_fisher  # noqa: E402
+from childtune_fast import ChildNetwork, estimate_fisher  # noqa: E402
 from childtune_fast.integrations.lightning import ChildTuningCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Lightning and its dependencies warn of is theirs
-
-
-class Classifier(lightning.LightningModule):
-    """With dropout in the model, a logged loss and a metric that adds up."""
-
-    def __init__(self, model=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = family("BERT", num_labels=3)[0] if model is None else model
-        self.accuracy = MulticlassAccuracy(3)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        output = self.model(**batch)
-        self.accuracy.update(output.logits, batch["labels"])
-        self.log("loss", output.loss)
-        self.log_dict({"accuracy": self.accuracy, "twice": 2 * output.loss})
-        return {"loss": output.loss}
-
-    def on_train_batch_start(self, batch, batch_idx):
-        numbers = batch["input_ids"], torch.get_rng_state(), self.accuracy.tp
-        self.seen.append([tensor.sum().item() for tensor in numbers])
-
-    def configure_optimizers(self):
-        return ChildAdamW(self.parameters(), lr=1e-2, max_grad_norm=1.0)
-
-
-def loader(batch=4, shuffle=True):
-    data = [{key: torch.tensor(values) for key, values in row.items()} for row in make_data()]
-    generator = torch.Generator().manual_seed(3)
-    return torch.utils.data.DataLoader(data, batch_size=batch, shuffle=shuffle, generator=generator)
-
-
-def trainer_of(folder, epochs=2, callbacks=(), **options):
-    return lightning.Trainer(
-        **{
-            "max_epochs": epochs,
-            "accelerator": "cpu",
-            "default_root_dir": folder,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": list(callbacks),
-            **options,
-        }
-    )
-
-
-def fitted(folder, callback, module=None, batches=None, ckpt_path=None, **options):
-    module = Classifier() if module is None else module
-    torch.manual_seed(5)
-    trainer = trainer_of(folder, callbacks=[] if callback is None else [callback], **options)
-    trainer.fit(module, loader() if batches is None else batches, ckpt_path=ckpt_path)
-    return module, trainer
 
 
 def test_the_child_network_is_that_of_the_training_loss(tmp_path):
@@ -182,84 +126,6 @@ def fit_on_two(folder):
 @pytest.mark.slow
 def test_two_processes_take_the_mean_of_their_scores():
     launch(fit_on_two)
-
-
-# ---- One callback in several fits ----------------------------------------------------------------------------------
-
-
-def other(seed=7):
-    torch.manual_seed(seed)
-    return Classifier(family("BERT", num_labels=3)[0])
-
-
-def chosen_alone(folder, **options):
-    callback = ChildTuningCallback()
-    fitted(folder, callback, other(), **options)
-    return callback.child_network.fingerprint
-
-
-def test_a_fit_that_failed_leaves_nothing_to_the_next(tmp_path):
-    callback = ChildTuningCallback(log_every=1)
-    _, trainer = fitted(tmp_path, callback, epochs=1)
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    failing = Classifier()
-    failing.on_train_batch_start = lambda batch, batch_idx: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        fitted(tmp_path, callback, failing, ckpt_path=tmp_path / "one.ckpt")
-    assert not failing.trainer.optimizers[0]._optimizer_step_post_hooks
-    fitted(tmp_path, callback, other())
-    assert callback.child_network.fingerprint == chosen_alone(tmp_path)
-
-
-@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
-def test_finders_which_restore_a_checkpoint_of_their_own(tmp_path, finder):
-    """The second fit with a callback that has been used; a finder changes the rate or the batch size."""
-    callback = ChildTuningCallback()
-    fitted(tmp_path, callback)
-    module = other()
-    module.lr, module.batch_size = 1e-3, 2
-    module.train_dataloader = lambda: loader(module.batch_size)
-    torch.manual_seed(5)
-    options = {"num_training_steps": 3} if finder is LearningRateFinder else {"max_trials": 1, "steps_per_trial": 1}
-    trainer_of(tmp_path, callbacks=[finder(**options), callback]).fit(module)
-    alone = ChildTuningCallback()
-    fitted(tmp_path, alone, other(), loader(module.batch_size))
-    assert callback.child_network.overlap(alone.child_network) > 0.99
-
-
-def test_one_trainer_resumes_in_another_module(tmp_path):
-    callback = ChildTuningCallback()
-    _, trainer = fitted(tmp_path, callback, epochs=1)
-    first = callback.child_network.fingerprint
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(Classifier(), loader(), ckpt_path=tmp_path / "one.ckpt")
-    assert trainer.global_step == 6
-    assert callback.child_network.fingerprint == first
-
-
-def test_what_a_module_collects(tmp_path):
-    class Collecting(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.losses, self.count, self.by_label = [], 0, {"all": []}
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)["loss"]
-            self.losses.append(loss.detach())
-            self.by_label["all"].append(1)
-            self.count += 1
-            self.logger.log_metrics({"of the step": 1.0}, step=self.global_step)
-            return loss
-
-    module, logger = Collecting(), CSVLogger(tmp_path, name="")
-    losses = module.losses
-    fitted(tmp_path, ChildTuningCallback(), module, epochs=1, logger=logger)
-    logger.save()
-    assert losses is module.losses
-    assert len(losses) == len(module.by_label["all"]) == module.count == 3
-    rows = pandas.read_csv(tmp_path / "version_0" / "metrics.csv")
-    assert rows["of the step"].count() == 3
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
