@@ -185,7 +185,7 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml $(CONSTRAINTS) childtune_fast/native/build.py $(NATIVE)
-	$(PIP) --constraint $(CONSTRAINTS) --editable .
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[jit]" pybind11
 	touch $@
 
 # The extras of the package that is installed already: pip adds what they require and leaves the rest alone.

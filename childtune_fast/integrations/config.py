@@ -54,9 +54,8 @@ class ChildTuningConfig:
             is searched in them; None takes the weights of the repeated transformer blocks (default: None).
         refresh_every: mode "D" only: "epoch" chooses the child network again at the start of each later epoch; None
             keeps the first one (default: None).
-        log_every: number of steps from one log of what a step does to the next: the gradients' norm, the clip factor
-            and the share of the weights that it moves; see `integrations.metrics.StepLog`. None logs none of it
-            (default: None).
+        log_every: number of steps from one log of the share of the weights that a step moves to the next; see
+            `integrations.metrics.StepLog`. None logs none (default: None).
 
     Raises:
         ValueError: an option is out of its range, or the mode does not use it.

@@ -176,8 +176,8 @@ class ChildTuningCallback(Callback):
                 pl_module, scores, reserve_p=config.reserve_p, scope=config.scope, maskable=config.maskable
             )
             self._give(trainer, child)
-        assert self.child_network is not None
-        self._log(trainer, metrics_of_choice(self.child_network), trainer.global_step)
+        if self.child_network is not None:
+            self._log(trainer, metrics_of_choice(self.child_network), trainer.global_step)
         if self._config.log_every is not None:
             begun = trainer.global_step
             self._steps = [

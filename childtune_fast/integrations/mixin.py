@@ -122,7 +122,6 @@ class ChildTuning(Searched):
                 ChildTuningConfig was set on the TrainingArguments.
         """
         check_arguments(self.args)
-        self._check_supported()
         if resume_from_checkpoint is True:  # stays True if there is no checkpoint, for which Trainer has an error
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
@@ -139,9 +138,10 @@ class ChildTuning(Searched):
         With FSDP2 the child network is chosen at the beginning of the training instead, when the model is sharded.
 
         Raises:
-            ValueError: `optim` of the TrainingArguments is not one of torch's AdamW.
+            ValueError: `optim` of the TrainingArguments is not one of torch's AdamW, or options cannot be honoured.
         """
         if self.optimizer is None:
+            self._check_supported()  # options and arguments may have changed since the trainer was made
             try:
                 optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             except ImportError:  # of another optimizer's package

@@ -112,8 +112,3 @@ class Searched(_Trainer):
         self._trial = trial
         config = self._without_trial if of_trial is None else _checked(of_trial(trial))
         self.child_tuning = config.changed(ours)
-        self._check_supported()
-
-    def _check_supported(self) -> None:
-        """Raises ValueError if the trainer cannot honour its present options."""
-        raise NotImplementedError
