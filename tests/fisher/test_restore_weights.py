@@ -265,7 +265,7 @@ def test_copies_are_freed_at_once():
     try:
         before = {id(thing) for thing in gc.get_objects()}
         estimate(model, make_batches())
-        left = [thing for thing in gc.get_objects() if isinstance(thing, Weights) and id(thing) not in before]
+        left = [thing for thing in gc.get_objects() if type(thing) is Weights and id(thing) not in before]
     finally:
         gc.enable()
     assert left == []
