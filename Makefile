@@ -6,6 +6,7 @@
 #   make lint    ruff, clang-format, and every header alone; `make format` repairs what the first two can
 #   make types   mypy
 #   make bench   the benchmarks
+#   make docs    the site, in build/site
 #   make package the sdist and the wheel of a release, checked as an index wants them; in build/dist
 #   make fuzz    a million calls with nonsense; `make fuzz-asan` fewer, of a module built with the sanitizers, and
 #                `make fuzz-guided` for ten minutes, or ARGS=-max_total_time=60, by libFuzzer
@@ -28,7 +29,7 @@ CPP := $(NATIVE) $(wildcard tests/cpp/*.* tests/cpp/threads/* tests/standin/*.cp
 OUT := build/tests
 
 .PHONY: demo test test-core test-aarch64 test-threads fuzz fuzz-asan fuzz-guided cuda lint headers types format bench \
-  package clean
+  docs package clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -101,6 +102,11 @@ $(OUT)/test_threads: $(THREADS)
 $(THREADS): $(OUT)/threads/%.o: %.cpp $(NATIVE) $(wildcard tests/cpp/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -Wall -Wextra -ffp-contract=off -fsanitize=thread -g1 -O1 -Icsrc -Itests/cpp -c $< -o $@
+
+# The site, of the pages, the docstrings and the notebook; a link that leads nowhere fails it. CHILDTUNE_REPOSITORY is
+# the address of the repository, to which links to its files lead; without it they lead to copies.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going -c docs/site -d build/site-pages . build/site
 
 # The sdist, the wheel that is built from it, and that wheel with the name of the oldest Linux that it runs on. Without
 # kernels for GPUs, which are compiled on first use: with them it has ten times the size.
@@ -189,7 +195,7 @@ $(VENV)/.native: $(VENV)/.torch setup.py pyproject.toml $(CONSTRAINTS) childtune
 	touch $@
 
 # The extras of the package that is installed already: pip adds what they require and leaves the rest alone.
-$(VENV)/.examples $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.native
+$(VENV)/.docs $(VENV)/.examples $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.native
 	$(PIP) --constraint $(CONSTRAINTS) "childtune-fast[$*]"
 	touch $@
 

@@ -50,7 +50,7 @@ class ChildTuning(Searched):
     neither has raises, unless `model_init` or `child_tuning` is a function of the trial, which may read it.
 
     Args:
-        *args, **kwargs: arguments of the Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and
+        args, kwargs: arguments of the Trainer. `optimizers` and `optimizer_cls_and_kwargs` must be left out, and
             `optim` of the TrainingArguments must be one of torch's AdamW, whose learning rate, betas and epsilon are
             used.
         child_tuning: ChildTuningConfig with the options of Child-Tuning; or a function that returns one for a trial of
