@@ -1,6 +1,6 @@
 """`childtune`, or `python -m childtune_fast`, prints the facts for a bug report and checks native against pure torch.
 
-With "prove" it proves the kernels of GPUs, with "spectra" it analyses models, with "inspect" it reads our files.
+With "prove" it proves the kernels of GPUs; "fisher", "choose", "delta", "inspect" and "spectra" are in commands/.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ from typing import Any
 
 import torch
 
+from .commands.running import new_parser
 from .native import BackendError, build, gpu, load
 from .ops import proof, prover, trust
 
 SIZES = (1, 127, 128, 129, 4097)  # numbers of weights around 128, the size of a block of random masks
 STEPS = 3
 COMMAND = "`python -m childtune_fast prove`"
-_OTHERS = {"inspect": ".child.command", "spectra": ".spectra.command"}  # modules with a `main` of their own
-_EXAMPLES = """examples:
-  childtune                        what serves the CPU and each GPU, and why; a self-check
+_OTHERS = {
+    "fisher": "Fisher scores of a model on a data set, to a file",
+    "choose": "the child network by such scores, as a file and a table",
+    "delta": "what fine-tuning changed: make, apply, merge",
+    "inspect": "what a file of ours holds",
+    "spectra": "was a model trained on enough, layer by layer?",
+}
+_EXAMPLES = """  childtune                        what serves the CPU and each GPU, and why
   childtune info --json            the same for a program
   childtune prove                  compares every kernel of every GPU with the reference, bit for bit
-  childtune inspect child.safetensors
+  childtune fisher --help          each of the others has a help of its own, with examples
   childtune spectra my-model/ --base bert-base-uncased
 """
 
 
 def main(*arguments: str) -> int:
-    """Prints the report; "prove" proves the kernels of all GPUs, "spectra" and "inspect" print models and files.
+    """Prints the report; "prove" proves the kernels of all GPUs; other words are commands of commands/.
 
     Args:
         arguments: those of the command line.
@@ -45,7 +51,7 @@ def main(*arguments: str) -> int:
         0; 1 if a self-check or a proof fails; 2 if an argument or an environment variable is invalid.
     """
     if arguments and arguments[0] in _OTHERS:
-        return importlib.import_module(_OTHERS[arguments[0]], __package__).main(arguments[1:])
+        return int(importlib.import_module(f".commands.{arguments[0]}", __package__).main(arguments[1:]))
     try:
         options = _parser().parse_args(arguments)
     except SystemExit as ended:  # --help, or an argument that it does not know, of which it has told
@@ -63,19 +69,14 @@ def console() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="childtune",
-        description="Child-Tuning for PyTorch: what serves which device, proofs of GPU kernels, spectra of models.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("", "Child-Tuning for PyTorch.", _EXAMPLES)
     parser.add_argument("--version", action="version", version=build.version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     report = commands.add_parser("info", help="facts for a bug report, and a self-check; what no COMMAND does too")
     report.add_argument("--json", action="store_true", help="prints a JSON list of pairs (label, value)")
     commands.add_parser("prove", help="proves the kernels of every GPU anew")
-    commands.add_parser("inspect", help="what a child network's file, or a delta, holds; see inspect --help")
-    commands.add_parser("spectra", help="was a model trained on enough, layer by layer? see spectra --help")
+    for name, what in _OTHERS.items():
+        commands.add_parser(name, help=what)
     return parser
 
 

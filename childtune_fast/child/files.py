@@ -24,7 +24,7 @@ from ..whole_file import written
 from .names import renamed
 
 _RESERVED = "__metadata__"  # what a safetensors file calls its metadata, and so cannot call a tensor
-CHILD, DELTA = "child network", "delta"  # the kinds of file
+CHILD, DELTA, SCORES = "child network", "delta", "Fisher scores"  # the kinds of file
 
 
 def digest(tensor: Tensor) -> str:
@@ -146,10 +146,10 @@ def read(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def kind_in(path: FilePath) -> str:
-    """Returns the kind of file that one says it is, `CHILD` or `DELTA`.
+    """Returns the kind of file that one says it is: `CHILD`, `DELTA` or `SCORES`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
         OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -161,9 +161,10 @@ def kind_in(path: FilePath) -> str:
             found = (file.metadata() or {}).get("childtune_fast")
     except SafetensorError:
         found = None
-    if found not in (CHILD, DELTA):
+    if found not in (CHILD, DELTA, SCORES):
         raise ValueError(
-            f"'{os.fspath(path)}' must be a {CHILD} or {DELTA} file of childtune_fast (got another, or a damaged one)"
+            f"'{os.fspath(path)}' must be a {CHILD}, {DELTA} or {SCORES} file of childtune_fast (got another, or a "
+            "damaged one)"
         )
     return found
 
@@ -255,3 +256,30 @@ def check_shapes(path: FilePath, shapes: Mapping[str, tuple[int, ...]], tensors:
                 "another model, or of this one in a wrapper that is not seen through, as those of torch.compile, DDP, "
                 "FSDP and checkpointing are"
             )
+
+
+# ---- Fisher scores -------------------------------------------------------------------------------------------------
+
+
+def read_scores(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the scores in a file, {parameter name: tensor}, and what it says of them.
+
+    Of a safetensors file that is not ours, all tensors are scores, and it says nothing.
+
+    Raises:
+        ValueError: the file is damaged, or no safetensors file.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        kind = kind_in(path)
+    except ValueError:
+        kind = ""
+    if kind:
+        return read(path, SCORES)
+    try:
+        return load_file(path), {}
+    except SafetensorError as error:
+        raise ValueError(f"'{os.fspath(path)}' must hold scores by name in a safetensors file (got {error})") from None

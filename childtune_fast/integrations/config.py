@@ -11,6 +11,7 @@ from ..ops.random_mask import keep_threshold
 from ..ops.step_group import State
 from ..optimizer.collect import Decay, Rounding, Variant
 
+CHILD_FILE = "child.safetensors"  # name of the child network's file in the folder of a checkpoint or a saved model
 Mode = Literal["F", "D"]
 _ONLY_D = (
     "fisher_batches", "per_example", "grad_clip", "train_mode", "on_nonfinite", "scope", "maskable", "refresh_every",

@@ -15,13 +15,11 @@ from transformers.utils import logging
 from ..arguments import FilePath
 from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
-from .config import ChildTuningConfig
+from .config import CHILD_FILE, ChildTuningConfig
 from .metrics import metrics_of_choice
 from .moments import Moments
 from .scores import fisher_scores, is_fsdp2
 from .search import Searched, check_arguments
-
-CHILD_FILE = "child.safetensors"  # name of the child network's file in the folder of a checkpoint or a saved model
 
 logger = logging.get_logger(__name__)
 

@@ -8,7 +8,7 @@ Decay groups, clipping, schedule, data order and dropout are Trainer's own in bo
 try:
     from transformers import Trainer
 
-    from .mixin import CHILD_FILE, ChildTuning
+    from .mixin import ChildTuning
     from .spectra import SpectraCallback
 except ImportError as error:
     raise ImportError(
@@ -16,7 +16,7 @@ except ImportError as error:
         f"{error}); pip install 'childtune-fast[transformers]'"
     ) from error
 
-from .config import ChildTuningConfig
+from .config import CHILD_FILE, ChildTuningConfig
 
 __all__ = ["CHILD_FILE", "ChildTuning", "ChildTuningConfig", "ChildTuningTrainer", "SpectraCallback"]
 

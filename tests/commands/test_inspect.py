@@ -54,8 +54,8 @@ def test_other_files(stored, tmp_path, capsys):
     damaged[-1] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
     for path, said in (
-        ("other.safetensors", "must be a child network or delta file"),
-        ("text", "must be a child network or delta file"),
+        ("other.safetensors", "must be a child network, delta or Fisher scores file"),
+        ("text", "must be a child network, delta or Fisher scores file"),
         ("damaged", "has been altered or damaged"),
         ("missing", "No such file"),
     ):

@@ -1,52 +1,28 @@
-"""`python -m childtune_fast spectra`: the spectra of stored models, as tables, a file and a picture."""
+"""`childtune spectra`: the spectra of stored models, as tables, a file and a picture."""
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..spectra.analysis import analyze
+from ..spectra.pictures import check_picture, plot_alpha
+from ..spectra.table import Spectra
 from ..whole_file import written
-from .analysis import analyze
-from .pictures import check_picture, plot_alpha
-from .table import Spectra
+from .running import check_target, new_parser, run
 
-_EXAMPLES = """examples:
-  python -m childtune_fast spectra openai-community/gpt2 --null
-  python -m childtune_fast spectra my-model/ --base bert-base-uncased --plot moved.png
-  python -m childtune_fast spectra openai-community/openai-gpt openai-community/gpt2 --plot overlay.svg
+_EXAMPLES = """  childtune spectra openai-community/gpt2 --null
+  childtune spectra my-model/ --base bert-base-uncased --plot moved.png
+  childtune spectra openai-community/openai-gpt openai-community/gpt2 --plot overlay.svg
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the spectra of the models that the command line names.
-
-    Args:
-        arguments: those of the command line, after "spectra".
-
-    Returns:
-        0; 2 if an argument is invalid or a model cannot be read.
-    """
-    try:
-        options = _parser().parse_args(arguments)
-    except SystemExit as ended:  # --help, or an argument that it does not know, of which it has told
-        return int(ended.code or 0)
-    try:
-        _run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"spectra: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m childtune_fast spectra",
-        description="Was a model trained on enough, layer by layer? docs/spectra.md says how to read the table.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Prints the spectra of the models that the command line names; returns 0, or 2 if one cannot be read."""
+    parser = new_parser(
+        "spectra",
+        "Was a model trained on enough, layer by layer? docs/spectra.md says how to read the table.",
+        _EXAMPLES,
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="safetensors file, folder with such files, or name on the Hub")
@@ -54,15 +30,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--null", action="store_true", help="compares each layer with its own weights in random order")
     add("--json", metavar="F", help="writes all columns to a file; of several models, by name")
     add("--plot", metavar="F.png", help="draws one model by layer, or several laid over each other")
-    return parser
+    return run(parser, arguments, _analyze)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _analyze(options: argparse.Namespace) -> None:
     if options.plot:
         check_picture(options.plot)
     for path in filter(None, (options.plot, options.json)):  # not after minutes of work
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise ValueError(f"a file to write must be in a folder that is there (got '{path}')")
+        check_target(path)
     found: dict[str, Spectra] = {}
     for name, model in zip(_names(options.models), options.models, strict=True):
         found[name] = analyze(model, base=options.base, null=int(options.null))

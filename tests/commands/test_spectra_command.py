@@ -77,4 +77,4 @@ def test_wrong_arguments_are_told_in_a_line(arguments, said, stored, capsys):
 
 def test_help_shows_how(capsys):
     assert __main__.main("spectra", "--help") == 0
-    assert "python -m childtune_fast spectra" in capsys.readouterr().out
+    assert "childtune spectra openai-community/gpt2 --null" in capsys.readouterr().out
