@@ -30,7 +30,7 @@ myst_heading_anchors = 4  # as GitHub names them, so that links to headings are 
 
 # Docstrings are Google's style, with code between single backticks, which is a link where there is such a name.
 default_role = "py:obj"
-smartquotes = False  # which would curl those of strings
+smartquotes_action = "D"  # dashes alone: the quotes are those of strings
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
