@@ -235,6 +235,24 @@ def test_a_second_call_goes_on_with_the_same_child_network(tmp_path):
     assert optimizer_of(trainer).state[trainer.model.classifier.weight]["step"] == 12
 
 
+def test_a_smaller_batch_after_one_without_memory_keeps_the_child_network(tmp_path):
+    """Trainer goes on from the weights of the attempt that failed; those of the choice were the pretrained ones."""
+    first = make_trainer(tmp_path / "first")
+    first.create_optimizer()
+    trainer = make_trainer(tmp_path / "out", arguments_={"auto_find_batch_size": True})
+    steps = []
+
+    def fail_once(model, inputs):
+        steps.append(model.training)  # it is off in the Fisher pass
+        if sum(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    trainer.model.register_forward_pre_hook(fail_once)
+    trainer.train()
+    assert trainer._train_batch_size < trainer.args.per_device_train_batch_size
+    assert trainer.child_network.fingerprint == first.child_network.fingerprint
+
+
 def test_model_init_makes_another_child_network_for_another_model(tmp_path):
     trainer = make_trainer(tmp_path, D)
     options = {"args": trainer.args, "train_dataset": make_data(), "child_tuning": D}
