@@ -220,6 +220,8 @@ class TaskVector:
     def __mul__(self, factor: float) -> "TaskVector":
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"TaskVector: a factor must be finite (got {factor})")
         return self._with({name: Change.of(change.dense() * factor) for name, change in self.changes.items()})
 
     __rmul__ = __mul__

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from ..child import ChildNetwork, files
-from .running import check_target, naming, new_parser, run, tell
+from ..spectra.pictures import check_picture
+from .running import check_target, naming, new_parser, quiet, run, share, tell
 
 _EXAMPLES = """  childtune choose bert-base-uncased scores.safetensors --reserve-p 0.3 --out child.safetensors
   childtune choose my-model/ scores.safetensors --reserve-p 0.1 --scope tensor --plot density.png
 """
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, or name on the Hub")
     add("scores", metavar="SCORES", help="what `childtune fisher` wrote, or a safetensors file of scores by name")
-    add("--reserve-p", type=float, required=True, metavar="P", help="share of the maskable weights, in (0, 1]")
+    add("--reserve-p", type=share, required=True, metavar="P", help="share of the maskable weights, in (0, 1]")
     add("--scope", choices=("global", "tensor"), default="global", help="among which weights; default: global")
     add("--maskable", metavar="REGEX", help="searched in parameter names; default: repeated blocks")
     add("--lowest", action="store_true", help="the lowest scores: the paper's ablation")
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
 def _choose(options: argparse.Namespace) -> None:
     for path in filter(None, (options.out, options.plot)):
         check_target(path)
-    if options.plot and not options.plot.endswith(_PICTURES):
-        raise ValueError(f"a picture's name must end with one of {', '.join(_PICTURES)} (got '{options.plot}')")
+    if options.plot:
+        check_picture(options.plot)
     scores, about = files.read_scores(options.scores)
     model = skeleton(options.model, about)
     make = ChildNetwork.lowest if options.lowest else ChildNetwork.from_scores
@@ -68,15 +68,15 @@ def skeleton(name: str, about: dict[str, Any]) -> nn.Module:
     """
     import transformers
 
+    from ..integrations.stored import class_of
+
+    quiet()
     size = {} if about.get("num_labels") is None else {"num_labels": about["num_labels"]}
     with naming(name):
-        config = transformers.AutoConfig.from_pretrained(name, **size)
-    architecture = about.get("architecture") or (config.architectures or ["none"])[0]
-    kind = getattr(transformers, str(architecture), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"the model must be of a class of transformers (got {architecture!r})")
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **size)
+    kind = class_of(config, about.get("architecture"))
     with torch.device("meta"):
-        model = kind(config)
+        model: Any = kind(config)
     model.to_empty(device="cpu")  # memory that is never touched, and so never taken
     model.tie_weights()
     return model

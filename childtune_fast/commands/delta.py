@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..arguments import predicate
 from ..child import ChildNetwork, TaskVector
 from ..integrations.config import CHILD_FILE
-from .running import naming, new_parser, run, tell
+from .running import finite, naming, new_parser, quiet, run, tell
 
 _EXAMPLES = """  childtune delta make my-model/ --base bert-base-uncased --out my-delta/
   childtune delta apply my-delta/ --out my-model/
@@ -31,53 +33,56 @@ def main(arguments: Sequence[str]) -> int:
     apply.add_argument("delta", metavar="DELTA", help="folder that `make` wrote, or its name on the Hub")
     merge = commands.add_parser("merge", help="adds what several changed to their base (task vectors)")
     merge.add_argument("deltas", nargs="+", metavar="DELTA", help="folders, or names on the Hub, of one base")
-    merge.add_argument("--weights", nargs="+", type=float, metavar="W", help="of each; default: 1 by their number")
+    merge.add_argument("--weights", nargs="+", type=finite, metavar="W", help="of each; default: 1 by their number")
     merge.add_argument("--without", metavar="REGEX", help="leaves out parameters, such as heads, by their names")
     for action in (apply, merge):
         action.add_argument("--base", metavar="BASE", help="default: the one that is noted in DELTA")
     for action in (make, apply, merge):
         action.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
         action.add_argument("--json", action="store_true", help="prints one JSON object")
-    return run(
-        parser, arguments, lambda options: {"make": _make, "apply": _apply, "merge": _merge}[options.action](options)
-    )
+    return run(parser, arguments, _act)
+
+
+def _act(options: argparse.Namespace) -> None:
+    quiet()
+    {"make": _make, "apply": _apply, "merge": _merge}[options.action](options)
 
 
 def _make(options: argparse.Namespace) -> None:
-    from ..integrations import hub
+    from ..integrations import hub, stored
 
     with naming(options.model):
-        model = hub.load_tuned(options.model)
+        model = stored.load_tuned(options.model)
     child = ChildNetwork.load(options.child or os.path.join(options.model, CHILD_FILE), model)
-    hub.save_pretrained(options.out, model, child, base=options.base, tokenizer=hub.tokenizer_in(options.model))
+    hub.save_pretrained(options.out, model, child, base=options.base, tokenizer=stored.tokenizer_in(options.model))
     tell({"base": options.base, **_sizes(options.out)}, as_json=options.json)
 
 
 def _apply(options: argparse.Namespace) -> None:
-    from ..integrations import hub
+    from ..integrations import hub, stored
 
     model = hub.from_pretrained(options.delta, base=options.base)
     model.save_pretrained(options.out)
-    if tokenizer := hub.tokenizer_in(options.delta):
+    if tokenizer := stored.tokenizer_in(options.delta):
         tokenizer.save_pretrained(options.out)
     hub.child_from_pretrained(options.delta, model).save(os.path.join(options.out, CHILD_FILE))
     tell(_sizes(options.out), as_json=options.json)
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from ..integrations import hub
+    from ..integrations import hub, stored
 
     weights = options.weights or [1 / len(options.deltas)] * len(options.deltas)
     if len(weights) != len(options.deltas):
         raise ValueError(f"--weights must be as many as deltas (got {len(weights)} for {len(options.deltas)})")
     base, missing = hub.base_of(options.deltas, options.base)
     leave = predicate(options.without or "$^", "--without")
-    vectors = [
-        TaskVector.from_delta(
-            hub.folder_of(name) / hub.DELTA_FILE, base, without=lambda name: name in missing or bool(leave(name))
-        )
-        for name in options.deltas
-    ]
+    vectors, left_out = _vectors(options.deltas, base, {*missing, *filter(leave, dict(base.named_parameters()))})
+    inner: Any = base.base_model
+    start = "" if inner is base else f"{base.base_model_prefix}."
+    body = {f"{start}{name}" for name, _ in inner.named_parameters()}
+    if lost := [name for name in sorted(left_out & body) if not leave(name)]:
+        raise ValueError(f"'{lost[0]}' must be in the base and in every model, of one shape; or say --without its name")
     cosines = {
         f"cosine {i + 1}, {j + 1}": round(vectors[i].cosine(vectors[j]), 4)
         for i, j in itertools.combinations(range(len(vectors)), 2)
@@ -86,13 +91,27 @@ def _merge(options: argparse.Namespace) -> None:
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):
         merged = merged + vector * weight
     merged.apply(base)
-    whole: Any = base.base_model if missing else base  # without the head, which nothing here has trained
+    whole: Any = base if left_out <= body else inner  # without a head that is not everywhere the same
     whole.save_pretrained(options.out)
-    if tokenizer := hub.tokenizer_in(options.deltas[0]):
+    if tokenizer := stored.tokenizer_in(options.deltas[0]):
         tokenizer.save_pretrained(options.out)
-    left_out = sorted({name for vector in vectors for name in vector.left_out})
-    facts = {"class": type(whole).__name__, **cosines, "left out": ", ".join(left_out)}
+    facts = {"class": type(whole).__name__, **cosines, "left out": ", ".join(sorted(left_out))}
     tell({**facts, **_sizes(options.out)}, as_json=options.json)
+
+
+def _vectors(names: Sequence[str], base: nn.Module, left_out: set[str]) -> tuple[list[TaskVector], set[str]]:
+    """Returns the vectors of deltas, and the names that all of them leave out, since one of them has to."""
+    from ..integrations import hub
+
+    while True:
+        vectors = [
+            TaskVector.from_delta(hub.folder_of(name) / hub.DELTA_FILE, base, without=left_out.__contains__)
+            for name in names
+        ]
+        found = left_out.union(*(vector.left_out for vector in vectors))
+        if found == left_out:
+            return vectors, found
+        left_out = found
 
 
 def _sizes(folder: str) -> dict[str, Any]:

@@ -23,12 +23,14 @@ def main(arguments: Sequence[str]) -> int:
         "compared.",
         _EXAMPLES,
     )
-    parser.add_argument("file", metavar="FILE", help="what ChildNetwork.save, save_delta or `childtune fisher` wrote")
+    parser.add_argument("file", metavar="FILE", help="file of a child network, a delta or scores, or a delta's folder")
     parser.add_argument("--json", action="store_true", help="prints one JSON object")
     return run(parser, arguments, _inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if os.path.isdir(options.file):  # as `childtune delta make` writes it
+        options.file = os.path.join(options.file, "delta.safetensors")
     kind = files.kind_in(options.file)
     facts: dict[str, Any] = {"file": kind, "bytes": os.path.getsize(options.file)}
     if kind == files.SCORES:

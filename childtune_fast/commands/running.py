@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def new_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -29,7 +32,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str], do: Callable[
         do: what the command does with them.
 
     Returns:
-        0; 2 if an argument is invalid, or what it names cannot be read, written or used.
+        0; 2 if an argument is invalid, or what it names cannot be read, written or used; 130 if it was interrupted.
     """
     try:
         options = parser.parse_args(arguments)
@@ -37,10 +40,45 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str], do: Callable[
         return int(ended.code or 0)
     try:
         do(options)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"{parser.prog.partition(' ')[2]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        return _ended(parser, str(error), 2)
+    except KeyboardInterrupt:
+        return _ended(parser, "interrupted", 130)
     return 0
+
+
+def _ended(parser: argparse.ArgumentParser, why: str, status: int) -> int:
+    print(f"{parser.prog.partition(' ')[2]}: {' '.join(why.split())}", file=sys.stderr)
+    return status
+
+
+def positive(text: str) -> int:
+    """Returns the whole number above 0 that an argument is."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0 (got {text})")
+    return number
+
+
+def share(text: str) -> float:
+    """Returns the number in (0, 1] that an argument is."""
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1] (got {text})")
+    return number
+
+
+def finite(text: str) -> float:
+    """Returns the finite number that an argument is."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"must be a finite number (got {text})")
+    return number
+
+
+def quiet() -> None:
+    """Keeps transformers from showing bars, and from warning of new heads, which are meant."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

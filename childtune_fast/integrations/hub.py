@@ -14,15 +14,17 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
 from ..arguments import FilePath, check_type
 from ..child import ChildNetwork
 from ..whole_file import written
-from .card import card, plain
+from .card import card, scores_of, settings_of
 from .config import CHILD_FILE
+from .stored import load_base
 
 DELTA_FILE, ABOUT_FILE = "delta.safetensors", "childtune.json"
 _FILES = [CHILD_FILE, DELTA_FILE, ABOUT_FILE, "config.json"]  # what is read of a folder
@@ -33,7 +35,7 @@ def save_pretrained(
     model: PreTrainedModel,
     child: ChildNetwork,
     *,
-    base: str,
+    base: FilePath,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: Any = None,
@@ -59,40 +61,53 @@ def save_pretrained(
     Raises:
         ValueError: a weight outside the child network is not the base's, bit for bit, or what else `save_delta` raises.
         OSError: the base cannot be loaded, or a file cannot be written.
-        TypeError: an argument is of another type.
+        TypeError: an argument is of another type. Nothing is written then, nor if the base is another one.
     """
     check_type("save_pretrained: model", model, PreTrainedModel, "a model of transformers, without a wrapper")
     check_type("save_pretrained: child", child, ChildNetwork, "a ChildNetwork")
-    check_type("save_pretrained: base", base, str, "a name on the Hub or a folder")
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    before, missing = load_base(config, model.dtype, base, revision)
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    known = {name: tensor for name, tensor in before.state_dict().items() if name not in missing}
-    child.save_delta(place / DELTA_FILE, model, known)
-    child.save(place / CHILD_FILE)
-    config.save_pretrained(place)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(place)
+    check_type("save_pretrained: base", base, (str, os.PathLike), "a name on the Hub or a folder")
+    check_type("save_pretrained: tokenizer", tokenizer, (PreTrainedTokenizerBase, type(None)), "a tokenizer or None")
+    named = os.path.abspath(base) if os.path.isdir(base) else str(base)
     total = child.summary().total
     about = {
-        "base": base,
+        "base": named,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "revision": revision or getattr(before.config, "_commit_hash", None),
-        "child_network": {"kept": total.count, "maskable": total.numel, "reserve_p": round(total.density, 6)},
-        "settings": plain(settings),
-        "scores": plain(scores),
+        "revision": revision,
+        "child_network": {
+            "kept": total.count,
+            "maskable": total.numel,
+            "reserve_p": total.density,
+            "fingerprint": child.fingerprint,
+        },
+        "settings": settings_of(settings),
+        "scores": scores_of(scores),
         "versions": {
             "childtune_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    with written(place / ABOUT_FILE) as file:
-        file.write(f"{json.dumps(about, indent=1)}\n".encode())
-    with written(place / "README.md") as file:
-        file.write(str(card(about)).encode())
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    before, missing = load_base(config, model.dtype, named, revision)
+    about["revision"] = revision or getattr(before.config, "_commit_hash", None)
+    known = {name: tensor for name, tensor in before.state_dict().items() if name not in missing}
+    place = Path(folder)
+    new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        child.save_delta(place / DELTA_FILE, model, known)
+    except BaseException:
+        if new:
+            place.rmdir()
+        raise
+    child.save(place / CHILD_FILE)
+    config.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    for name, text in ((ABOUT_FILE, f"{json.dumps(about, indent=1)}\n"), ("README.md", str(card(about)))):
+        with written(place / name) as file:
+            file.write(text.encode())
 
 
 def push_to_hub(
@@ -108,13 +123,20 @@ def push_to_hub(
         message: of the commit; None takes huggingface_hub's (default: None).
 
     Raises:
-        ValueError: `folder` holds no delta.
+        ValueError: `folder` holds no delta, or one of a base that is a folder, too, which nobody else could load.
         OSError: the Hub cannot be reached, or refuses.
     """
     if not Path(folder, DELTA_FILE).is_file():
         raise ValueError(
             f"push_to_hub: the folder must hold what save_pretrained wrote (got no {DELTA_FILE} in '{folder}')"
         )
+    try:
+        validate_repo_id(base := about_in(Path(folder))["base"])
+    except HFValidationError:
+        raise ValueError(
+            f"push_to_hub: the delta must be of a base on the Hub (got '{base}'); save it with base= the base's name "
+            "there, which loads the same weights"
+        ) from None
     api = HfApi(token=token, library_name="childtune_fast", library_version=__version__)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return str(api.upload_folder(repo_id=name, folder_path=Path(folder), commit_message=message))
@@ -138,15 +160,21 @@ def from_pretrained(
         token: access token for both; None takes that of `hf auth login` (default: None).
 
     Raises:
-        ValueError: there is no delta under that name, it is damaged, or the base is another one.
-        OSError: the base cannot be loaded.
+        ValueError: there is no delta under that name, it is damaged, its files are of several saves, or the base is
+            another one or cannot be loaded.
     """
     place = folder_of(name, revision, token)
     about = about_in(place)
     if base is None:
         base, base_revision = about["base"], base_revision or about["revision"]
-    model, _ = load_base(AutoConfig.from_pretrained(place), about["dtype"], base, base_revision, token)
-    ChildNetwork.apply_delta(place / DELTA_FILE, model)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    try:
+        model, _ = load_base(config, about["dtype"], base, base_revision, token)
+    except OSError as error:
+        raise ValueError(
+            f"'{base}', the base of '{name}', cannot be loaded; say where it is by base=: {error}"
+        ) from error
+    _check_child(place, about, ChildNetwork.apply_delta(place / DELTA_FILE, model))
     return model
 
 
@@ -164,7 +192,19 @@ def child_from_pretrained(
     Raises:
         ValueError: there is none under that name, or it is damaged, or of another model.
     """
-    return ChildNetwork.load(folder_of(name, revision, token) / CHILD_FILE, model)
+    place = folder_of(name, revision, token)
+    child = ChildNetwork.load(place / CHILD_FILE, model)
+    _check_child(place, about_in(place), child)
+    return child
+
+
+def _check_child(place: Path, about: Mapping[str, Any], child: ChildNetwork) -> None:
+    """Raises ValueError unless a child network is the one that `childtune.json` is about."""
+    if child.fingerprint != about["fingerprint"]:
+        raise ValueError(
+            f"'{place}' must hold files of one save (got those of several: the child network is not the one that "
+            f"{ABOUT_FILE} tells of); save it again"
+        )
 
 
 def folder_of(name: FilePath, revision: str | None = None, token: str | None = None) -> Path:
@@ -188,52 +228,25 @@ def folder_of(name: FilePath, revision: str | None = None, token: str | None = N
 
 
 def about_in(place: Path) -> dict[str, Any]:
-    """Returns what `childtune.json` says; raises ValueError if that does not name a base, its revision and a dtype."""
+    """Returns what `childtune.json` says, its `dtype` as one of torch and the child network's `fingerprint`.
+
+    Raises:
+        ValueError: it does not say these, or no base and revision.
+        TypeError: they are of other types.
+    """
     try:
         about = json.loads((place / ABOUT_FILE).read_text(encoding="utf-8"))
         base, revision, dtype = (about[name] for name in ("base", "revision", "dtype"))
+        fingerprint = about["child_network"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{place / ABOUT_FILE}' must name base, revision and dtype ({error!r})") from None
+        raise ValueError(
+            f"'{place / ABOUT_FILE}' must name base, revision, dtype and child network ({error!r})"
+        ) from None
     check_type(f"'{place / ABOUT_FILE}': base", base, str, "a string")
     check_type(f"'{place / ABOUT_FILE}': revision", revision, (str, type(None)), "a string or null")
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     check_type(f"'{place / ABOUT_FILE}': dtype", found, torch.dtype, "the name of a dtype of torch")
-    return {**about, "dtype": found}
-
-
-def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Returns the class of transformers that a configuration names; raises ValueError if it names none."""
-    name = (config.architectures or ["none"])[0]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(f"the model must be of a class of transformers (got {name!r})")
-    return kind
-
-
-def load_base(
-    config: PretrainedConfig, dtype: torch.dtype, base: str, revision: str | None = None, token: str | None = None
-) -> tuple[PreTrainedModel, set[str]]:
-    """Returns the base as a model of a fine-tuned one's class, and the names of its tensors that the base lacks.
-
-    Raises:
-        ValueError: the configuration names no class of transformers.
-        OSError: there is no such base.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the head that the base lacks, which the delta holds
-    try:
-        loaded: Any = class_of(config).from_pretrained(
-            base,
-            config=copy.deepcopy(config),
-            revision=revision or "main",
-            token=token,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    model, found = loaded
-    return model.to(dtype), {*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}
+    return {**about, "dtype": found, "fingerprint": fingerprint}
 
 
 def base_of(names: Sequence[str], base: str | None) -> tuple[PreTrainedModel, set[str]]:
@@ -251,18 +264,5 @@ def base_of(names: Sequence[str], base: str | None) -> tuple[PreTrainedModel, se
     if base is None and len(bases := {(about["base"], about["revision"]) for about in noted}) > 1:
         raise ValueError(f"deltas to merge must be of one base (got {sorted(bases, key=str)})")
     revision = noted[0]["revision"] if base is None else None
-    config = AutoConfig.from_pretrained(folder_of(names[0]))
+    config = AutoConfig.from_pretrained(folder_of(names[0]), trust_remote_code=False)
     return load_base(config, noted[0]["dtype"], base or noted[0]["base"], revision)
-
-
-def load_tuned(name: str) -> PreTrainedModel:
-    """Returns a saved model of the class that its configuration names."""
-    return class_of(AutoConfig.from_pretrained(name)).from_pretrained(name)
-
-
-def tokenizer_in(name: str) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer in a folder, or of a name on the Hub; None if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None

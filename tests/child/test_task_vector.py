@@ -244,6 +244,8 @@ def test_errors():
     assert torch.equal(base.embedding.weight, before["embedding.weight"])
     with pytest.raises(ValueError, match=r"both must be of one base \(got '.*' of shapes \(10, 16\) and \(10, 8\)"):
         vector + TaskVector.between(Tiny(width=8, seed=1), Tiny(width=8))
+    with pytest.raises(ValueError, match=r"a factor must be finite \(got nan\)"):
+        vector * float("nan")
     for wrong in (lambda: vector * "2", lambda: vector + 1, lambda: vector - 0, lambda: vector * True):
         with pytest.raises(TypeError):
             wrong()

@@ -42,13 +42,12 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
 
 def test_the_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put_in_place(tmp_path / "hub", monkeypatch)
-    base = load(save_base("bert-base-uncased"))
+    folder = save_base(tmp_path / "base")
+    put_in_place(tmp_path / "hub", monkeypatch, folder)
+    base = load(folder)
     trained = make_trainer(tmp_path / "out", D, base, eval_dataset=make_data())
     trained.train()
-    names = run(
-        "commands.md", "Deltas on the Hub", trainer=trained, tokenizer=AutoTokenizer.from_pretrained(base.name_or_path)
-    )
+    names = run("commands.md", "Deltas on the Hub", trainer=trained, tokenizer=AutoTokenizer.from_pretrained(folder))
     assert_same(names["model"], trained.model)
     card = (tmp_path / "my-delta" / "README.md").read_text()
     assert "| mode | D |" in card

@@ -1,6 +1,8 @@
 """`childtune delta`: models in folders become small ones, come back, and are merged."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from childtune_fast import ChildNetwork, __main__
 from childtune_fast.child import TaskVector
+from childtune_fast.integrations import hub
 
 
 @pytest.fixture
@@ -75,6 +78,38 @@ def test_a_head_that_the_base_has_is_merged(stored, capsys):
     assert not torch.equal(found.classifier.weight, models[0].classifier.weight)
 
 
+def test_heads_that_differ_are_left_out_in_any_order(stored, capsys):
+    load("base", seed=5, num_labels=2).save_pretrained("headed")
+    for name, options in (("two", {"num_labels": 2}), ("three", {"ignore_mismatched_sizes": True})):
+        model, child = tuned("headed", seed=len(name), **options)
+        model.save_pretrained(name)
+        child.save(f"{name}/child.safetensors")
+        assert __main__.main("delta", "make", name, "--base", "headed", "--out", f"{name}-delta") == 0
+    merged = []
+    for first, second in (("two", "three"), ("three", "two")):
+        capsys.readouterr()
+        folders = [f"{first}-delta", f"{second}-delta"]
+        assert __main__.main("delta", "merge", *folders, "--out", f"{first}-first", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["class"], told["left out"]) == ("BertModel", "classifier.bias, classifier.weight")
+        merged.append(AutoModel.from_pretrained(f"{first}-first"))
+    assert_same(*merged)
+
+
+def test_an_embedding_that_the_base_lacks_is_refused(stored, capsys):
+    model = load("base")
+    model.resize_token_embeddings(50)
+    child = ChildNetwork.random(model, reserve_p=0.3, seed=0)
+    model.save_pretrained("larger")
+    child.save("larger/child.safetensors")
+    assert __main__.main("delta", "make", "larger", "--base", "base", "--out", "larger-delta") == 0
+    assert_same(hub.from_pretrained("larger-delta"), model)
+    assert __main__.main("delta", "merge", "larger-delta", "--out", "merged") == 2
+    told = capsys.readouterr().err
+    assert "'bert.embeddings.word_embeddings.weight' must be in the base and in every model" in told
+    assert not Path("merged").exists()
+
+
 WRONG = (
     ("make nothing --base base --out x", "'nothing' cannot be loaded"),
     ("make base --base base --out x", "child.safetensors"),
@@ -85,13 +120,15 @@ WRONG = (
     ("merge one-delta one-delta --weights 1 --out x", "--weights must be as many as deltas"),
     ("merge one-delta other-delta --out x", "deltas to merge must be of one base"),
     ("merge one-delta --without ( --out x", "--without"),
+    ("merge one-delta --weights nan --out x", "must be a finite number (got nan)"),
     ("", "the following arguments are required: ACTION"),
 )
 
 
 def test_what_is_wrong_is_told_in_a_line(stored, tmp_path, capsys):
     assert __main__.main("delta", "make", "one", "--base", "base", "--out", "one-delta") == 0
-    assert __main__.main("delta", "make", "one", "--base", str(tmp_path / "base"), "--out", "other-delta") == 0
+    shutil.copytree("base", "moved")
+    assert __main__.main("delta", "make", "one", "--base", "moved", "--out", "other-delta") == 0
     capsys.readouterr()
     for arguments, said in WRONG:
         assert __main__.main("delta", *arguments.split()) == 2

@@ -131,15 +131,82 @@ def test_a_file_of_scores_is_inspected(base, capsys):
     assert "sum by tensor" in capsys.readouterr().out
 
 
+def test_scores_of_another_model_are_told(base, capsys):
+    from models import family
+
+    family("GPT-2")[0].save_pretrained("gpt")
+    assert __main__.main("fisher", base, "train.tsv", "--text", "sentence1", "--device", "cpu") == 0
+    assert __main__.main("choose", "gpt", "scores.safetensors", "--reserve-p", "0.3") == 2
+    assert (
+        "a BertForSequenceClassification must have a configuration of its own (got a GPT2Config)"
+        in capsys.readouterr().err
+    )
+
+
+def test_code_beside_a_model_is_not_run(base, capsys):
+    Path("custom").mkdir()
+    Path("custom/other.py").write_text("open('ran', 'w').close()\nclass Config: pass\n")
+    Path("custom/config.json").write_text('{"model_type": "unknown", "auto_map": {"AutoConfig": "other.Config"}}')
+    ChildNetwork.random(load(base), reserve_p=0.5, seed=0).save("custom/child.safetensors")
+    save_file({"a": torch.ones(2)}, "a.safetensors")
+    for words in (
+        "fisher custom train.tsv --text sentence1",
+        "choose custom a.safetensors --reserve-p 0.3",
+        "delta make custom --base base --out x",
+    ):
+        assert __main__.main(*words.split()) == 2
+        found = capsys.readouterr()
+        assert "custom code" in found.err
+        assert found.out == ""
+    assert not Path("ran").exists()
+
+
+def test_an_interrupt_ends_in_a_line(base, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("childtune_fast.commands.fisher.estimate_fisher", interrupted)
+    assert __main__.main("fisher", base, "train.tsv", "--text", "sentence1", "--device", "cpu") == 130
+    assert capsys.readouterr().err.endswith("fisher: interrupted\n")
+    assert not Path("scores.safetensors").exists()
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows(base):
+    from models import family
+
+    family("GPT-2", head="SequenceClassification")[0].save_pretrained("gpt")
+    AutoTokenizer.from_pretrained("base").save_pretrained("gpt")
+    assert __main__.main("fisher", "gpt", "train.tsv", "--text", "sentence1", "--device", "cpu") == 0
+
+
+def test_half_precision_is_scored_in_float32(base):
+    load(base).half().save_pretrained("half")
+    assert __main__.main("fisher", "half", "train.tsv", "--text", "sentence1", "--device", "cpu") == 0
+    scores, _ = files.read_scores("scores.safetensors")
+    load("half").float().save_pretrained("float")
+    assert __main__.main("fisher", "float", "train.tsv", "--text", "sentence1", "--device", "cpu") == 0
+    for name, expected in files.read_scores("scores.safetensors")[0].items():
+        assert torch.equal(scores[name], expected), name
+
+
 WRONG = (
-    ("fisher base train.tsv --text sentence", "fisher: the data must have the columns asked for"),
-    ("fisher base train.tsv --text sentence1 --label x", "got no 'x' in"),
+    ("fisher base train.tsv --text sentence", "fisher: 'train.tsv' must have the columns asked for"),
+    ("fisher base train.tsv --text sentence1 --label x", "no 'x' in"),
     ("fisher base none.tsv --text sentence1", "none.tsv"),
     ("fisher base none/data --text sentence1", "none/data"),
     ("fisher no-model train.tsv --text sentence1", "'no-model' cannot be loaded"),
     ("fisher base train.tsv --text sentence1 --out no/s", "a file to write must be in a folder"),
     ("fisher base train.tsv --text a b c", "--text takes one column, or two"),
     ("fisher base train.tsv --text sentence1 --device abacus", "abacus"),
+    ("fisher base train.tsv --text sentence1 --label sentence1", "each column can be asked for once"),
+    ("fisher base train.tsv --text sentence1 --split dev", "--config and --split are of data on the Hub"),
+    ("fisher base train.tsv --text sentence1 --max-length 17", "--max-length must be 16 at most"),
+    ("fisher base train.tsv --text sentence1 --batches 0", "must be a whole number above 0"),
+    (
+        "fisher base train.tsv --text sentence1 --task regression",
+        "must have a number in every row (got 'no' in row 1)",
+    ),
+    ("fisher base base/config.json --text sentence1", "'base/config.json'"),
     ("fisher base train.tsv", "the following arguments are required: --text"),
     ("choose base train.tsv --reserve-p 0.3", "must hold scores by name in a safetensors file"),
     ("choose base base/model.safetensors --reserve-p 0.3 --plot x.txt", "a picture's name"),

@@ -47,6 +47,11 @@ def test_a_delta(stored, capsys):
     assert sum(row["kept"] for row in found["tensors"]) == stored.summary().total.count
 
 
+def test_the_folder_of_a_delta(stored, capsys):
+    assert __main__.main("inspect", ".") == 0
+    assert "file              delta\n" in capsys.readouterr().out
+
+
 def test_other_files(stored, tmp_path, capsys):
     save_file({"a": torch.ones(2)}, "other.safetensors")
     (tmp_path / "text").write_text("not a model")

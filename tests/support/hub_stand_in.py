@@ -8,9 +8,13 @@ import huggingface_hub
 from childtune_fast.integrations import hub
 
 
-def put_in_place(place, monkeypatch):
-    """Lets `integrations.hub` upload to a folder, and download from there; returns the folder."""
-    place = Path(place)
+def put_in_place(place, monkeypatch, base):
+    """Lets `integrations.hub` upload to a folder, and download from there; returns the folder.
+
+    A base of any name is then the one in the folder `base`.
+    """
+    place, load_base = Path(place), hub.load_base
+    monkeypatch.setattr(hub, "load_base", lambda config, dtype, name, *rest: load_base(config, dtype, base))
 
     def create_repo(self, repo_id, *, private, exist_ok):
         assert exist_ok
