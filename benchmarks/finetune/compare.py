@@ -70,20 +70,21 @@ class Difference(NamedTuple):
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
-def difference_to(baseline, group):
+def difference_to(baseline, group, score=runs.score):
     """Returns the mean difference of scores to a baseline, paired by seed, with Student's interval of 95 %.
 
     Args:
         baseline: records.
         group: records of another method.
+        score: function that returns the score of a record (default: the one after the last step).
 
     Returns:
         A `Difference`; None with fewer than two seeds in common.
     """
     from scipy.stats import t
 
-    scores = {record["seed"]: runs.score(record) for record in baseline}
-    differences = [100 * (runs.score(r) - scores[r["seed"]]) for r in group if r["seed"] in scores]
+    scores = {record["seed"]: score(record) for record in baseline}
+    differences = [100 * (score(r) - scores[r["seed"]]) for r in group if r["seed"] in scores]
     count = len(differences)
     if count < 2:
         return None
@@ -158,7 +159,9 @@ def cost_table(methods):
 
 
 def elsewhere_table(methods, key):
-    """Returns the table of what the methods' models scored on other tasks, mean and standard deviation; or None.
+    """Returns the table of what the methods' models scored on other tasks, or None.
+
+    A cell has mean and standard deviation, and the difference to AdamW as `difference_to` returns it.
 
     Args:
         methods: {method: records}.
@@ -169,8 +172,16 @@ def elsewhere_table(methods, key):
         return None
     rows = []
     for method, group in methods.items():
-        columns = [[100 * next(iter(record[key][name].values())) for record in group] for name in names]
-        cells = [f"{mean(c):.1f}" + (f" ({stdev(c):.1f})" if len(c) > 1 else "") for c in columns]
+        cells = []
+        for name in names:
+
+            def score(record, name=name):
+                return next(iter(record[key][name].values()))
+
+            scores = [100 * score(record) for record in group]
+            spread = f" ({stdev(scores):.1f})" if len(scores) > 1 else ""
+            paired = None if method == BASELINE else difference_to(methods.get(BASELINE, []), group, score)
+            cells.append(f"{mean(scores):.1f}{spread}" + (f", {paired}" if paired else ""))
         rows.append([METHODS[method].title, *cells])
     title = {"domains": "scored as it is on", "heads_on": "encoder frozen, a head trained on"}[key]
     return markdown([title, *names], rows)

@@ -51,6 +51,17 @@ def test_the_tables_say_what_models_scored_elsewhere(tmp_path):
     assert "head trained on" not in text
 
 
+def test_differences_elsewhere_are_paired_by_seed(tmp_path):
+    there = {seed: {"domains": {"x": {"accuracy": score}}} for seed, score in enumerate((0.2, 0.4, 0.3))}
+    records = written(tmp_path, reported("vanilla", [0.5, 0.7, 0.6]), reported("d", [0.5, 0.7, 0.6]))
+    for record in records:
+        record.update(there[record["seed"]] if record["method"] == "vanilla" else {"domains": {"x": {"accuracy": 0.5}}})
+    text = compare.tables(records)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["AdamW", "30.0 (10.0)"] in rows
+    assert ["ChildAdamW (D)", "50.0 (0.0), +20.0 [-4.8, +44.8]"] in rows  # 10 * 4.302653 / sqrt(3) = 24.8
+
+
 def test_differences_are_paired_by_seed():
     vanilla = [record for _, record in reported("vanilla", [0.1, 0.5, 0.9, 0.3])]
     other = [record for _, record in reported("f", [0.2, 0.6, 1.0])]

@@ -62,3 +62,20 @@ def test_the_verdict_is_what_the_runs_say():
             for method in ("f", "d"):
                 paired = compare.difference_to(reported[task]["vanilla"], reported[task][method])
                 assert f"{name} {paired}" in page
+
+
+def test_what_it_says_of_other_data_sets_is_what_the_runs_say():
+    reported = compare.by_task(runs.read_all(RESULTS / "domains" / "runs"), "report")["transfer/sick_nli"]
+    verdict, _, rest = README.read_text(encoding="utf-8").partition("**Whom it is for**")
+    for name, task, pages in (
+        ("SNLI", "snli", (verdict, rest)),
+        ("Quora", "quora", (verdict, rest)),
+        ("SciTail", "scitail", (rest,)),
+    ):
+        paired = compare.difference_to(
+            reported["vanilla"],
+            reported["d"],
+            lambda record, task=task: record["domains"][f"transfer/{task}"]["accuracy"],
+        )
+        for page in pages:
+            assert f"{paired} on {name}" in " ".join(page.split())
