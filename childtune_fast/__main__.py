@@ -59,7 +59,7 @@ def main(*arguments: str) -> int:
     try:
         return prove() if options.command == "prove" else info(as_json=getattr(options, "json", False))
     except ValueError as error:
-        print(error)
+        print(f"childtune: {error}", file=sys.stderr)
         return 2
 
 

@@ -40,6 +40,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str], do: Callable[
         return int(ended.code or 0)
     try:
         do(options)
+    except ModuleNotFoundError as error:
+        return _ended(parser, f"needs the package {error.name}; pip install {error.name}", 2)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         return _ended(parser, str(error), 2)
     except KeyboardInterrupt:

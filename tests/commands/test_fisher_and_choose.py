@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,12 @@ def test_code_beside_a_model_is_not_run(base, capsys):
         assert "custom code" in found.err
         assert found.out == ""
     assert not Path("ran").exists()
+
+
+def test_a_package_that_is_missing_is_named(base, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert __main__.main("fisher", base, "train.tsv", "--text", "sentence1") == 2
+    assert capsys.readouterr().err == "fisher: needs the package datasets; pip install datasets\n"
 
 
 def test_an_interrupt_ends_in_a_line(base, monkeypatch, capsys):

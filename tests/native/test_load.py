@@ -166,7 +166,7 @@ def test_report_with_a_wrong_environment(monkeypatch, capsys):
     monkeypatch.setenv("CHILDTUNE_BACKEND", "fast")
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert report.main() == 2
-    assert "(got 'fast')" in capsys.readouterr().out
+    assert "(got 'fast')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("differ", [True, False])
