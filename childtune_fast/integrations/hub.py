@@ -26,6 +26,8 @@ from .card import card, scores_of, settings_of
 from .config import CHILD_FILE
 from .stored import load_base
 
+__all__ = ["child_from_pretrained", "from_pretrained", "push_to_hub", "save_pretrained"]
+
 DELTA_FILE, ABOUT_FILE = "delta.safetensors", "childtune.json"
 _FILES = [CHILD_FILE, DELTA_FILE, ABOUT_FILE, "config.json"]  # what is read of a folder
 
