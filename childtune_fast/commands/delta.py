@@ -81,11 +81,13 @@ def _merge(options: argparse.Namespace) -> None:
     inner: Any = base.base_model
     start = "" if inner is base else f"{base.base_model_prefix}."
     body = {f"{start}{name}" for name, _ in inner.named_parameters()}
+    if lost := sorted(missing & body):  # drawn at random, which --without would leave
+        raise ValueError(f"the base must have '{lost[0]}', of the shape that it has in '{options.deltas[0]}'")
     if lost := [name for name in sorted(left_out & body) if not leave(name)]:
-        raise ValueError(f"'{lost[0]}' must be in the base and in every model, of one shape; or say --without its name")
+        raise ValueError(f"every model must have '{lost[0]}', of the base's shape; or leave it out by --without")
     cosines = {
-        f"cosine {i + 1}, {j + 1}": round(vectors[i].cosine(vectors[j]), 4)
-        for i, j in itertools.combinations(range(len(vectors)), 2)
+        f"cosine {i + 1}, {j + 1}": round(a.cosine(b), 4) if a.count and b.count else None
+        for (i, a), (j, b) in itertools.combinations(enumerate(vectors), 2)
     }
     merged = vectors[0] * weights[0]
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):

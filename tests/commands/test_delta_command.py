@@ -104,10 +104,20 @@ def test_an_embedding_that_the_base_lacks_is_refused(stored, capsys):
     child.save("larger/child.safetensors")
     assert __main__.main("delta", "make", "larger", "--base", "base", "--out", "larger-delta") == 0
     assert_same(hub.from_pretrained("larger-delta"), model)
-    assert __main__.main("delta", "merge", "larger-delta", "--out", "merged") == 2
-    told = capsys.readouterr().err
-    assert "'bert.embeddings.word_embeddings.weight' must be in the base and in every model" in told
+    assert __main__.main("delta", "make", "one", "--base", "base", "--out", "one-delta") == 0
+    embedding = "'bert.embeddings.word_embeddings.weight'"
+    for words, said in (
+        ("larger-delta one-delta", f"the base must have {embedding}, of the shape that it has in 'larger-delta'"),
+        ("larger-delta one-delta --without embeddings", f"the base must have {embedding}"),
+        ("one-delta larger-delta", f"every model must have {embedding}, of the base's shape"),
+    ):
+        assert __main__.main("delta", "merge", *words.split(), "--out", "merged") == 2
+        assert said in capsys.readouterr().err
     assert not Path("merged").exists()
+    words = "one-delta larger-delta --without embeddings --out merged"
+    assert __main__.main("delta", "merge", *words.split()) == 0, capsys.readouterr().err
+    kept = AutoModel.from_pretrained("merged").embeddings.word_embeddings.weight
+    assert torch.equal(kept, AutoModel.from_pretrained("base").embeddings.word_embeddings.weight)
 
 
 WRONG = (
