@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import FilePath, is_sharded, lost_memory
 from ..ops.packed_mask import PackedMask
@@ -38,10 +39,11 @@ def save(
     Args:
         path: the file to write.
         packed: {parameter name: mask} of the child network.
-        model: the fine-tuned model.
+        model: the fine-tuned model; of one that averages another's weights, the average.
         base: the model before fine-tuning, or its state dict.
     """
-    tuned = _tensors(model)
+    # Its count of averages is no part of the model that a delta is applied to.
+    tuned = _tensors(model.module if isinstance(model, AveragedModel) else model)
     for what, tensors in (("model", tuned), ("base", _tensors(base) if isinstance(base, nn.Module) else base)):
         if sharded := _first_sharded(tensors):
             raise ValueError(

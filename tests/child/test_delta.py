@@ -185,7 +185,11 @@ def test_an_average_of_the_weights_is_refused_as_one(path):
     for _ in range(10):
         average.update_parameters(base)
     with pytest.raises(ValueError, match=rf"\d by up to \d\.?\d*e-0[789] in 'blocks\.0\.attention\.weight'.*{WHY}"):
-        child.save_delta(path, average.module, base)
+        child.save_delta(path, average, base)
+    average = AveragedModel(tune(copy.deepcopy(base), child))  # whose count is no part of the model
+    child.save_delta(path, average, base)
+    ChildNetwork.apply_delta(path, base)
+    assert same_model(base, average.module)
 
 
 def test_a_base_unlike_the_model_is_refused(path):
