@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..child import ChildNetwork, files
-from ..spectra.pictures import check_picture
+from ..spectra.pictures import check_picture, new_figure, saved
 from .running import check_target, naming, new_parser, quiet, run, share, tell
 
 _EXAMPLES = """  childtune choose bert-base-uncased scores.safetensors --reserve-p 0.3 --out child.safetensors
@@ -48,7 +48,9 @@ def _choose(options: argparse.Namespace) -> None:
     child = make(model, scores, reserve_p=options.reserve_p, scope=options.scope, maskable=options.maskable)
     child.save(options.out)
     if options.plot:
-        child.plot().figure.savefig(options.plot, bbox_inches="tight")  # type: ignore[union-attr]
+        figure = new_figure(6.4, 4.8)
+        child.plot(figure.add_subplot())
+        saved(figure, options.plot)
     summary = child.summary()
     facts: dict[str, Any] = {"model": options.model, "scores": options.scores, "file": options.out}
     facts |= {"fingerprint": child.fingerprint, "kept": summary.total.count, "weights": summary.total.numel}

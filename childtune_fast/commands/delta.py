@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..arguments import predicate
 from ..child import ChildNetwork, TaskVector
 from ..integrations.config import CHILD_FILE
@@ -75,14 +73,19 @@ def _merge(options: argparse.Namespace) -> None:
     weights = options.weights or [1 / len(options.deltas)] * len(options.deltas)
     if len(weights) != len(options.deltas):
         raise ValueError(f"--weights must be as many as deltas (got {len(weights)} for {len(options.deltas)})")
-    base, missing = hub.base_of(options.deltas, options.base)
-    leave = predicate(options.without or "$^", "--without")
-    vectors, left_out = _vectors(options.deltas, base, {*missing, *filter(leave, dict(base.named_parameters()))})
+    folders = [hub.folder_of(name) for name in options.deltas]
+    base, missing = hub.base_of(folders, options.base)
     inner: Any = base.base_model
     start = "" if inner is base else f"{base.base_model_prefix}."
     body = {f"{start}{name}" for name, _ in inner.named_parameters()}
     if lost := sorted(missing & body):  # drawn at random, which --without would leave
         raise ValueError(f"the base must have '{lost[0]}', of the shape that it has in '{options.deltas[0]}'")
+    leave = predicate(options.without or "$^", "--without")
+    unwanted = {*missing, *filter(leave, dict(base.named_parameters()))}
+    vectors = [TaskVector.from_delta(f / hub.DELTA_FILE, base, without=unwanted.__contains__) for f in folders]
+    left_out = unwanted.union(*(vector.left_out for vector in vectors))  # by all, since one of them has to
+    for vector in vectors:
+        vector.changes = {name: change for name, change in vector.changes.items() if name not in left_out}
     if lost := [name for name in sorted(left_out & body) if not leave(name)]:
         raise ValueError(f"every model must have '{lost[0]}', of the base's shape; or leave it out by --without")
     cosines = {
@@ -99,21 +102,6 @@ def _merge(options: argparse.Namespace) -> None:
         tokenizer.save_pretrained(options.out)
     facts = {"class": type(whole).__name__, **cosines, "left out": ", ".join(sorted(left_out))}
     tell({**facts, **_sizes(options.out)}, as_json=options.json)
-
-
-def _vectors(names: Sequence[str], base: nn.Module, left_out: set[str]) -> tuple[list[TaskVector], set[str]]:
-    """Returns the vectors of deltas, and the names that all of them leave out, since one of them has to."""
-    from ..integrations import hub
-
-    while True:
-        vectors = [
-            TaskVector.from_delta(hub.folder_of(name) / hub.DELTA_FILE, base, without=left_out.__contains__)
-            for name in names
-        ]
-        found = left_out.union(*(vector.left_out for vector in vectors))
-        if found == left_out:
-            return vectors, found
-        left_out = found
 
 
 def _sizes(folder: str) -> dict[str, Any]:

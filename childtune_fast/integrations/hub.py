@@ -251,20 +251,20 @@ def about_in(place: Path) -> dict[str, Any]:
     return {**about, "dtype": found, "fingerprint": fingerprint}
 
 
-def base_of(names: Sequence[str], base: str | None) -> tuple[PreTrainedModel, set[str]]:
+def base_of(folders: Sequence[Path], base: str | None) -> tuple[PreTrainedModel, set[str]]:
     """Returns what `load_base` does, for several deltas, of the class of the first one.
 
     Args:
-        names: names on the Hub, or folders, of what `save_pretrained` wrote.
+        folders: those of what `save_pretrained` wrote.
         base: name or folder of the base; None takes the one that all of them note.
 
     Raises:
         ValueError: they note several bases.
         OSError: there is no such base.
     """
-    noted = [about_in(folder_of(name)) for name in names]
+    noted = list(map(about_in, folders))
     if base is None and len(bases := {(about["base"], about["revision"]) for about in noted}) > 1:
         raise ValueError(f"deltas to merge must be of one base (got {sorted(bases, key=str)})")
     revision = noted[0]["revision"] if base is None else None
-    config = AutoConfig.from_pretrained(folder_of(names[0]), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folders[0], trust_remote_code=False)
     return load_base(config, noted[0]["dtype"], base or noted[0]["base"], revision)

@@ -54,7 +54,7 @@ def plot_alpha(models: Mapping[str, Iterable[Row]], path: FilePath | None = None
         raise ValueError(f"plot_alpha: each model must have a layer with a fit (got '{empty[0]}' without one)")
     if not alphas:
         raise ValueError("plot_alpha: models must not be empty")
-    figure = _figure(8.5, 4.2 + 0.3 * len(alphas))
+    figure = new_figure(8.5, 4.2 + 0.3 * len(alphas))
     axes = figure.add_subplot()
     _draw_densities(axes, alphas)
     for at, words in ((1 + OVER_TRAINED) / 2, '"over-trained"'), (4.0, '"well trained"'), (8.0, '"under-trained"'):
@@ -62,7 +62,7 @@ def plot_alpha(models: Mapping[str, Iterable[Row]], path: FilePath | None = None
     _mark_range(axes)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.04), borderaxespad=0)
     _bare(axes)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def by_layer(rows: Sequence[Row], path: FilePath | None) -> "Figure":
@@ -73,7 +73,7 @@ def by_layer(rows: Sequence[Row], path: FilePath | None) -> "Figure":
     if any(row.moved is not None for row in rows):
         panels += [_draw_moved, _draw_delta]
     line = min(_LINE, _HIGHEST / len(rows))
-    figure = _figure(4.2 + 3.0 * len(panels), 1.3 + line * len(rows))
+    figure = new_figure(4.2 + 3.0 * len(panels), 1.3 + line * len(rows))
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, draw in zip(all_axes, panels, strict=True):
         draw(axes, rows)
@@ -81,7 +81,7 @@ def by_layer(rows: Sequence[Row], path: FilePath | None) -> "Figure":
         _bare(axes)
     all_axes[0].set_yticks(range(len(rows)), [_words(row.longname) for row in rows], fontsize=8 * line / _LINE)
     all_axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _draw_densities(axes: "Axes", alphas: "Mapping[str, np.ndarray]") -> None:
@@ -160,11 +160,12 @@ def _mark_range(axes: "Axes") -> None:
         axes.axvline(at, color=_GREY, linestyle="--", linewidth=1)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Returns a figure of a size in inches, without matplotlib's global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures of spectra need matplotlib; run pip install matplotlib") from error
+        raise ImportError("pictures need matplotlib; run pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -175,7 +176,7 @@ def _words(name: str) -> str:
 
 def check_picture(path: FilePath) -> None:
     """Raises what writing a picture to `path` would raise for want of matplotlib, or of a format of that name."""
-    formats = _figure(1, 1).canvas.get_supported_filetypes()
+    formats = new_figure(1, 1).canvas.get_supported_filetypes()
     if _format(path) not in formats:
         raise ValueError(
             f"a picture's name must end with its format, one of {', '.join(sorted(formats))} (got '{os.fspath(path)}')"
@@ -190,7 +191,7 @@ def _bare(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _saved(figure: "Figure", path: FilePath | None) -> "Figure":
+def saved(figure: "Figure", path: FilePath | None) -> "Figure":
     """Returns a figure; if there is a path, writes it, whole or not at all. Equal figures have equal bytes."""
     if path is not None:
         from matplotlib import rc_context
