@@ -56,7 +56,8 @@ class ChildTuningConfig:
         refresh_every: mode "D" only: "epoch" chooses the child network again at the start of each later epoch; None
             keeps the first one (default: None).
         log_every: number of steps from one log of the share of the weights that a step moves to the next; see
-            `integrations.metrics.StepLog`. None logs none (default: None).
+            `integrations.metrics.StepLog`. Trainer's own logs then have `child/clip_factor` too. None logs none
+            (default: None).
 
     Raises:
         ValueError: an option is out of its range, or the mode does not use it.

@@ -11,7 +11,7 @@ from ..arguments import check_type, is_sharded, shown
 from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
 
-__all__ = ["StepLog", "metrics_of_choice"]
+__all__ = ["StepLog", "clip_factor", "metrics_of_choice"]
 
 Log = Callable[[dict[str, float], int], Any]
 
@@ -35,6 +35,12 @@ def metrics_of_choice(child: ChildNetwork, before: ChildNetwork | None = None) -
     found = {"child/weights": float(summary.total.count), "child/density": summary.total.density}
     found |= {f"child/density/{row.name or 'outside of layers'}": row.density for row in summary.layers}
     return found if before is None else {**found, "child/overlap": child.overlap(before)}
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """Returns by what gradients of a norm are multiplied so that it is at most `limit`; NaN for a norm that is NaN."""
+    factor = limit / (norm + 1e-6)
+    return 1.0 if factor > 1 else factor
 
 
 class StepLog:
@@ -116,7 +122,7 @@ class StepLog:
         limits = [group["max_grad_norm"] for group in groups if group["max_grad_norm"] is not None]
         if not limits or any(group["norm_of"] == "child" for group in groups):
             return {"child/grad_norm": norm}
-        return {"child/grad_norm": norm, "child/clip_factor": min(1.0, min(limits) / (norm + 1e-6))}
+        return {"child/grad_norm": norm, "child/clip_factor": clip_factor(norm, min(limits))}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from ..arguments import FilePath
 from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
 from .config import CHILD_FILE, ChildTuningConfig
-from .metrics import metrics_of_choice
+from .metrics import clip_factor, metrics_of_choice
 from .moments import Moments
 from .scores import fisher_scores, is_fsdp2
 from .search import Searched, check_arguments
@@ -90,8 +90,7 @@ class ChildTuning(Searched):
             raise ValueError(
                 "ChildTuning: mode='D' needs whole parameters or FSDP2's shards (got "
                 f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP version 1'}, which flattens parameters); use "
-                "FSDP2, by TrainingArguments(fsdp=True, fsdp_config={'version': 2}) or fsdp_version: 2 in accelerate's "
-                "configuration"
+                "FSDP2, by TrainingArguments(fsdp=True, fsdp_config={'version': 2}) or accelerate's fsdp_version: 2"
             )
         if sharded and config.per_example:
             raise ValueError(
@@ -116,8 +115,7 @@ class ChildTuning(Searched):
             **kwargs: further keyword arguments of Trainer.train.
 
         Raises:
-            ValueError: the checkpoint has no child network in mode "D", or has one in mode "F"; or an option of
-                ChildTuningConfig was set on the TrainingArguments.
+            ValueError: the checkpoint is of the other mode, or an option of ChildTuningConfig is in TrainingArguments.
         """
         check_arguments(self.args)
         if resume_from_checkpoint is True:  # stays True if there is no checkpoint, for which Trainer has an error
@@ -146,9 +144,8 @@ class ChildTuning(Searched):
                 optimizer_cls, options = None, {}
             if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.AdamW)):
                 raise ValueError(
-                    "ChildTuning: TrainingArguments(optim=) must be one of torch's AdamW, which ChildAdamW "
-                    f"takes the place of (got {self.args.optim!r}); leave it out, and ask for 8-bit state by "
-                    "ChildTuningConfig(state='8bit')"
+                    "ChildTuning: TrainingArguments(optim=) must be one of torch's AdamW, which ChildAdamW takes the "
+                    f"place of (got {self.args.optim!r}); leave it out; for 8 bits, ChildTuningConfig(state='8bit')"
                 )
             self._made_with = replace(self.child_tuning, log_every=None)
             self.child_network = self._first_child()
@@ -175,8 +172,7 @@ class ChildTuning(Searched):
                 raise
             raise ValueError(
                 f"ChildTuning: batches must have labels, under the name {self.label_names or ['labels']}, for "
-                f"the model to compute a loss (got {', '.join(keys)}); add them to the data set, or rename their "
-                "column"
+                f"the model to compute a loss (got {', '.join(keys)}); add them to the data set, or rename a column"
             ) from error
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -194,6 +190,12 @@ class ChildTuning(Searched):
         elif self.child_tuning.mode == "F" and self.args.should_save:
             path.unlink(missing_ok=True)  # that of an earlier run in this folder
         super().save_model(output_dir, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as Trainer does; with `log_every` also `child/clip_factor`, which follows from its `grad_norm`."""
+        if self.child_tuning.log_every is not None and "grad_norm" in logs and self.args.max_grad_norm > 0:
+            logs = {**logs, "child/clip_factor": clip_factor(logs["grad_norm"], self.args.max_grad_norm)}
+        super().log(logs, *args, **kwargs)
 
     # ---- The child network -----------------------------------------------------------------------------------------
 

@@ -1,15 +1,17 @@
 """What training loops log of Child-Tuning: through a function of one's own, Trainer's loggers and Lightning's."""
 
+import math
+
 import pytest
 import torch
 from models import Tiny
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from trainer_runs import REFRESHED, D, F, make_trainer
 from transformers import TrainerCallback
 
 from childtune_fast import ChildAdamW, ChildNetwork
 from childtune_fast.integrations.config import ChildTuningConfig
-from childtune_fast.integrations.metrics import StepLog, metrics_of_choice
+from childtune_fast.integrations.metrics import StepLog, clip_factor, metrics_of_choice
 from childtune_fast.integrations.transformers import ChildTuningTrainer
 
 
@@ -163,7 +165,7 @@ def test_trainer_logs_steps(tmp_path, config):
     trainer.train()
     assert [step for step, _ in rows_of(trainer, "child/moved")] == [1, 3, 5]
     assert all(0 < share <= 1 for _, share in rows_of(trainer, "child/moved"))
-    assert rows_of(trainer, "child/grad_norm") == []  # Trainer logs grad_norm itself
+    assert rows_of(trainer, "child/grad_norm") == rows_of(trainer, "child/clip_factor") == []  # see below
     assert len(rows_of(trainer, "child/density")) == (config.mode == "D")
 
 
@@ -206,6 +208,30 @@ def test_an_interrupted_training_ends_its_log(tmp_path):
     assert [step for step, _ in rows_of(trainer, "child/moved")] == [1, 5]
 
 
+@pytest.mark.parametrize(("limit", "log_every"), [(0.1, 4), (1e4, 4), (0.0, 4), (0.1, None)])
+def test_trainer_logs_by_what_it_clips_beside_its_own_norm(tmp_path, limit, log_every):
+    options = {"logging_strategy": "steps", "logging_steps": 3, "max_grad_norm": limit}
+    trainer = make_trainer(tmp_path, ChildTuningConfig(mode="F", log_every=log_every), arguments_=options)
+    trainer.train()
+    norms, factors = rows_of(trainer, "grad_norm"), rows_of(trainer, "child/clip_factor")
+    assert [step for step, _ in norms] == [3, 6]
+    if log_every is None or not limit:
+        assert factors == []
+    else:
+        assert factors == [(step, pytest.approx(min(1, limit / norm), rel=1e-5)) for step, norm in norms]
+
+
+@pytest.mark.parametrize(
+    ("norm", "factor"), [(2.0, 0.25), (0.1, 1.0), (0.0, 1.0), (math.inf, 0.0), (math.nan, math.nan)]
+)
+def test_clip_factors(norm, factor):
+    assert clip_factor(norm, 0.5) == pytest.approx(factor, rel=1e-5, nan_ok=True)
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = torch.ones(1)
+    clip_grads_with_norm_([param], 0.5, torch.tensor(norm))  # torch's own rule
+    assert clip_factor(norm, 0.5) == pytest.approx(param.grad.item(), rel=1e-6, nan_ok=True)
+
+
 def test_tensorboard_reads_it_back(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = {"report_to": "tensorboard", "logging_strategy": "steps", "logging_steps": 3}
@@ -217,3 +243,4 @@ def test_tensorboard_reads_it_back(tmp_path):
     rows = trainer.child_network.summary().layers
     assert density.value == pytest.approx(next(row.density for row in rows if row.name.endswith("layer.0")), rel=1e-6)
     assert [event.step for event in read.Scalars("train/child/moved")] == [1, 4]
+    assert [event.step for event in read.Scalars("train/child/clip_factor")] == [3, 6]
