@@ -11,7 +11,7 @@ from ..arguments import check_type, is_sharded, shown
 from ..child import ChildNetwork
 from ..optimizer import ChildAdamW
 
-__all__ = ["StepLog", "clip_factor", "metrics_of_choice"]
+__all__ = ["StepLog", "metrics_of_choice"]
 
 Log = Callable[[dict[str, float], int], Any]
 
