@@ -78,6 +78,18 @@ def differences_of_d(folder):
     return texts
 
 
+def test_what_it_says_of_other_tasks_is_what_the_runs_say():
+    page = " ".join(README.read_text(encoding="utf-8").split())
+    methods = compare.by_task(runs.read_all(RESULTS / "heads" / "runs"), "report")["glue/mrpc"]
+    names = {"glue/cola": "CoLA", "glue/stsb": "STS-B", "glue/qnli": "QNLI", "transfer/quora": "Quora"}
+    for method in ("f", "d", "lora", "frozen"):
+        for task, name in names.items():
+            paired = compare.difference_to(
+                methods["vanilla"], methods[method], lambda run, task=task: next(iter(run["heads_on"][task].values()))
+            )
+            assert f"{paired} on {name}" in page, (method, f"{paired} on {name}")
+
+
 def test_what_it_says_of_other_data_sets_is_what_the_runs_say():
     verdict, _, rest = (
         " ".join(part.split()) for part in README.read_text(encoding="utf-8").partition("**Whom it is for**")
