@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a CPU, torch's fused optimizers give the elements of a gradient to other weights if it is laid out unlike its parameter.
 #
-# One would assume: fused=True takes the steps of fused=False, or raises, as it does on GPUs for such gradients.
+# One would assume: fused=True takes the steps of fused=False, or raises, as is reported of GPUs (pytorch/pytorch#110758).
 # What happens: the kernel walks through the memory of weight, gradient and averages side by side, whatever their strides. The
 #   backward pass gives `param.grad` its parameter's layout, so that most never meet it; torch.autograd.grad does not: of an einsum
 #   "bi,oi->bo", or of a bmm with a transposed weight, the gradient is transposed in memory. Set as `param.grad` it trains the
