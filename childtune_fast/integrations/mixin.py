@@ -115,7 +115,7 @@ class ChildTuning(Searched):
             **kwargs: further keyword arguments of Trainer.train.
 
         Raises:
-            ValueError: the checkpoint is of the other mode, or an option of ChildTuningConfig is in TrainingArguments.
+            ValueError: the checkpoint is of another mode, or an option of ChildTuningConfig is in TrainingArguments.
         """
         check_arguments(self.args)
         if resume_from_checkpoint is True:  # stays True if there is no checkpoint, for which Trainer has an error
@@ -172,7 +172,7 @@ class ChildTuning(Searched):
                 raise
             raise ValueError(
                 f"ChildTuning: batches must have labels, under the name {self.label_names or ['labels']}, for "
-                f"the model to compute a loss (got {', '.join(keys)}); add them to the data set, or rename a column"
+                f"the model to compute a loss (got {', '.join(keys)}); add them to the data, or rename their column"
             ) from error
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ class ChildTuning(Searched):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs as Trainer does; with `log_every` also `child/clip_factor`, which follows from its `grad_norm`."""
-        if self.child_tuning.log_every is not None and "grad_norm" in logs and self.args.max_grad_norm > 0:
+        if self.child_tuning.log_every is not None and "grad_norm" in logs and (self.args.max_grad_norm or 0) > 0:
             logs = {**logs, "child/clip_factor": clip_factor(logs["grad_norm"], self.args.max_grad_norm)}
         super().log(logs, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -62,6 +63,9 @@ def test_the_verdict_is_what_the_runs_say():
             for method in ("f", "d"):
                 paired = compare.difference_to(reported[task]["vanilla"], reported[task][method])
                 assert f"{name} {paired}" in page
+    stsb = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
+    whole = README.read_text(encoding="utf-8")
+    assert f"LoRA gains as much as D on STS-B, {compare.difference_to(stsb['vanilla'], stsb['lora'])}," in whole
 
 
 def differences_of_d(folder):
@@ -82,11 +86,15 @@ def test_what_it_says_of_other_tasks_is_what_the_runs_say():
     page = " ".join(README.read_text(encoding="utf-8").split())
     methods = compare.by_task(runs.read_all(RESULTS / "heads" / "runs"), "report")["glue/mrpc"]
     names = {"glue/cola": "CoLA", "glue/stsb": "STS-B", "glue/qnli": "QNLI", "transfer/quora": "Quora"}
-    for method in ("f", "d", "lora", "frozen"):
-        for task, name in names.items():
-            paired = compare.difference_to(
-                methods["vanilla"], methods[method], lambda run, task=task: next(iter(run["heads_on"][task].values()))
-            )
+    for task, name in names.items():
+
+        def score(run, task=task):
+            return next(iter(run["heads_on"][task].values()))
+
+        own = 100 * mean(map(score, methods["vanilla"]))
+        assert f"{own:.1f} ({next(iter(methods['vanilla'][0]['heads_on'][task]))})" in page
+        for method in ("f", "d", "lora", "frozen"):
+            paired = compare.difference_to(methods["vanilla"], methods[method], score)
             assert f"{paired} on {name}" in page, (method, f"{paired} on {name}")
 
 

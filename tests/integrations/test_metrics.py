@@ -221,6 +221,15 @@ def test_trainer_logs_by_what_it_clips_beside_its_own_norm(tmp_path, limit, log_
         assert factors == [(step, pytest.approx(min(1, limit / norm), rel=1e-5)) for step, norm in norms]
 
 
+@pytest.mark.parametrize("limit", [None, -1.0])  # which Trainers before transformers 5 take for no limit
+def test_no_limit_has_no_factor(tmp_path, limit):
+    trainer = make_trainer(tmp_path, ChildTuningConfig(mode="F", log_every=1))
+    trainer.args.max_grad_norm = limit
+    trainer.log({"grad_norm": 2.0})
+    assert rows_of(trainer, "grad_norm") == [(0, 2.0)]
+    assert rows_of(trainer, "child/clip_factor") == []
+
+
 @pytest.mark.parametrize(
     ("norm", "factor"), [(2.0, 0.25), (0.1, 1.0), (0.0, 1.0), (math.inf, 0.0), (math.nan, math.nan)]
 )

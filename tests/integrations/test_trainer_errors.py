@@ -116,7 +116,7 @@ def test_data_without_labels(tmp_path, config):
 
 def test_labels_under_another_name(tmp_path):
     data = [{"input_ids": example["input_ids"], "target": example["labels"]} for example in make_data()]
-    with pytest.raises(ValueError, match=r"\(got input_ids\); add them to the data set, or rename a column"):
+    with pytest.raises(ValueError, match=r"\(got input_ids\); add them to the data, or rename their column"):
         make_trainer(tmp_path, D, data=data).train()
 
 
