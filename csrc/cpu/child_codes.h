@@ -32,14 +32,68 @@ struct PartEncoding {
   PerBlock<uint32_t> word;  // XOR the block's number, so that this vanishes from its XOR with a place
 };
 
-// The four functions take kLanes values. found returns what the blocks of the values at `places` have.
-#if defined(CHILDTUNE_AVX2)
+// The four functions take kLanes values. found returns what the blocks of the values at `places` have: a permutation
+// reads the low bits of each place, and above those of a block's number the next one is 0.
+#if defined(CHILDTUNE_AVX512)
+
+CHILDTUNE_INLINE __m512i load_places(const uint32_t* places) { return _mm512_loadu_si512(places); }
+CHILDTUNE_INLINE __m512 found(const PerBlock<float>& numbers, __m512i places) {
+  return _mm512_permutexvar_ps(places, _mm512_castps256_ps512(_mm256_load_ps(numbers.of)));
+}
+template <class T>
+CHILDTUNE_INLINE __m512i found(const PerBlock<T>& numbers, __m512i places) {
+  const __m256i eight = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers.of));
+  return _mm512_permutexvar_epi32(places, _mm512_castsi256_si512(eight));
+}
+CHILDTUNE_INLINE __m512i found_bits(const PerBlock<uint32_t>& words, __m512i places) {
+  return _mm512_xor_si512(found(words, places), places);
+}
+
+CHILDTUNE_INLINE void decode_average_lanes(const uint8_t* codes, const PerBlock<float>& factors, const uint32_t* places,
+                                           float* values) {
+  decode_average_sixteen(codes, found(factors, load_places(places)), values);
+}
+
+CHILDTUNE_INLINE void decode_square_lanes(const uint8_t* codes, const PerBlock<float>& factors, const uint32_t* places,
+                                          float* values) {
+  decode_square_sixteen(codes, found(factors, load_places(places)), values);
+}
+
+CHILDTUNE_INLINE void encode_average_lanes(const float* values, const PartEncoding& e, const uint32_t* places,
+                                           uint8_t* codes) {
+  const __m512i of = load_places(places);
+  encode_average_sixteen(values, found(e.inverse, of), found_bits(e.word, of), codes);
+}
+
+CHILDTUNE_INLINE void encode_square_lanes(const float* values, const PartEncoding& e, const uint32_t* places,
+                                          uint8_t* codes) {
+  const __m512i of = load_places(places);
+  encode_square_sixteen(values, found(e.least, of), found_bits(e.word, of), codes);
+}
+
+CHILDTUNE_INLINE void random_lanes(const PerBlock<uint32_t>& words, const uint32_t* places, uint32_t* random) {
+  _mm512_storeu_si512(random, found_bits(words, load_places(places)));
+}
+
+// Returns the bits of the largest magnitudes of a block's values: eight numbers, the largest of which is the block's.
+CHILDTUNE_INLINE __m256i largest_of(const float* values, int64_t count) {
+  const __m512i all = _mm512_set1_epi32(0x7FFFFFFF);
+  __m512i most = _mm512_setzero_si512();
+  for (; count >= kLanes; count -= kLanes, values += kLanes) {
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(values), all));
+  }
+  const auto left = static_cast<__mmask16>((1u << count) - 1);
+  most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(left, values), all));
+  return _mm256_max_epi32(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+}
+
+#elif defined(CHILDTUNE_AVX2)
 
 CHILDTUNE_INLINE __m256i load_places(const uint32_t* places) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
 }
 CHILDTUNE_INLINE __m256 found(const PerBlock<float>& numbers, __m256i places) {
-  return _mm256_permutevar8x32_ps(_mm256_load_ps(numbers.of), places);  // reads the low three bits of each place
+  return _mm256_permutevar8x32_ps(_mm256_load_ps(numbers.of), places);
 }
 template <class T>
 CHILDTUNE_INLINE __m256i found(const PerBlock<T>& numbers, __m256i places) {
@@ -75,6 +129,12 @@ CHILDTUNE_INLINE void encode_square_lanes(const float* values, const PartEncodin
                 square_numbers(values + 8, found(e.least, second), found_bits(e.word, second)));
 }
 
+CHILDTUNE_INLINE void random_lanes(const PerBlock<uint32_t>& words, const uint32_t* places, uint32_t* random) {
+  for (int j = 0; j < kLanes; j += 8) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(random + j), found_bits(words, load_places(places + j)));
+  }
+}
+
 // Returns the bits of the largest magnitudes of a block's values: eight numbers, the largest of which is the block's.
 // Reads up to eight values beyond them.
 CHILDTUNE_INLINE __m256i largest_of(const float* values, int64_t count) {
@@ -89,6 +149,10 @@ CHILDTUNE_INLINE __m256i largest_of(const float* values, int64_t count) {
   return _mm256_max_epi32(most, _mm256_and_si256(_mm256_loadu_si256(eights), load_places(kFirst + 8 - count)));
 }
 
+#endif
+
+#if defined(CHILDTUNE_AVX2)
+
 CHILDTUNE_INLINE __m256i larger_of_words(__m256i a, __m256i b) {
   return _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
@@ -102,12 +166,6 @@ CHILDTUNE_INLINE __m256i largest_of_each(const __m256i* rows) {
   const __m256i second = larger_of_pairs(larger_of_words(rows[4], rows[5]), larger_of_words(rows[6], rows[7]));
   return _mm256_max_epi32(_mm256_permute2x128_si256(first, second, 0x20),
                           _mm256_permute2x128_si256(first, second, 0x31));
-}
-
-CHILDTUNE_INLINE void random_lanes(const PerBlock<uint32_t>& words, const uint32_t* places, uint32_t* random) {
-  for (int j = 0; j < kLanes; j += 8) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(random + j), found_bits(words, load_places(places + j)));
-  }
 }
 
 #else

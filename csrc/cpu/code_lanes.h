@@ -25,9 +25,9 @@ CHILDTUNE_INLINE Encoding encoding_of(uint32_t scale, uint32_t word) {
   return {inverse_scale_of(scale), least_square_of(scale), word >> kSpreadShift};
 }
 
-#if defined(CHILDTUNE_AVX2)
+#if defined(CHILDTUNE_AVX2) && !defined(CHILDTUNE_AVX512)
 
-// Eight values, for which what their blocks take may differ. AVX-512 takes them for child networks alone.
+// Eight values, for which what their blocks take may differ.
 CHILDTUNE_INLINE void decode_average_eight(const uint8_t* codes, __m256 factor, float* values) {
   const __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
   const __m256i number =
@@ -83,47 +83,67 @@ CHILDTUNE_INLINE void store_squares(uint8_t* codes, __m256i first, __m256i secon
 
 #if defined(CHILDTUNE_AVX512)
 
-CHILDTUNE_INLINE __m512i load_codes(const uint8_t* codes) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+// Results of three operands, bit by bit.
+constexpr int kAndOr = 0xEA, kAndXor = 0x6A, kChoose = 0xCA;  // (a & b) | c, (a & b) ^ c, a ? b : c
+
+// Sixteen values, for which what their blocks take may differ. `random` has the twenty bits of an encoding.
+CHILDTUNE_INLINE void decode_average_sixteen(const uint8_t* codes, __m512 factor, float* values) {
+  const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i moved = _mm512_slli_epi32(code, 20);
+  const __m512i shifted =
+      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(0x07F00000), _mm512_set1_epi32(kShiftCode << 20), kAndOr);
+  const __m512i signed_factor =
+      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(factor), kAndXor);
+  const __m512 number = _mm512_sub_ps(_mm512_castsi512_ps(shifted), _mm512_set1_ps(kShift));
+  // The product is exact; adding 0 makes 0 of -0.
+  store_floats(values, _mm512_fmadd_ps(number, _mm512_castsi512_ps(signed_factor), _mm512_setzero_ps()));
 }
+
+CHILDTUNE_INLINE void decode_square_sixteen(const uint8_t* codes, __m512 factor, float* values) {
+  const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(96 << 23));
+  store_floats(values, _mm512_mul_ps(_mm512_castsi512_ps(bits), factor));
+}
+
 CHILDTUNE_INLINE void store_codes(uint8_t* codes, __m512i numbers) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(numbers));
 }
+
+CHILDTUNE_INLINE void encode_average_sixteen(const float* values, __m512 inverse, __m512i random, uint8_t* codes) {
+  const __m512 value = load_floats(values);
+  // Rounded once as well as twice: the product is exact, or too small to matter beside kShift.
+  const __m512 shifted = _mm512_fmadd_ps(_mm512_abs_ps(value), inverse, _mm512_set1_ps(kShift));
+  const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(shifted), random);
+  const __m512i sign = _mm512_srli_epi32(_mm512_castps_si512(value), 24);
+  store_codes(codes, _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x7F), _mm512_srli_epi32(rounded, 20), sign, kChoose));
+}
+
+CHILDTUNE_INLINE void encode_square_sixteen(const float* values, __m512i least, __m512i random, uint8_t* codes) {
+  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(load_floats(values)), least);
+  const __m512i rounded = _mm512_add_epi32(_mm512_max_epi32(above, _mm512_setzero_si512()), random);
+  store_codes(codes, _mm512_srli_epi32(rounded, 20));
+}
+
 CHILDTUNE_INLINE __m512i added_bits(const Encoding& e, const uint32_t* spread) {
   return _mm512_xor_si512(_mm512_set1_epi32(static_cast<int>(e.word)), _mm512_loadu_si512(spread));
 }
 
 CHILDTUNE_INLINE void decode_average_lanes(const uint8_t* codes, float factor, float* values) {
-  const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  const __m512i number =
-      _mm512_and_si512(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000u)));
-  const __m512i shifted = _mm512_add_epi32(number, _mm512_set1_epi32(kShiftCode << 20));
-  const __m512i sign = _mm512_and_si512(shifted, _mm512_set1_epi32(INT32_MIN));
-  const __m512 shift = _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_castps_si512(_mm512_set1_ps(kShift))));
-  store_floats(values, _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(shifted), shift), _mm512_set1_ps(factor)));
+  decode_average_sixteen(codes, _mm512_set1_ps(factor), values);
 }
 
 CHILDTUNE_INLINE void decode_square_lanes(const uint8_t* codes, float factor, float* values) {
-  const __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(load_codes(codes), 20), _mm512_set1_epi32(96 << 23));
-  store_floats(values, _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(factor)));
+  decode_square_sixteen(codes, _mm512_set1_ps(factor), values);
 }
 
 CHILDTUNE_INLINE void encode_average_lanes(const float* values, const Encoding& e, const uint32_t* spread,
                                            uint8_t* codes) {
-  const __m512 value = load_floats(values);
-  const __m512i bits = _mm512_castps_si512(value), sign = _mm512_and_si512(bits, _mm512_set1_epi32(INT32_MIN));
-  const __m512 shift = _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_castps_si512(_mm512_set1_ps(kShift))));
-  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(value, _mm512_set1_ps(e.inverse)), shift);
-  const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(shifted), added_bits(e, spread));
-  const __m512i number = _mm512_and_si512(_mm512_srli_epi32(rounded, 20), _mm512_set1_epi32(0x7F));
-  store_codes(codes, _mm512_or_si512(number, _mm512_srli_epi32(sign, 24)));
+  encode_average_sixteen(values, _mm512_set1_ps(e.inverse), added_bits(e, spread), codes);
 }
 
 CHILDTUNE_INLINE void encode_square_lanes(const float* values, const Encoding& e, const uint32_t* spread,
                                           uint8_t* codes) {
-  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(load_floats(values)), _mm512_set1_epi32(e.least));
-  const __m512i rounded = _mm512_add_epi32(_mm512_max_epi32(above, _mm512_setzero_si512()), added_bits(e, spread));
-  store_codes(codes, _mm512_srli_epi32(rounded, 20));
+  encode_square_sixteen(values, _mm512_set1_epi32(e.least), added_bits(e, spread), codes);
 }
 
 #elif defined(CHILDTUNE_AVX2)
@@ -195,6 +215,41 @@ CHILDTUNE_OUT_OF_LINE uint32_t largest_bits(const float* values, int64_t count, 
   }
   return static_cast<uint32_t>(most);
 }
+
+#if defined(CHILDTUNE_AVX512)
+
+// Finds the bits of the largest magnitudes of a block's averages, kLanes at a time. Squares have no sign but as NaN.
+class LargestOfBlock {
+ public:
+  CHILDTUNE_MEMBER void begin() { averages_ = squares_ = _mm512_setzero_si512(); }
+  CHILDTUNE_MEMBER void take(const float* exp_avg, const float* exp_avg_sq) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(exp_avg), _mm512_set1_epi32(0x7FFFFFFF));
+    averages_ = _mm512_max_epu32(averages_, magnitude);
+    squares_ = _mm512_max_epu32(squares_, _mm512_loadu_si512(exp_avg_sq));
+  }
+  CHILDTUNE_MEMBER uint32_t average(const float*) const { return _mm512_reduce_max_epu32(averages_); }
+  CHILDTUNE_MEMBER uint32_t square(const float*) const { return _mm512_reduce_max_epu32(squares_); }
+
+ private:
+  __m512i averages_, squares_;
+};
+
+#else
+
+// The same by a second look at the whole block, for which sets of fewer registers have the time.
+class LargestOfBlock {
+ public:
+  CHILDTUNE_MEMBER void begin() {}
+  CHILDTUNE_MEMBER void take(const float*, const float*) {}
+  CHILDTUNE_MEMBER uint32_t average(const float* exp_avg) const {
+    return largest_bits(exp_avg, kCodeBlock, kCodeBlock);
+  }
+  CHILDTUNE_MEMBER uint32_t square(const float* exp_avg_sq) const {
+    return largest_bits(exp_avg_sq, kCodeBlock, kCodeBlock);
+  }
+};
+
+#endif
 
 // Returns the number of P that core/dtypes.h's store_random stores, or a float that store rounds to it. `random` has
 // the twenty bits of an encoding.

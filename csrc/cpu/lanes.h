@@ -28,9 +28,8 @@ template <class V>
 CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance = CHILDTUNE_FETCH_AHEAD) {
   if (CHILDTUNE_FETCH_AHEAD == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(distance);
-  for (uintptr_t line = begin; line < begin + count * sizeof(V); line += 64) {
-    CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(line));
-  }
+  const uintptr_t lines = (static_cast<uintptr_t>(count) * sizeof(V) + 63) / 64;
+  for (uintptr_t line = 0; line < lines; ++line) CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(begin + 64 * line));
 }
 
 // Fetches ahead of `count` elements from `at` on, in each array; `at` is a multiple of kLanes. A cache line of 16-bit
@@ -85,6 +84,54 @@ CHILDTUNE_INLINE void update_all_lanes(const AdamWConstants<T>& c, const Streams
     narrow_lanes(param, s.param + at);
   } else {
     update_lanes<P, kMasked, kAmsgrad>(c, s, at, kLanes, words, half, keep_threshold);
+  }
+}
+
+// An update of kLanes elements from `at` on in two halves, so that others may stand between them: what waits for a root
+// does not fill the processor's queue then. The first half updates the averages and writes the roots to `roots`, by
+// which the second one updates the weights.
+template <class P, bool kMasked, bool kAmsgrad, class T>
+CHILDTUNE_INLINE void begin_update(const AdamWConstants<T>& c, const Streams<P>& s, int64_t at, const uint32_t* words,
+                                   int half, uint32_t keep_threshold, T* __restrict roots) {
+  T widened[sizeof(P) == 2 ? kLanes : 1];
+  if constexpr (sizeof(P) == 2) widen_lanes(s.grad + at, widened);
+  T* __restrict exp_avg = s.exp_avg + at;
+  T* __restrict exp_avg_sq = s.exp_avg_sq + at;
+  T* __restrict max_exp_avg_sq = kAmsgrad ? s.max_exp_avg_sq + at : nullptr;
+  CHILDTUNE_INDEPENDENT
+  CHILDTUNE_ROLLED
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const bool keep = kMasked ? keeps(words[j], half, keep_threshold) : true;
+    T m = exp_avg[j], v = exp_avg_sq[j], vmax = kAmsgrad ? max_exp_avg_sq[j] : T(0);
+    T grad;
+    if constexpr (sizeof(P) == 2) {
+      grad = widened[j];
+    } else {
+      grad = s.grad[at + j];
+    }
+    roots[j] = square_root(update_moments<kAmsgrad>(c, keep, grad, m, v, vmax));
+    exp_avg[j] = m;
+    exp_avg_sq[j] = v;
+    if (kAmsgrad) max_exp_avg_sq[j] = vmax;
+  }
+}
+
+template <class P, class T>
+CHILDTUNE_INLINE void end_update(const AdamWConstants<T>& c, const Streams<P>& s, int64_t at,
+                                 const T* __restrict roots) {
+  const T* __restrict exp_avg = s.exp_avg + at;
+  if constexpr (sizeof(P) == 2) {
+    T param[kLanes];
+    widen_lanes(s.param + at, param);
+    CHILDTUNE_INDEPENDENT
+    CHILDTUNE_ROLLED
+    for (int64_t j = 0; j < kLanes; ++j) param[j] = updated_weight<true>(c, param[j], exp_avg[j], roots[j]);
+    narrow_lanes(param, s.param + at);
+  } else {
+    P* __restrict param = s.param + at;
+    CHILDTUNE_INDEPENDENT
+    CHILDTUNE_ROLLED
+    for (int64_t j = 0; j < kLanes; ++j) param[j] = updated_weight<true>(c, param[j], exp_avg[j], roots[j]);
   }
 }
 

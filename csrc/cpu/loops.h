@@ -23,6 +23,13 @@
 #define CHILDTUNE_UNROLL
 #endif
 
+// Keeps the next loop a loop until it becomes vectors: what GCC has unrolled first, it may leave as it is.
+#if defined(__GNUC__) && !defined(__clang__)
+#define CHILDTUNE_ROLLED _Pragma("GCC unroll 1")
+#else
+#define CHILDTUNE_ROLLED
+#endif
+
 // Keeps out of line what is called once per many elements: it compiles sooner and leaves the loops their registers.
 #if defined(__GNUC__)
 #define CHILDTUNE_OUT_OF_LINE static __attribute__((noinline))

@@ -52,8 +52,10 @@ void parallel_slices(int threads, int64_t slices, void (*slice)(void*, int64_t),
   job.slices = slices;
   job.slice = slice;
   job.context = context;
-  // More threads than processors are of no use, and starting very many ends the process.
-  threads = std::min(threads, std::max(kMaxThreads, static_cast<int>(std::thread::hardware_concurrency())));
+  // More threads than processors are of no use, and starting very many ends the process. Asking how many there are
+  // reads files of the system's, which takes as long as a step of some thousand weights.
+  static const int most_threads = std::max(kMaxThreads, static_cast<int>(std::thread::hardware_concurrency()));
+  threads = std::min(threads, most_threads);
   if (threads <= 1 || slices <= 1) return work(&job);
   if (GompParallel parallel = gomp_parallel()) return parallel(work, &job, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> helpers;

@@ -172,8 +172,8 @@ void step_rounded(const StepItem& item, int64_t begin, int64_t end) {
   int64_t whole = 0;  // blocks that the other loop takes
   if (item.state == StateKind::kCodes && !item.stochastic && item.layout == nullptr && !item.data[kMaxExpAvgSq]) {
     whole = (end - begin) / kMaskBlock;
-    item.masked ? update_coded_blocks<P, true>(c, item, begin, whole, rounding, keys)
-                : update_coded_blocks<P, false>(c, item, begin, whole, rounding, keys);
+    item.masked ? update_coded<P, true>(c, item, begin, whole, rounding, keys)
+                : update_coded<P, false>(c, item, begin, whole, rounding, keys);
   }
   for (int64_t at = begin + whole * kMaskBlock; at < end; at += kMaskBlock) {
     const int64_t count = kMaskBlock < end - at ? kMaskBlock : end - at, lanes = in_lanes(count);

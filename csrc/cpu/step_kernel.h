@@ -23,15 +23,22 @@ namespace {
 
 #if defined(CHILDTUNE_AVX512)
 
+// The roots of two parts of a block: one that is begun, and the one before, which is not ended yet.
+template <class T>
+using PartRoots = T[2][kLanes];
+
 // Takes part kPart of updating one masked block, and of drawing the bits of the next one.
 template <class P, bool kAmsgrad, int kPart, class T>
 CHILDTUNE_INLINE void update_part_of_block(const AdamWConstants<T>& c, const Streams<P>& s, uint32_t keep_threshold,
                                            const MaskBits& bits, const MaskKeys& keys, uint64_t next_block,
-                                           MaskDraw& draw, MaskBits* next) {
+                                           MaskDraw& draw, MaskBits* next, PartRoots<T>& roots) {
   static_assert(kAtOnce == kMaskCounters, "all counters of a block are drawn at once");
   fetch_ahead<kAmsgrad>(s, kLanes * kPart, kLanes);
-  update_all_lanes<P, true, kAmsgrad>(c, s, kLanes * kPart, bits.word[kPart / 2], kPart % 2, keep_threshold);
+  constexpr int kAt = kLanes * kPart;
+  begin_update<P, true, kAmsgrad>(c, s, kAt, bits.word[kPart / 2], kPart % 2, keep_threshold, roots[kPart % 2]);
   draw_rounds<kRounds * kPart / kMaskParts, kRounds*(kPart + 1) / kMaskParts>(keys, next_block, 0, draw, next);
+  if (kPart > 0) end_update(c, s, kAt - kLanes, roots[(kPart + 1) % 2]);
+  if (kPart + 1 == kMaskParts) end_update(c, s, kAt, roots[kPart % 2]);
 }
 
 template <class P, bool kAmsgrad, class T, int... kPart>
@@ -39,7 +46,8 @@ CHILDTUNE_INLINE void update_parts(const AdamWConstants<T>& c, const Streams<P>&
                                    const MaskBits& bits, const MaskKeys& keys, uint64_t next_block, MaskBits* next,
                                    std::integer_sequence<int, kPart...>) {
   MaskDraw draw;
-  (update_part_of_block<P, kAmsgrad, kPart>(c, s, keep_threshold, bits, keys, next_block, draw, next), ...);
+  PartRoots<T> roots;
+  (update_part_of_block<P, kAmsgrad, kPart>(c, s, keep_threshold, bits, keys, next_block, draw, next, roots), ...);
 }
 
 // Updates one masked block, whose bits are `bits`, and meanwhile draws those of the block after it into `next`.

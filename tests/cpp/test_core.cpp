@@ -209,11 +209,36 @@ void test_cuda_child_steps();
 void test_cuda_rounded_steps();
 void test_cuda_scores();
 
+// The quotient by an inverse is the quotient: for each mantissa of a root, also where it is as small and as large as
+// roots are, and for divisors as steps have them and such as are hard to divide by.
+static void test_quotient_by_inverse() {
+  std::vector<float> divisors{1.0f, 0x1.fffffep-1f, 0x1.fffffep-3f, 0x1.000002p-1f, 0x1p-27f, 0x1.6a09e6p-4f};
+  for (uint64_t step : {1, 2, 10, 1000, 5000}) {
+    divisors.push_back(static_cast<float>(std::sqrt(1.0 - integer_power(0.999, step))));
+  }
+  for (float divisor : divisors) {
+    const float inverse = 1.0f / divisor;
+    int64_t wrong = 0;
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
+      for (uint32_t exponent : {52u, 127u, 190u}) {
+        const float root = bit_cast<float>(exponent << 23 | mantissa);
+        wrong += bits_of(quotient_by_inverse(root, divisor, inverse)) != bits_of(root / divisor);
+        if (mantissa % 16 != 0) break;
+      }
+    }
+    expect(wrong == 0, "quotients by an inverse are quotients", wrong);
+    expect(quotient_by_inverse(0.0f, divisor, inverse) == 0.0f, "0 by an inverse");
+    expect(quotient_by_inverse(INFINITY, divisor, inverse) == INFINITY, "infinity by an inverse");
+    expect(std::isnan(quotient_by_inverse(NAN, divisor, inverse)), "NaN by an inverse");
+  }
+}
+
 int main() {
   test_philox();
   test_half_precision();
   test_codes();
   test_integer_power();
+  test_quotient_by_inverse();
   test_large_index();
   test_cuda_plan();
   test_cuda_steps();
