@@ -26,7 +26,7 @@
 #define CHILDTUNE_AVX2
 #define CHILDTUNE_AVX512
 #define CHILDTUNE_QUOTIENT_BY_INVERSE  // Intel's dividers take longer for 16 floats than everything else of an update
-#define CHILDTUNE_FETCH_AHEAD 3072  // a tenth less time on an Intel Xeon
+#define CHILDTUNE_FETCH_AHEAD 3072     // a tenth less time on an Intel Xeon
 #include "cpu/isa_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -75,11 +75,13 @@ CHILDTUNE_INLINE void update_quad(const AdamWConstants<typename ComputeType<P>::
   if (used == 0 && constants.eps > T(0)) {
     move_weights<kAmsgrad>(quad, [&](T param, T exp_avg, T) { return updated_at_zero(constants, param, exp_avg); });
   } else if (constants.bias_correction2_sqrt == T(1)) {
-    move_weights<kAmsgrad>(
-        quad, [&](T param, T exp_avg, T second) { return updated_weight<false>(constants, param, exp_avg, square_root(second)); });
+    move_weights<kAmsgrad>(quad, [&](T param, T exp_avg, T second) {
+      return updated_weight<false>(constants, param, exp_avg, square_root(second));
+    });
   } else {
-    move_weights<kAmsgrad>(
-        quad, [&](T param, T exp_avg, T second) { return updated_weight<true>(constants, param, exp_avg, square_root(second)); });
+    move_weights<kAmsgrad>(quad, [&](T param, T exp_avg, T second) {
+      return updated_weight<true>(constants, param, exp_avg, square_root(second));
+    });
   }
 }
 
