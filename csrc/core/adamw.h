@@ -15,13 +15,15 @@ CHILDTUNE_INLINE float square_root(float x) { return sqrtf(x); }
 CHILDTUNE_INLINE double square_root(double x) { return sqrt(x); }
 
 // Returns root / divisor, rounded once, for a divisor whose inverse, 1 / divisor as a float, is at hand: where dividers
-// are slow, this takes a third of their time. By Markstein's theorem (IBM J. Res. Dev. 34, 1990) it is the quotient,
-// since what is left is exact: a root is 0 or at least 2^-75, and divisors here lie in 2^-27 .. 1. An infinite root has
-// nothing left of it, but NaN.
+// are slow, this takes a third of their time. Roots are 0 or at least 2^-75, divisors 2^-27 to 1, so that nothing
+// underflows. Where the product is within an ulp of the quotient, what is left is exact, and the result is the quotient
+// by Markstein's theorem (IBM J. Res. Dev. 34, 1990). It is further from it, but less than 1.5 ulp, only if divisor and
+// quotient both have mantissas just below 2; a test goes through those. If nothing is left, the product is the
+// quotient; of an infinite root NaN is.
 CHILDTUNE_INLINE float quotient_by_inverse(float root, float divisor, float inverse) {
-  const float near = root * inverse;
-  const float left = fmaf(-near, divisor, root);
-  return root <= 0x1.fffffep127f ? fmaf(left, inverse, near) : near;
+  const float product = root * inverse;
+  const float left = fmaf(-product, divisor, root);
+  return left < 0.0f || left > 0.0f ? fmaf(left, inverse, product) : product;
 }
 
 // Returns a square root, divided by bias_correction2_sqrt.

@@ -32,8 +32,9 @@ struct PartEncoding {
   PerBlock<uint32_t> word;  // XOR the block's number, so that this vanishes from its XOR with a place
 };
 
-// The four functions take kLanes values. found returns what the blocks of the values at `places` have: a permutation
-// reads the low bits of each place, and above those of a block's number the next one is 0.
+// The four functions take kLanes values. found returns what the blocks of the values at `places` have. A permutation
+// reads the low bits of each place, three of eight numbers and four of sixteen: the three are a block's number and the
+// fourth is 0, so that the upper eight, which are undefined, are never read.
 #if defined(CHILDTUNE_AVX512)
 
 CHILDTUNE_INLINE __m512i load_places(const uint32_t* places) { return _mm512_loadu_si512(places); }

@@ -84,19 +84,19 @@ CHILDTUNE_INLINE void store_squares(uint8_t* codes, __m256i first, __m256i secon
 #if defined(CHILDTUNE_AVX512)
 
 // Results of three operands, bit by bit.
-constexpr int kAndOr = 0xEA, kAndXor = 0x6A, kChoose = 0xCA;  // (a & b) | c, (a & b) ^ c, a ? b : c
+constexpr int kAndOr = 0xEA, kChoose = 0xCA;  // (a & b) | c, a ? b : c
 
 // Sixteen values, for which what their blocks take may differ. `random` has the twenty bits of an encoding.
 CHILDTUNE_INLINE void decode_average_sixteen(const uint8_t* codes, __m512 factor, float* values) {
   const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512i moved = _mm512_slli_epi32(code, 20);
   const __m512i shifted =
-      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(0x07F00000), _mm512_set1_epi32(kShiftCode << 20), kAndOr);
-  const __m512i signed_factor =
-      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(factor), kAndXor);
-  const __m512 number = _mm512_sub_ps(_mm512_castsi512_ps(shifted), _mm512_set1_ps(kShift));
-  // The product is exact; adding 0 makes 0 of -0.
-  store_floats(values, _mm512_fmadd_ps(number, _mm512_castsi512_ps(signed_factor), _mm512_setzero_ps()));
+      _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(static_cast<int>(0x87F00000u)),
+                                _mm512_set1_epi32(kShiftCode << 20), kAndOr);  // whose bits no code has
+  const __m512i shift = _mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(INT32_MIN),
+                                                  _mm512_castps_si512(_mm512_set1_ps(kShift)), kAndOr);
+  const __m512 number = _mm512_sub_ps(_mm512_castsi512_ps(shifted), _mm512_castsi512_ps(shift));
+  store_floats(values, _mm512_mul_ps(number, factor));
 }
 
 CHILDTUNE_INLINE void decode_square_sixteen(const uint8_t* codes, __m512 factor, float* values) {
@@ -236,7 +236,7 @@ class LargestOfBlock {
 
 #else
 
-// The same by a second look at the whole block, for which sets of fewer registers have the time.
+// The same by a second look at the whole block: other sets have no registers left in the loop.
 class LargestOfBlock {
  public:
   CHILDTUNE_MEMBER void begin() {}

@@ -55,7 +55,8 @@ CHILDTUNE_INLINE void begin_coded(const AdamWConstants<float>& c, const CodedStr
 #if defined(CHILDTUNE_AVX2) && !defined(CHILDTUNE_AVX512)
   float *exp_avg = block.exp_avg + at, *exp_avg_sq = block.exp_avg_sq + at, *roots = block.roots + at;
 #else
-  float exp_avg[kLanes], exp_avg_sq[kLanes], roots[kLanes];  // in registers, of which AVX2 has too few
+  // Compilers keep these in registers, or, of plain code, turn no other loops into vectors. AVX2 has too few registers.
+  float exp_avg[kLanes], exp_avg_sq[kLanes], roots[kLanes];
 #endif
   const int64_t from = i * kCodeBlock + at;
   decode_average_lanes(s.averages + from, decoding.average, exp_avg);

@@ -28,8 +28,8 @@ template <class V>
 CHILDTUNE_INLINE void fetch_ahead(const V* at, int64_t count, int64_t distance = CHILDTUNE_FETCH_AHEAD) {
   if (CHILDTUNE_FETCH_AHEAD == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(distance);
-  // Compared as addresses, which a compiler cannot fold away: the branch keeps the fetches where they stand. Where GCC
-  // gathers those of several arrays, a step takes a twentieth more.
+  // Compared as addresses, which a compiler cannot fold away, since a sum of unsigned numbers may wrap: the branch
+  // keeps the fetches where they stand. Where GCC gathers those of several arrays, a step takes a twentieth more.
   for (uintptr_t line = begin; line < begin + count * sizeof(V); line += 64) {
     CHILDTUNE_PREFETCH(reinterpret_cast<const void*>(line));
   }

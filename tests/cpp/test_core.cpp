@@ -209,27 +209,38 @@ void test_cuda_child_steps();
 void test_cuda_rounded_steps();
 void test_cuda_scores();
 
-// The quotient by an inverse is the quotient: for each mantissa of a root, also where it is as small and as large as
-// roots are, and for divisors as steps have them and such as are hard to divide by.
-static void test_quotient_by_inverse() {
-  std::vector<float> divisors{1.0f, 0x1.fffffep-1f, 0x1.fffffep-3f, 0x1.000002p-1f, 0x1p-27f, 0x1.6a09e6p-4f};
-  for (uint64_t step : {1, 2, 10, 1000, 5000}) {
-    divisors.push_back(static_cast<float>(std::sqrt(1.0 - integer_power(0.999, step))));
+static int64_t wrong_quotients(float divisor, uint32_t first, uint32_t end, uint32_t step) {
+  const float inverse = 1.0f / divisor;
+  int64_t wrong = 0;
+  for (uint32_t root = first; root < end; root += step) {
+    const float x = bit_cast<float>(root);
+    wrong += bits_of(quotient_by_inverse(x, divisor, inverse)) != bits_of(x / divisor);
   }
-  for (float divisor : divisors) {
-    const float inverse = 1.0f / divisor;
-    int64_t wrong = 0;
-    for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
-      for (uint32_t exponent : {52u, 127u, 190u}) {
-        const float root = bit_cast<float>(exponent << 23 | mantissa);
-        wrong += bits_of(quotient_by_inverse(root, divisor, inverse)) != bits_of(root / divisor);
-        if (mantissa % 16 != 0) break;
-      }
+  return wrong;
+}
+
+// The quotient by an inverse is the quotient: of every root in an octave for the hardest divisor and for one of a step,
+// of many for others, also where roots are as small and as large as they can be.
+static void test_quotient_by_inverse() {
+  constexpr uint32_t kLeast = 52u << 23, kOne = 127u << 23, kMost = 190u << 23, kOctave = 1u << 23;
+  const char* what = "quotients by an inverse are quotients";
+  const auto of_step = [](uint64_t step) { return static_cast<float>(std::sqrt(1.0 - integer_power(0.999, step))); };
+  for (float divisor : {0x1.fffffep-1f, of_step(3)}) {
+    expect(wrong_quotients(divisor, kOne, kOne + kOctave, 1) == 0, what);
+  }
+  for (float divisor : {1.0f, 0x1.000002p-1f, 0x1p-27f, of_step(1), of_step(100), of_step(5000)}) {
+    for (uint32_t first : {kLeast, kOne, kMost}) {
+      expect(wrong_quotients(divisor, first, first + kOctave, 61) == 0, what, first);
     }
-    expect(wrong == 0, "quotients by an inverse are quotients", wrong);
-    expect(quotient_by_inverse(0.0f, divisor, inverse) == 0.0f, "0 by an inverse");
-    expect(quotient_by_inverse(INFINITY, divisor, inverse) == INFINITY, "infinity by an inverse");
+    const float inverse = 1.0f / divisor;
+    for (float root : {0.0f, -0.0f, INFINITY}) {
+      expect(bits_of(quotient_by_inverse(root, divisor, inverse)) == bits_of(root / divisor), what);
+    }
     expect(std::isnan(quotient_by_inverse(NAN, divisor, inverse)), "NaN by an inverse");
+  }
+  for (uint32_t below = 1; below <= 64; ++below) {  // where the product may be more than an ulp from the quotient
+    const float divisor = bit_cast<float>(kOne - below);
+    expect(wrong_quotients(divisor, kOne - 4096, kOne + 4096, 1) == 0, what, below);
   }
 }
 
