@@ -53,11 +53,11 @@ struct RoundedParameter {
   }
   bool has(int64_t element) const { return how.percent < 0 || in_child(mask.bits.data(), element); }
 
-  // Blocks of huge and tiny values, of zeros, of values that are not finite, and of usual ones.
+  // Blocks of huge and tiny values, of zeros of both signs, of values that are not finite, and of usual ones.
   static float gradient(uint32_t i) {
     const uint32_t kind = i / kMaskBlock % 6;
     const float usual = noise(i, 1);
-    if (kind == 1) return 0.0f;
+    if (kind == 1) return i % 3 == 0 ? -0.0f : 0.0f;
     if (kind == 2) return i % kMaskBlock == 77 ? (i % 1024 < 512 ? 3e4f : 3e19f) : usual * 1e-7f;  // 3e19^2 overflows
     if (kind == 3 && i % 41 == 0) return i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
     if (kind == 4) return i % 2 == 0 ? 0.0f : usual * 1e-20f;
