@@ -1,41 +1,19 @@
 // What a step does to one weight: the only place in C++ where this arithmetic is written, for CPU and GPU.
 //
 // One multiplication, addition, division or square root per operation, each rounded as IEEE 754 says: no contraction,
-// no reciprocal whose result may differ. That is what makes the result the same bits everywhere.
-// childtune_fast/ops/reference.py has the same arithmetic in torch.
+// no reciprocal. That is what makes the result the same bits everywhere. childtune_fast/ops/reference.py has the same
+// arithmetic in torch.
 #pragma once
 
 #include <cmath>
 
 #include "core/constants.h"
+#include "core/quotient.h"
 
 namespace childtune {
 
 CHILDTUNE_INLINE float square_root(float x) { return sqrtf(x); }
 CHILDTUNE_INLINE double square_root(double x) { return sqrt(x); }
-
-// Returns root / divisor, rounded once, for a divisor whose inverse, 1 / divisor as a float, is at hand: where dividers
-// are slow, this takes a third of their time. Roots are 0 or at least 2^-75, divisors 2^-27 to 1, so that nothing
-// underflows. Where the product is within an ulp of the quotient, what is left is exact, and the result is the quotient
-// by Markstein's theorem (IBM J. Res. Dev. 34, 1990). It is further from it, but less than 1.5 ulp, only if divisor and
-// quotient both have mantissas just below 2; a test goes through those. If nothing is left, the product is the
-// quotient; of an infinite root NaN is.
-CHILDTUNE_INLINE float quotient_by_inverse(float root, float divisor, float inverse) {
-  const float product = root * inverse;
-  const float left = fmaf(-product, divisor, root);
-  return left < 0.0f || left > 0.0f ? fmaf(left, inverse, product) : product;
-}
-
-// Returns a square root, divided by bias_correction2_sqrt.
-template <class T>
-CHILDTUNE_INLINE T corrected_root(const AdamWConstants<T>& c, T root) {
-#if defined(CHILDTUNE_QUOTIENT_BY_INVERSE)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return quotient_by_inverse(root, c.bias_correction2_sqrt, 1.0f / c.bias_correction2_sqrt);
-  }
-#endif
-  return root / c.bias_correction2_sqrt;
-}
 
 // Updates the state of one weight; returns the second moment that its update divides by. `grad` is the gradient as
 // autograd left it. A weight that the mask drops passes keep = false, and still moves by its momentum and decay. T is
@@ -52,11 +30,10 @@ CHILDTUNE_INLINE T update_moments(const AdamWConstants<T>& c, bool keep, T grad,
   return max_exp_avg_sq;
 }
 
-// Returns a weight after its update by these moments, the second of which is given by its square root. kDivides = false
-// is for a bias_correction2_sqrt of 1, as in "hf".
+// Returns a weight after its update, by its second moment's root. kDivides = false: bias_correction2_sqrt is 1 ("hf").
 template <bool kDivides, class T>
 CHILDTUNE_INLINE T updated_weight(const AdamWConstants<T>& c, T param, T exp_avg, T root) {
-  const T denom = (kDivides ? corrected_root(c, root) : root) + c.eps;
+  const T denom = (kDivides ? quotient(root, c.bias_correction2_sqrt) : root) + c.eps;
   const T decayed = param * c.decay_before;
   return (decayed - c.step_size * exp_avg / denom) * c.decay_after;
 }

@@ -13,7 +13,7 @@
 #endif
 
 // Others have no default. CHILDTUNE_QUOTIENT_BY_INVERSE says that the set's quotients by a constant are products
-// (core/adamw.h). CHILDTUNE_AVX2 and CHILDTUNE_AVX512 say which intrinsics there are; isa_avx512.cpp defines
+// (core/quotient.h). CHILDTUNE_AVX2 and CHILDTUNE_AVX512 say which intrinsics there are; isa_avx512.cpp defines
 // both. The others are for cpu/mask_lanes.h; without them, it draws in plain C++. CHILDTUNE_VECTOR_BYTES is the size of
 // an integer vector, and CHILDTUNE_NEON says that it is ARM's. Else CHILDTUNE_VECTOR is its type,
 // CHILDTUNE_MULTIPLY_LOW the product of the low halves of its 64-bit lanes, and CHILDTUNE_HIGH_TO_LOW, which may be

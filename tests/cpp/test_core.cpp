@@ -11,6 +11,7 @@
 #include "core/dtypes.h"
 #include "core/fisher.h"
 #include "core/mask.h"
+#include "core/quotient.h"
 #include "cpu/driver.h"
 #include "test_helpers.h"
 
