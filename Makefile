@@ -111,7 +111,7 @@ docs: $(VENV)/.docs
 # The sdist, the wheel that is built from it, and that wheel with the name of the oldest Linux that it runs on. Without
 # kernels for GPUs, which are compiled on first use: with them it has ten times the size.
 DIST := build/dist
-WHEEL_LIMIT := 1048576
+WHEEL_LIMIT := 1000000
 package: $(VENV)/.package
 	rm -rf $(DIST)
 	CHILDTUNE_CUDA=0 $(BIN)/python -m build --outdir $(DIST)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/step_item.h"
+#include "cpu/loops.h"
 
 namespace childtune {
 
@@ -43,7 +44,8 @@ CHILDTUNE_INLINE void for_each_run(const Layout& layout, int64_t begin, int64_t 
 
 // Copies the elements [begin, begin + count) of array number `array` of a layout to `buffer`; nullptr: contiguous.
 template <class T>
-CHILDTUNE_INLINE void gather(const T* data, const int64_t* layout, int array, int64_t begin, int64_t count, T* buffer) {
+CHILDTUNE_OUT_OF_LINE void gather(const T* data, const int64_t* layout, int array, int64_t begin, int64_t count,
+                                  T* buffer) {
   if (layout == nullptr) {
     memcpy(buffer, data + begin, count * sizeof(T));
     return;
@@ -60,7 +62,7 @@ CHILDTUNE_INLINE void gather(const StepItem& item, Stream stream, int64_t begin,
 
 // Copies `buffer` back to the elements [begin, begin + count).
 template <class T>
-CHILDTUNE_INLINE void scatter(const StepItem& item, Stream stream, int64_t begin, int64_t count, const T* buffer) {
+CHILDTUNE_OUT_OF_LINE void scatter(const StepItem& item, Stream stream, int64_t begin, int64_t count, const T* buffer) {
   T* data = static_cast<T*>(item.data[stream]);
   if (item.layout == nullptr) {
     memcpy(data + begin, buffer, count * sizeof(T));

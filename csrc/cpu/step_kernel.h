@@ -110,16 +110,55 @@ Streams<P> in_place(const StepItem& item, int64_t begin) {
           kAmsgrad ? static_cast<T*>(item.data[kMaxExpAvgSq]) + begin : nullptr};
 }
 
-// Updates `count` elements, which stand at `first` .. `first + count` of mask block `block`.
+// Copies `count` values, fewer than kLanes.
+template <class V>
+CHILDTUNE_OUT_OF_LINE void copy_few(const V* from, int64_t count, V* to) {
+  CHILDTUNE_UNROLL
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    if (!(count & n)) continue;
+    memcpy(to, from, n * sizeof *to);
+    from += n;
+    to += n;
+  }
+}
+
+// Copies `count` values to the places from `lane` on of kLanes, and writes zeros to the others.
+template <class V>
+CHILDTUNE_INLINE void copy_to_lanes(const V* from, int64_t count, V* lanes, int64_t lane) {
+  memset(lanes, 0, kLanes * sizeof *lanes);
+  copy_few(from, count, lanes + lane);
+}
+
+// Updates `count` elements, which stand at `first` .. `first + count` of mask block `block`: kLanes at once, or copies
+// of fewer.
 template <class P, bool kMasked, bool kAmsgrad, class T>
 CHILDTUNE_INLINE void update_part(const AdamWConstants<T>& c, const Streams<P>& s, int64_t count,
                                   uint32_t keep_threshold, const MaskKeys& keys, uint64_t block, int first) {
   MaskBits bits;
   if (kMasked) draw_block(keys, block, &bits);
+  P param[kLanes], grad[kLanes];
+  T exp_avg[kLanes], exp_avg_sq[kLanes], max_exp_avg_sq[kLanes];
+  const Streams<P> copies{param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq};
   for (int64_t at = 0; at < count;) {
     const int64_t part = (first + at) / kLanes, lane = (first + at) % kLanes;
     const int64_t lanes = kLanes - lane < count - at ? kLanes - lane : count - at;
-    update_lanes<P, kMasked, kAmsgrad>(c, s, at, lanes, bits.word[part / 2] + lane, part % 2, keep_threshold);
+    const bool few = lanes < kLanes;
+    const Streams<P> here{s.param + at, s.grad + at, s.exp_avg + at, s.exp_avg_sq + at,
+                          kAmsgrad ? s.max_exp_avg_sq + at : nullptr};
+    if (few) {
+      copy_to_lanes(here.param, lanes, param, lane);
+      copy_to_lanes(here.grad, lanes, grad, lane);
+      copy_to_lanes(here.exp_avg, lanes, exp_avg, lane);
+      copy_to_lanes(here.exp_avg_sq, lanes, exp_avg_sq, lane);
+      if (kAmsgrad) copy_to_lanes(here.max_exp_avg_sq, lanes, max_exp_avg_sq, lane);
+    }
+    update_all_lanes<P, kMasked, kAmsgrad>(c, few ? copies : here, 0, bits.word[part / 2], part % 2, keep_threshold);
+    if (few) {
+      copy_few(param + lane, lanes, here.param);
+      copy_few(exp_avg + lane, lanes, here.exp_avg);
+      copy_few(exp_avg_sq + lane, lanes, here.exp_avg_sq);
+      if (kAmsgrad) copy_few(max_exp_avg_sq + lane, lanes, here.max_exp_avg_sq);
+    }
     at += lanes;
   }
 }

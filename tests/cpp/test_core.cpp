@@ -203,6 +203,7 @@ void test_rounded_steps();
 void test_codes();
 void test_known_answers();
 void test_selection();
+void test_registers();
 void test_cuda_plan();
 void test_cuda_steps();
 void test_cuda_counted_steps();
@@ -269,6 +270,7 @@ int main() {
     test_child_steps();
     test_rounded_steps();
     test_selection();
+    test_registers();
     test_sum_of_squares();
     test_accumulate_squares<float>();
     test_accumulate_squares<double>();
