@@ -66,6 +66,14 @@ def test_the_verdict_is_what_the_runs_say():
     stsb = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
     whole = README.read_text(encoding="utf-8")
     assert f"LoRA gains as much as D on STS-B, {compare.difference_to(stsb['vanilla'], stsb['lora'])}," in whole
+    scores = {method: {run["seed"]: runs.score(run) for run in stsb[method]} for method in ("vanilla", "f", "d")}
+    assert all(len(of_seed) == 20 for of_seed in scores.values())
+    losses, gains = (
+        sum(sign * (score - scores["vanilla"][seed]) > 0 for seed, score in scores[method].items())
+        for method, sign in (("f", -1), ("d", 1))
+    )
+    assert f"**F** loses on STS-B, in {losses} of twenty seeds" in whole
+    assert f"**D** helps on STS-B, in {gains} of twenty seeds" in whole
 
 
 def differences_of_d(folder):
