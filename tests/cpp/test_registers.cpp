@@ -31,6 +31,8 @@ static void test_registers_after_steps() {
         if (child) item.child = mask.packed();
         current_kernels().step(item, 0, n);
         expect(!upper_halves_in_use(), "a step leaves upper halves of registers in use", n);
+        current_kernels().sum_of_squares(item, 0, n < kNormChunk ? n : kNormChunk);
+        expect(!upper_halves_in_use(), "a sum of squares leaves upper halves of registers in use", n);
       }
     }
   }

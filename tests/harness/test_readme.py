@@ -72,6 +72,10 @@ def test_the_verdict_is_what_the_runs_say():
         sum(sign * (score - scores["vanilla"][seed]) > 0 for seed, score in scores[method].items())
         for method, sign in (("f", -1), ("d", 1))
     )
+    half = compare.difference_to(stsb["vanilla"], stsb["vanilla-sqrtp"])
+    seeds = {run["seed"] for run in stsb["vanilla-sqrtp"]}
+    same = compare.difference_to(stsb["vanilla"], [run for run in stsb["f"] if run["seed"] in seeds])
+    assert f"has {half} there in five seeds, and F {same} in the same" in whole
     assert f"**F** loses on STS-B, in {losses} of twenty seeds" in whole
     assert f"**D** helps on STS-B, in {gains} of twenty seeds" in whole
 
