@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -60,6 +60,7 @@ def children(
     loss: Callable[[nn.Module, Any], torch.Tensor],
     formula: str,
     last: int | None = None,
+    shares: Iterable[float] = SHARES,
 ) -> Iterator[tuple[int, Children]]:
     """Yields (number of batches, the child networks of these batches) along one pass.
 
@@ -70,6 +71,7 @@ def children(
         loss: the loss of a model and a batch.
         formula: a key of FORMULAS.
         last: number of batches to end after; None for all.
+        shares: values of reserve_p.
     """
     sums: dict[str, torch.Tensor] = {}
     done = 0
@@ -79,25 +81,30 @@ def children(
         scores = estimate_fisher(net, map(batch_of, part), loss_fn=loss, per_example=by_example, progress=False)
         weight = sum(map(len, part)) if by_example else len(part)
         sums = {name: weight * scores[name] + sums.get(name, 0.0) for name in scores}
-        yield end, {p: ChildNetwork.from_scores(net, sums, reserve_p=p) for p in SHARES}
+        yield end, {p: ChildNetwork.from_scores(net, sums, reserve_p=p) for p in shares}
 
 
 def overlaps(found: dict[int, Children], full: Children) -> dict[str, dict[str, float]]:
     """Returns {reserve_p: {number of batches: share of the weights that are also in the full pass's child network}}."""
-    return {str(p): {str(end): round(of[p].overlap(full[p]), 4) for end, of in found.items()} for p in SHARES}
+    return {str(p): {str(end): round(of[p].overlap(full[p]), 4) for end, of in found.items()} for p in full}
 
 
 # ---- The measurement -----------------------------------------------------------------------------------------------
 
 
 class Task:
-    """A task, with the model whose scores are measured on it; weights that are not chosen among are frozen."""
+    """A task, with the model whose scores are measured on it; weights that are not chosen among are frozen.
 
-    def __init__(self, name: str, folder: Path, tokenizer: Any, backbone: nn.Module) -> None:
-        self.task = data.load_task(name, folder=folder)
+    With `limit`, its training examples are those of a sweep of benchmarks/finetune, which sets some aside first.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, tokenizer: Any, backbone: nn.Module, limit: int | None = None, seed: int = 0
+    ) -> None:
+        self.task = data.load_task(name, limit=limit, folder=folder, set_aside=limit is not None)
         self.experiment = train.Experiment(tokenizer, backbone, self.task, SETTINGS, torch.device("cpu"))
         outputs = len(self.task.labels) if self.task.labels else 1
-        self.net = model.Classifier(backbone, model.Head(backbone.config.hidden_size, outputs, seed=0))
+        self.net = model.Classifier(backbone, model.Head(backbone.config.hidden_size, outputs, seed))
         masked = maskable_parameters(self.net, None)
         for param_name, param in self.net.named_parameters():
             param.requires_grad_(param_name in masked)
@@ -247,11 +254,16 @@ def draw(results: Record, path: Path) -> None:
 
 def report(results: Record) -> None:
     """Writes the table into docs/fisher.md, between its marks, and draws docs/fisher-batches.svg."""
-    page = DOCS / "fisher.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    put_into_page(BEGIN, table(results), END)
     draw(results, DOCS / "fisher-batches.svg")
+
+
+def put_into_page(begin: str, text: str, end: str) -> None:
+    """Writes a text into docs/fisher.md, between two marks."""
+    page = DOCS / "fisher.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -12,15 +12,15 @@ from .report import COLOURS, colour, pyplot
 def pictures(records, folder):
     """Draws a folder's pictures.
 
-    scores.png and curves.png are of all runs of the report, differences.png is of those that are paired with AdamW's,
-    density.png of child networks, shares.png of F and D with several p, and frozen.png of tasks on which a head was
-    also trained too slowly.
+    scores.png and curves.png are of methods that are no variant of another, differences.png is of those among them that
+    are paired with AdamW's, density.png is of child networks, shares.png of F and D with several p, and frozen.png of
+    tasks on which a head was also trained too slowly.
     """
     reported = by_task(records, "report")
-    if not reported:
-        return
-    _scores_picture(reported, folder / "scores.png")
-    _curves_picture(reported, folder / "curves.png")
+    main = {task: _of_main(methods) for task, methods in reported.items() if _of_main(methods)}
+    if main:
+        _scores_picture(main, folder / "scores.png")
+        _curves_picture(main, folder / "curves.png")
     parts = [
         ("differences.png", _differences_picture, lambda methods: len(_differences(methods)) > 0),
         ("density.png", _density_picture, lambda methods: "d" in methods),
@@ -35,6 +35,10 @@ def pictures(records, folder):
 
 MAIN = [name for name, method in METHODS.items() if not (method.partner or method.settings)]
 WIDEST = 8  # points that the picture of differences shows; what is beyond is written there
+
+
+def _of_main(methods):
+    return {name: group for name, group in methods.items() if name in MAIN}
 
 
 def _panels(tasks, **size):
@@ -97,8 +101,7 @@ def _density_picture(reported, path):
 def _differences(methods):
     """Returns {method: its `Difference` to AdamW}, of methods that are no variant of another."""
     baseline = methods.get(BASELINE, [])
-    others = {name: group for name, group in methods.items() if name != BASELINE and name in MAIN}
-    found = {name: difference_to(baseline, group) for name, group in others.items()}
+    found = {name: difference_to(baseline, group) for name, group in _of_main(methods).items() if name != BASELINE}
     return {name: paired for name, paired in found.items() if paired}
 
 
@@ -126,15 +129,17 @@ def _differences_picture(reported, path):
 
 
 def _shares(methods, name):
-    """Returns [(p, `Difference` to AdamW)] of F or D with each p that was run."""
+    """Returns [(p, `Difference` to AdamW)] of F or D with each p that was run, by the seeds that all of them have."""
     key = {"f": "reserve_p", "d": "reserve_p_d"}[name]
+    of = {method: group for method, group in methods.items() if method == name or method.startswith(f"{name}-p")}
+    seeds = [{record["seed"] for record in group} for group in of.values()]
+    baseline = [record for record in methods.get(BASELINE, []) if all(record["seed"] in one for one in seeds)]
     found = []
-    for method, group in methods.items():
-        if method == name or method.startswith(f"{name}-p"):
-            own = METHODS[method].settings.get(key, dict(map(tuple, group[0]["spec"]["settings"])).get(key))
-            paired = difference_to(methods.get(BASELINE, []), group)
-            if paired:
-                found.append((own, paired))
+    for method, group in of.items():
+        own = METHODS[method].settings.get(key, dict(map(tuple, group[0]["spec"]["settings"])).get(key))
+        paired = difference_to(baseline, group)
+        if paired:
+            found.append((own, paired))
     return sorted(found)
 
 
@@ -145,7 +150,8 @@ def _shares_picture(reported, path):
             of = _shares(methods, name)
             middles = [paired.mean for _, paired in of]
             halves = [paired.high - paired.mean for _, paired in of]
-            look = {"color": colour(name), "capsize": 3, "label": METHODS[name].title}
+            label = f"{METHODS[name].title}, {of[0][1].seeds if of else 'no'} seeds"
+            look = {"color": colour(name), "capsize": 3, "label": label}
             axis.errorbar([p for p, _ in of], middles, halves, fmt="o-", **look)
         axis.axhline(0, color="black", lw=1)
         axis.set(xlabel="p, the share that is trained", ylabel=f"dev {_metric(methods)} x 100, difference to AdamW")

@@ -125,6 +125,26 @@ def test_the_pictures_are_drawn(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_shares_are_compared_over_the_seeds_that_all_of_them_have(tmp_path):
+    """The third seed is one that `f-p0.5` did not run."""
+    of = {"vanilla": [0.5, 0.5, 0.9], "f": [0.6, 0.6, 0.1], "f-p0.5": [0.7, 0.8], "lora": [0.1]}
+    records = written(tmp_path, *(reported(name, scores) for name, scores in of.items()))
+    methods = compare.by_task(records, "report")[SPEC.task]
+    (p, of_f), (other_p, of_half) = pictures._shares(methods, "f")
+    assert (p, other_p) == (0.3, 0.5)
+    assert (of_f.mean, of_f.seeds) == (pytest.approx(10), 2)
+    assert (of_half.mean, of_half.seeds) == (pytest.approx(25), 2)
+    assert pictures._shares(methods, "d") == []
+
+
+def test_the_pictures_of_variants_alone_leave_out_what_they_have_no_part_in(tmp_path):
+    records = written(tmp_path / "runs", reported("vanilla-sqrtp", [0.5, 0.6]), reported("f-8bit", [0.5, 0.7]))
+    pictures.pictures([one for one in records if one["method"] == "f-8bit"], tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    pictures.pictures(records, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png", "scores.png"]
+
+
 def test_a_report_of_nothing_says_what_to_do(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.finetune", "report", "--out", str(tmp_path)],

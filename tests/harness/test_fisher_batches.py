@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fisher_batches`: its report is in docs/fisher.md, and parts of a pass add up to the pass."""
+"""`python -m benchmarks.fisher_batches` and `.fisher_shares`: docs/fisher.md has them, and a pass is its parts' sum."""
 
 import json
 
@@ -8,15 +8,18 @@ from fisher_models import make_batches
 from models import Block
 from torch import nn
 
-from benchmarks import fisher_batches
+from benchmarks import fisher_batches, fisher_shares
+from benchmarks.finetune import runs
 from childtune_fast import ChildNetwork, estimate_fisher
 
 RESULTS = json.loads(fisher_batches.RESULTS.read_text(encoding="utf-8"))
+SCORED = json.loads(fisher_shares.RESULTS.read_text(encoding="utf-8"))
 
 
-def test_the_documented_table_is_the_programs():
+def test_the_documented_tables_are_the_programs():
     page = (fisher_batches.DOCS / "fisher.md").read_text(encoding="utf-8")
-    assert f"{fisher_batches.BEGIN}\n{fisher_batches.table(RESULTS)}\n{fisher_batches.END}" in page
+    for program, results in ((fisher_batches, RESULTS), (fisher_shares, SCORED)):
+        assert f"{program.BEGIN}\n{program.table(results)}\n{program.END}" in page
     assert "(fisher-batches.svg)" in page
 
 
@@ -36,6 +39,17 @@ def test_the_results_are_whole(task):
         for formula, orders in record["overlap"].items():
             assert orders[0][share][str(record["batches"])] == 1.0, formula
             assert list(map(int, orders[0][share])) == fisher_batches.ends(record["batches"])
+
+
+def test_the_child_networks_by_share_are_those_of_runs_with_scores():
+    """The same examples; that heads and orders are the same too is what seeds are for."""
+    records = runs.read_all(fisher_shares.RESULTS.parent / "finetune" / "runs")
+    scored = [one for one in records if one["spec"]["task"] == fisher_shares.TASK and one["spec"]["part"] == "report"]
+    assert {one["data"]["fingerprint"] for one in scored} == {SCORED["fingerprint"]}
+    assert len(SCORED["overlap"]) == fisher_shares.SEEDS
+    for of_seed in SCORED["overlap"]:
+        assert list(of_seed) == list(map(str, fisher_shares.SHARES))
+        assert all(list(map(int, of)) == fisher_batches.ends(SCORED["batches"]) for of in of_seed.values())
 
 
 def test_where_child_networks_are_chosen():

@@ -80,6 +80,33 @@ def test_the_verdict_is_what_the_runs_say():
     assert f"**D** helps on STS-B, in {gains} of twenty seeds" in whole
 
 
+def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
+    """Over the seeds that all of these methods have; also what docs/fisher.md says of them."""
+    methods = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
+    page, of_fisher = (
+        " ".join(path.read_text(encoding="utf-8").split()) for path in (README, README.parent / "docs" / "fisher.md")
+    )
+    seeds = {run["seed"] for run in methods["f-p0.1"]}
+    usual = {name: [run for run in methods[name] if run["seed"] in seeds] for name in ("f", "d")}
+    assert len(seeds) == 5
+    to_usual = {}
+    for name, title in (("f", "F"), ("d", "D")):
+        of = {p: usual[name] if p == 0.3 else methods[f"{name}-p{p:g}"] for p in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}
+        assert " | ".join([f"| {title}", *(str(compare.difference_to(methods["vanilla"], of[p])) for p in of)]) in page
+        to_usual[name] = {p: compare.difference_to(usual[name], of[p]) for p in of if p != 0.3}
+    assert all(paired.low <= 0.0 <= paired.high for paired in to_usual["f"].values())
+    of_d = to_usual["d"]
+    assert f"0.1 has {of_d[0.1]}, but 0.05 has {of_d[0.05]}, 0.4 {of_d[0.4]} and 0.5 {of_d[0.5]}." in page
+    rates = {p: methods[f"d-p{p:g}"][0]["lr"] for p in of_d}
+    assert rates == pytest.approx({0.05: 8e-4, 0.1: 8e-4, 0.2: 4e-4, 0.4: 2e-4, 0.5: 2e-4})
+    assert usual["d"][0]["lr"] == pytest.approx(4e-4)
+    one, four, sixteen = (compare.difference_to(usual["d"], methods[f"d-{n}-batches"]) for n in (1, 4, 16))
+    assert f"has {one}, {four} and {sixteen} to D of all" in page
+    assert f"{one}, {four} and {sixteen} points" in of_fisher
+    at_random, lowest = (compare.difference_to(usual["d"], methods[f"d-{which}"]) for which in ("random", "lowest"))
+    assert f"a random child network has {at_random} and the lowest scores have {lowest}" in of_fisher
+
+
 def differences_of_d(folder):
     """Of D to the AdamW in a folder, on SICK and on other data sets of its task, as the README writes them."""
     task = "transfer/sick_nli"

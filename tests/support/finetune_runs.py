@@ -2,7 +2,8 @@
 
 from benchmarks.finetune import runs
 
-SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, (("batch_size", 16), ("epochs", 3), ("reserve_p_d", 0.3)))
+SETTINGS = (("batch_size", 16), ("epochs", 3), ("reserve_p", 0.3), ("reserve_p_d", 0.3))
+SPEC = runs.Spec("task", "", 0.0, 0, "", "model", 32, SETTINGS)
 
 
 def record_of(spec, score, constant=0.5, **more):
