@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def children(
     loss: Callable[[nn.Module, Any], torch.Tensor],
     formula: str,
     last: int | None = None,
-    shares: Iterable[float] = SHARES,
+    shares: Sequence[float] = SHARES,
 ) -> Iterator[tuple[int, Children]]:
     """Yields (number of batches, the child networks of these batches) along one pass.
 
@@ -259,11 +259,11 @@ def report(results: Record) -> None:
 
 
 def put_into_page(begin: str, text: str, end: str) -> None:
-    """Writes a text into docs/fisher.md, between two marks."""
+    """Writes a text into docs/fisher.md, between two marks; raises ValueError if one is not there."""
     page = DOCS / "fisher.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
+    start = old.index(begin)
+    page.write_text(f"{old[:start]}{begin}\n{text}\n{old[old.index(end, start) :]}", encoding="utf-8")
 
 
 def main() -> None:

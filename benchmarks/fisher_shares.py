@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-from .finetune import model, train
+from childtune_fast import ChildNetwork
+
+from .finetune import methods, model, train
 from .fisher_batches import SETTINGS, Record, Task, children, ends, machine, overlaps, put_into_page
 from .markdown import markdown
 from .report import machine_name
@@ -22,21 +24,34 @@ from .report import machine_name
 RESULTS = Path(__file__).with_name("results") / "fisher_shares.json"
 BEGIN, END = "<!-- python -m benchmarks.fisher_shares: begin -->", "<!-- python -m benchmarks.fisher_shares: end -->"
 TASK, EXAMPLES, SEEDS = "glue/stsb", 1000, 5
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = tuple(sorted((*methods.SHARES, SETTINGS.reserve_p_d)))
+SCORED = (1, 4, 16)  # numbers of batches, besides all, with which there are runs, at the sweep's own reserve_p
 
 
 def measure(folder: Path) -> None:
-    """Measures the overlaps with the full pass, and writes them."""
+    """Measures the overlaps with the full pass, and writes them, with the counts of the child networks of runs."""
     tokenizer, backbone = model.load_pretrained(model.packaged_model())
-    results: Record = {"machine_info": machine(), "datetime": time.strftime("%Y-%m-%dT%H:%M:%S"), "overlap": []}
+    results: Record = {
+        "machine_info": machine(),
+        "datetime": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "overlap": [],
+        "counts": [],
+    }
     for seed in range(SEEDS):
         task = Task(TASK, folder, tokenizer, backbone, EXAMPLES, seed)
         order = list(train.batches(task.experiment.tokens["train"].lengths, SETTINGS, seed))
         found = dict(children(task.net, order, task.batch_of, task.loss, "batch", shares=SHARES))
         results["overlap"].append(overlaps(found, found[len(order)]))
+        of_runs = {str(end): counts(found[end][SETTINGS.reserve_p_d]) for end in (*SCORED, len(order))}
+        results["counts"].append(of_runs)
         results["batches"], results["fingerprint"] = len(order), task.task.fingerprint()
         print(f"seed {seed} of {SEEDS}", flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def counts(child: ChildNetwork) -> str:
+    """Returns how many weights a child network has in each tensor, in the model's order."""
+    return " ".join(str(tensor.count) for tensor in child.summary().tensors)
 
 
 def table(results: Record) -> str:

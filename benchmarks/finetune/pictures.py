@@ -24,7 +24,7 @@ def pictures(records, folder):
     parts = [
         ("differences.png", _differences_picture, lambda methods: len(_differences(methods)) > 0),
         ("density.png", _density_picture, lambda methods: "d" in methods),
-        ("shares.png", _shares_picture, lambda methods: len(_shares(methods, "f")) + len(_shares(methods, "d")) > 2),
+        ("shares.png", _shares_picture, lambda methods: any(len(of) > 1 for of in _shares(methods).values())),
         ("frozen.png", _frozen_picture, lambda methods: "frozen-slow" in methods),
     ]
     for name, draw, is_wanted in parts:
@@ -128,34 +128,33 @@ def _differences_picture(reported, path):
     _save(figure, path)
 
 
-def _shares(methods, name):
-    """Returns [(p, `Difference` to AdamW)] of F or D with each p that was run, by the seeds that all of them have."""
-    key = {"f": "reserve_p", "d": "reserve_p_d"}[name]
-    of = {method: group for method, group in methods.items() if method == name or method.startswith(f"{name}-p")}
+def _shares(methods):
+    """Returns {"f" or "d": [(p, `Difference` to AdamW)]} of each p that has two seeds, over those that all p have."""
+    keys = {"f": "reserve_p", "d": "reserve_p_d"}
+    of = {name: group for name, group in methods.items() if name.partition("-p")[0] in keys and len(group) > 1}
     seeds = [{record["seed"] for record in group} for group in of.values()]
     baseline = [record for record in methods.get(BASELINE, []) if all(record["seed"] in one for one in seeds)]
-    found = []
+    found = {}
     for method, group in of.items():
-        own = METHODS[method].settings.get(key, dict(map(tuple, group[0]["spec"]["settings"])).get(key))
+        name = method.partition("-p")[0]
+        settings = dict(map(tuple, group[0]["spec"]["settings"])) | METHODS[method].settings
         paired = difference_to(baseline, group)
         if paired:
-            found.append((own, paired))
-    return sorted(found)
+            found.setdefault(name, []).append((settings[keys[name]], paired))
+    return {name: sorted(by_share) for name, by_share in found.items()}
 
 
 def _shares_picture(reported, path):
     figure, axes = _panels(reported, figsize=(5 * len(reported), 4))
     for axis, methods in zip(axes, reported.values(), strict=True):
-        for name in ("f", "d"):
-            of = _shares(methods, name)
+        for name, of in _shares(methods).items():
             middles = [paired.mean for _, paired in of]
             halves = [paired.high - paired.mean for _, paired in of]
-            label = f"{METHODS[name].title}, {of[0][1].seeds if of else 'no'} seeds"
-            look = {"color": colour(name), "capsize": 3, "label": label}
+            look = {"color": colour(name), "capsize": 3, "label": f"{METHODS[name].title}, {of[0][1].seeds} seeds"}
             axis.errorbar([p for p, _ in of], middles, halves, fmt="o-", **look)
         axis.axhline(0, color="black", lw=1)
         axis.set(xlabel="p, the share that is trained", ylabel=f"dev {_metric(methods)} x 100, difference to AdamW")
-    axes[0].legend(frameon=False)
+        axis.legend(frameon=False)
     _save(figure, path)
 
 

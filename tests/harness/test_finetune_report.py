@@ -127,14 +127,14 @@ def test_the_pictures_are_drawn(tmp_path):
 
 def test_shares_are_compared_over_the_seeds_that_all_of_them_have(tmp_path):
     """The third seed is one that `f-p0.5` did not run."""
-    of = {"vanilla": [0.5, 0.5, 0.9], "f": [0.6, 0.6, 0.1], "f-p0.5": [0.7, 0.8], "lora": [0.1]}
+    of = {"vanilla": [0.5, 0.5, 0.9], "f": [0.6, 0.6, 0.1], "f-p0.5": [0.7, 0.8], "d-p0.1": [0.1], "lora": [0.1]}
     records = written(tmp_path, *(reported(name, scores) for name, scores in of.items()))
-    methods = compare.by_task(records, "report")[SPEC.task]
-    (p, of_f), (other_p, of_half) = pictures._shares(methods, "f")
+    shares = pictures._shares(compare.by_task(records, "report")[SPEC.task])
+    (p, of_f), (other_p, of_half) = shares.pop("f")
     assert (p, other_p) == (0.3, 0.5)
     assert (of_f.mean, of_f.seeds) == (pytest.approx(10), 2)
     assert (of_half.mean, of_half.seeds) == (pytest.approx(25), 2)
-    assert pictures._shares(methods, "d") == []
+    assert not shares  # of d-p0.1 there is one seed, which would leave no others
 
 
 def test_the_pictures_of_variants_alone_leave_out_what_they_have_no_part_in(tmp_path):
@@ -143,6 +143,17 @@ def test_the_pictures_of_variants_alone_leave_out_what_they_have_no_part_in(tmp_
     assert not list(tmp_path.glob("*.png"))
     pictures.pictures(records, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png", "scores.png"]
+
+
+def test_the_pictures_of_scores_are_of_main_methods_alone(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.setdefault(path.name, figure))
+    of = {"vanilla": [0.5, 0.6], "f": [0.5, 0.7], "f-8bit": [0.5, 0.7], "f-p0.5": [0.5, 0.7], "d-4-batches": [0.4, 0.3]}
+    pictures.pictures(written(tmp_path, *(reported(name, scores) for name, scores in of.items())), tmp_path)
+    (scores,), (curves,), (shares,) = (drawn[f"{name}.png"].axes for name in ("scores", "curves", "shares"))
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["vanilla", "f"]
+    assert curves.get_legend_handles_labels()[1] == ["vanilla", "f"]
+    assert shares.get_legend_handles_labels()[1] == ["ChildAdamW (F), 2 seeds"]
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path):

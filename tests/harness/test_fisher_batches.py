@@ -9,7 +9,7 @@ from models import Block
 from torch import nn
 
 from benchmarks import fisher_batches, fisher_shares
-from benchmarks.finetune import runs
+from benchmarks.finetune import compare, runs
 from childtune_fast import ChildNetwork, estimate_fisher
 
 RESULTS = json.loads(fisher_batches.RESULTS.read_text(encoding="utf-8"))
@@ -42,14 +42,18 @@ def test_the_results_are_whole(task):
 
 
 def test_the_child_networks_by_share_are_those_of_runs_with_scores():
-    """The same examples; that heads and orders are the same too is what seeds are for."""
-    records = runs.read_all(fisher_shares.RESULTS.parent / "finetune" / "runs")
-    scored = [one for one in records if one["spec"]["task"] == fisher_shares.TASK and one["spec"]["part"] == "report"]
-    assert {one["data"]["fingerprint"] for one in scored} == {SCORED["fingerprint"]}
-    assert len(SCORED["overlap"]) == fisher_shares.SEEDS
-    for of_seed in SCORED["overlap"]:
+    """They have as many weights in each tensor."""
+    reported = compare.by_task(runs.read_all(fisher_shares.RESULTS.parent / "finetune" / "runs"), "report")
+    methods = reported[fisher_shares.TASK]
+    assert len(SCORED["overlap"]) == len(SCORED["counts"]) == fisher_shares.SEEDS
+    for seed, (of_seed, counts) in enumerate(zip(SCORED["overlap"], SCORED["counts"], strict=True)):
         assert list(of_seed) == list(map(str, fisher_shares.SHARES))
         assert all(list(map(int, of)) == fisher_batches.ends(SCORED["batches"]) for of in of_seed.values())
+        assert {of[str(SCORED["batches"])] for of in of_seed.values()} == {1.0}
+        for end in (*fisher_shares.SCORED, SCORED["batches"]):
+            (run,) = (one for one in methods[f"d-{end}-batches" if end < 63 else "d"] if one["seed"] == seed)
+            assert run["data"]["fingerprint"] == SCORED["fingerprint"]
+            assert " ".join(str(count) for *_, count, _ in run["density"]) == counts[str(end)]
 
 
 def test_where_child_networks_are_chosen():
