@@ -81,6 +81,17 @@ def test_the_verdict_is_what_the_runs_say():
     assert f"**D** helps on STS-B, in {gains} of twenty seeds" in whole
 
 
+def test_what_it_says_of_mrpc_is_what_the_runs_say():
+    mrpc = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/mrpc"]
+    page = " ".join(README.read_text(encoding="utf-8").split())
+    (seeds,) = {len(mrpc[method]) for method in ("vanilla", "f", "d", "lora")}
+    assert f"on MRPC these have {seeds}." in page
+    assert f"loses on MRPC, {compare.difference_to(mrpc['vanilla'], mrpc['lora'])}." in page
+    bad = {method: sum(map(compare.has_collapsed, group)) for method, group in mrpc.items()}
+    assert f"{bad['vanilla']}, {bad['f']} and {bad['d']} of {seeds} of AdamW, F and D, {bad['lora']} of {seeds} of" in page
+    assert f"LoRA, and {bad['frozen']}, {bad['d-random']} and {bad['d-lowest']} of five of the frozen encoder" in page
+
+
 def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
     """Over the same five seeds; also what docs/fisher.md says of them."""
     methods = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
