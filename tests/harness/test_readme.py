@@ -88,8 +88,12 @@ def test_what_it_says_of_mrpc_is_what_the_runs_say():
     assert f"on MRPC these have {seeds}." in page
     assert f"loses on MRPC, {compare.difference_to(mrpc['vanilla'], mrpc['lora'])}." in page
     bad = {method: sum(map(compare.has_collapsed, group)) for method, group in mrpc.items()}
-    assert f"{bad['vanilla']}, {bad['f']} and {bad['d']} of {seeds} of AdamW, F and D, {bad['lora']} of {seeds} of" in page
-    assert f"LoRA, and {bad['frozen']}, {bad['d-random']} and {bad['d-lowest']} of five of the frozen encoder" in page
+    assert (
+        f"{bad['vanilla']}, {bad['f']} and {bad['d']} of {seeds} of AdamW, F and D, {bad['lora']} of {seeds} " in page
+    )
+    assert (
+        f" of LoRA, and {bad['frozen']}, {bad['d-random']} and {bad['d-lowest']} of five of the frozen encoder" in page
+    )
 
 
 def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
