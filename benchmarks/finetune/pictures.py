@@ -17,7 +17,7 @@ def pictures(records, folder):
     tasks on which a head was also trained too slowly.
     """
     reported = by_task(records, "report")
-    main = {task: _of_main(methods) for task, methods in reported.items() if _of_main(methods)}
+    main = {task: found for task, methods in reported.items() if (found := _of_main(methods))}
     if main:
         _scores_picture(main, folder / "scores.png")
         _curves_picture(main, folder / "curves.png")

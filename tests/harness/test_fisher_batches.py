@@ -51,7 +51,9 @@ def test_the_child_networks_by_share_are_those_of_runs_with_scores():
         assert all(list(map(int, of)) == fisher_batches.ends(SCORED["batches"]) for of in of_seed.values())
         assert {of[str(SCORED["batches"])] for of in of_seed.values()} == {1.0}
         for end in (*fisher_shares.SCORED, SCORED["batches"]):
-            (run,) = (one for one in methods[f"d-{end}-batches" if end < 63 else "d"] if one["seed"] == seed)
+            (run,) = (
+                one for one in methods[f"d-{end}-batches" if end < SCORED["batches"] else "d"] if one["seed"] == seed
+            )
             assert run["data"]["fingerprint"] == SCORED["fingerprint"]
             assert " ".join(str(count) for *_, count, _ in run["density"]) == counts[str(end)]
 
