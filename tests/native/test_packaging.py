@@ -99,15 +99,16 @@ def test_links_are_absolute_where_the_repository_is_known(tree, tmp_path):
     (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = archive.read(name).decode()
     assert "\nProject-URL: Issues, https://example.org/a/b/issues\n" in metadata
-    links = re.findall(r"\]\(([^)\s]+)\)", metadata)
-    readme = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    pattern = r"(!?)\[[^]]*\]\(([^)\s]+)\)"
+    links = re.findall(pattern, metadata)
+    readme = re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) == len(readme) > 20
-    for link, relative in zip(links, readme, strict=True):
+    for (shown, link), (_, relative) in zip(links, readme, strict=True):
         if relative.startswith(("https:", "#")):
             assert link == relative
             continue
         assert (ROOT / relative.partition("#")[0]).exists(), relative
-        kind = "raw" if relative.endswith((".png", ".svg")) else "blob"
+        kind = "raw" if shown else "blob"  # a page shows a picture's file itself; a link leads to the page around it
         assert link == f"https://example.org/a/b/{kind}/main/{relative}"
 
 
