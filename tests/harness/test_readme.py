@@ -1,6 +1,7 @@
 """README.md: every block of Python runs, in its order, on a small model, and the verdict is that of the runs."""
 
 import copy
+import functools
 import re
 from pathlib import Path
 from statistics import mean, median
@@ -13,7 +14,16 @@ from benchmarks.finetune import compare, runs
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(compare.__file__).parents[1] / "results"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+PAGE = " ".join(TEXT.split())
+VERDICT, _, REST = PAGE.partition("**Whom it is for**")
+
+
+@functools.cache
+def reported(folder):
+    """Returns {task: {method: its records}} of a folder of results."""
+    return compare.by_task(runs.read_all(RESULTS / folder / "runs"), "report")
 
 
 @pytest.fixture
@@ -57,16 +67,14 @@ def test_the_verdict_is_what_the_runs_say():
     """Differences to AdamW, as the reports have them: runs that are added must be told."""
     tasks = {"finetune": {"glue/stsb": "STS-B", "glue/mrpc": "MRPC", "docstrings": "docstrings"}}
     tasks["finetune-300"] = {"glue/stsb": "with 300 examples"}
-    whole = " ".join(README.read_text(encoding="utf-8").split())
-    page = whole.partition("**Whom it is for**")[0]
     for folder, names in tasks.items():
-        reported = compare.by_task(runs.read_all(RESULTS / folder / "runs"), "report")
+        found = reported(folder)
         for task, name in names.items():
             for method in ("f", "d"):
-                paired = compare.difference_to(reported[task]["vanilla"], reported[task][method])
-                assert f"{name} {paired}" in page
-    stsb = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
-    assert f"LoRA gains as much as D on STS-B, {compare.difference_to(stsb['vanilla'], stsb['lora'])}," in whole
+                paired = compare.difference_to(found[task]["vanilla"], found[task][method])
+                assert f"{name} {paired}" in VERDICT
+    stsb = reported("finetune")["glue/stsb"]
+    assert f"LoRA gains as much as D on STS-B, {compare.difference_to(stsb['vanilla'], stsb['lora'])}," in PAGE
     scores = {method: {run["seed"]: runs.score(run) for run in stsb[method]} for method in ("vanilla", "f", "d")}
     assert all(len(of_seed) == 20 for of_seed in scores.values())
     losses, gains = (
@@ -76,51 +84,49 @@ def test_the_verdict_is_what_the_runs_say():
     half = compare.difference_to(stsb["vanilla"], stsb["vanilla-sqrtp"])
     seeds = {run["seed"] for run in stsb["vanilla-sqrtp"]}
     same = compare.difference_to(stsb["vanilla"], [run for run in stsb["f"] if run["seed"] in seeds])
-    assert f"has {half} there in five seeds, and F {same} in the same" in whole
-    assert f"**F** loses on STS-B, in {losses} of twenty seeds" in whole
-    assert f"**D** helps on STS-B, better in {gains} of twenty seeds" in whole
+    assert f"has {half} there in five seeds, and F {same} in the same" in PAGE
+    assert f"**F** loses on STS-B, in {losses} of twenty seeds" in PAGE
+    assert f"**D** helps on STS-B, better in {gains} of twenty seeds" in PAGE
 
 
 def test_what_it_says_of_mrpc_is_what_the_runs_say():
-    mrpc = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/mrpc"]
-    page = " ".join(README.read_text(encoding="utf-8").split())
+    mrpc = reported("finetune")["glue/mrpc"]
     assert all(len(mrpc[method]) == 20 for method in ("vanilla", "f", "d", "lora"))
     d = compare.difference_to(mrpc["vanilla"], mrpc["d"])
-    assert "is perhaps half a point worse on MRPC" in page
+    assert "is perhaps half a point worse on MRPC" in PAGE
     assert f"{d.mean:.1f}" == "-0.5"
     score_of = {run["seed"]: runs.score(run) for run in mrpc["vanilla"]}
     worse = sum(runs.score(run) < score_of[run["seed"]] for run in mrpc["d"])
-    assert f"worse on MRPC, worse in {worse} of twenty," in page
-    assert f"loses on MRPC, {compare.difference_to(mrpc['vanilla'], mrpc['lora'])}." in page
+    assert f"worse on MRPC, worse in {worse} of twenty," in PAGE
+    assert f"loses on MRPC, {compare.difference_to(mrpc['vanilla'], mrpc['lora'])}." in PAGE
     bad = {method: sum(map(compare.has_collapsed, group)) for method, group in mrpc.items()}
     of_twenty = "{vanilla}, {f} and {d} of twenty of AdamW, F and D, {lora} of LoRA; of five each, "
     of_five = (
         "{frozen} of the frozen encoder, {d-random} and {d-lowest} of the two other child networks, "
         "{frozen-embeddings} and {vanilla-sqrtp} of AdamW with frozen embeddings"
     )
-    assert (of_twenty + of_five).format(**bad) in page
+    assert (of_twenty + of_five).format(**bad) in PAGE
     assert set(re.findall(r"{(.+?)}", of_twenty + of_five)) == {name for name, count in bad.items() if count}
     assert all(len(mrpc[name]) == 5 for name in re.findall(r"{(.+?)}", of_five))
 
 
 def test_what_it_says_of_300_examples_is_what_the_runs_say():
-    tasks = compare.by_task(runs.read_all(RESULTS / "finetune-300" / "runs"), "report")
-    page = " ".join(README.read_text(encoding="utf-8").split())
+    tasks = reported("finetune-300")
     f, d, lora = (
         compare.difference_to(tasks["glue/stsb"]["vanilla"], tasks["glue/stsb"][m]) for m in ("f", "d", "lora")
     )
-    assert f"on STS-B F {f}, D {d}, LoRA {lora}." in page
+    assert f"on STS-B F {f}, D {d}, LoRA {lora}." in PAGE
     few = tasks["glue/mrpc"]
     f, d, lora = (compare.difference_to(few["vanilla"], few[method]) for method in ("f", "d", "lora"))
-    assert f"F has {f} there, D {d} and LoRA {lora}." in page
+    assert f"F has {f} there, D {d} and LoRA {lora}." in PAGE
     every = [run for group in few.values() for run in group]
     near = sum(abs(runs.score(run) - run["constant_score"]) <= compare.MARGIN for run in every)
-    assert f"{near} of {len(every)} runs end within a point of the best constant prediction, one answer" in page
+    assert f"{near} of {len(every)} runs end within a point of the best constant prediction, one answer" in PAGE
 
 
 def test_what_it_says_of_intervals_is_what_the_runs_say():
     """By how many seeds F on STS-B and D on MRPC are told from AdamW, and for how many comparisons that holds."""
-    tasks = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")
+    tasks = reported("finetune")
 
     def told(task, method, seeds=20, comparisons=1):
         first = [run for run in tasks[task][method] if run["seed"] < seeds]
@@ -128,15 +134,14 @@ def test_what_it_says_of_intervals_is_what_the_runs_say():
         half = (found.high - found.mean) * t.ppf(1 - 0.025 / comparisons, seeds - 1) / t.ppf(0.975, seeds - 1)
         return abs(found.mean) > half
 
-    page = " ".join(README.read_text(encoding="utf-8").split())
     assert (
         "by five neither F on STS-B nor D on MRPC could be told from AdamW; F could from ten on, D by all twenty"
-        in page
+        in PAGE
     )
     assert [told("glue/stsb", "f", seeds) for seeds in range(5, 21)] == [False] * 5 + [True] * 11
     assert [told("glue/mrpc", "d", seeds) for seeds in range(5, 21)] == [False] * 15 + [True]
     assert (
-        "leaves out 0 by less than 0.01; corrected for even two comparisons it would not, where F's and D's on" in page
+        "leaves out 0 by less than 0.01; corrected for even two comparisons it would not, where F's and D's on" in PAGE
     )
     assert -0.01 < compare.difference_to(tasks["glue/mrpc"]["vanilla"], tasks["glue/mrpc"]["d"]).high < 0
     assert not told("glue/mrpc", "d", comparisons=2)
@@ -145,20 +150,17 @@ def test_what_it_says_of_intervals_is_what_the_runs_say():
 
 
 def test_what_it_says_of_a_fisher_pass_is_what_the_runs_say():
-    tasks = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")
+    tasks = reported("finetune")
     seconds = [median(run["fisher_seconds"] for run in methods["d"]) for methods in tasks.values()]
-    page = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"here {min(seconds):.0f} to {max(seconds):.0f} seconds, almost what an epoch" in page
+    assert f"here {min(seconds):.0f} to {max(seconds):.0f} seconds, almost what an epoch" in PAGE
 
 
 def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
     """Over the same five seeds; also what docs/fisher.md says of them."""
-    methods = compare.by_task(runs.read_all(RESULTS / "finetune" / "runs"), "report")["glue/stsb"]
+    methods = reported("finetune")["glue/stsb"]
     whole = {name: methods[name] for name in ("vanilla", "f", "d")}
     methods = {name: [run for run in group if run["seed"] < 5] for name, group in methods.items()}
-    page, of_fisher = (
-        " ".join(path.read_text(encoding="utf-8").split()) for path in (README, README.parent / "docs" / "fisher.md")
-    )
+    of_fisher = " ".join((README.parent / "docs" / "fisher.md").read_text(encoding="utf-8").split())
     shares = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     rows = [["p", *(f"{p:g}" for p in shares)], ["---", *["--:"] * len(shares)]]
     found = {}
@@ -168,20 +170,20 @@ def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
         found[name] = [compare.difference_to(methods["vanilla"], group) for group in of]
         rows += [[title, *map(str, found[name])], ["its rate", *(f"{group[0]['lr']:.2g}" for group in of)]]
     table = " ".join(f"| {' | '.join(row)} |" for row in rows)
-    assert table.replace("| --- | --: |", "|---|--:|").replace(" --: |", "--:|") in page
+    assert table.replace("| --- | --: |", "|---|--:|").replace(" --: |", "--:|") in PAGE
     best = sorted(zip(found["d"], shares, strict=True), reverse=True)[:3]
     assert sorted(p for _, p in best) == [0.1, 0.2, 0.3], "D did best at 0.1 to 0.3"
     wider = t.ppf(1 - 0.025 / 12, 4) / t.ppf(0.975, 4)
     assert all(abs(one.mean) < wider * (one.high - one.mean) for one in found["f"] + found["d"]), "none excludes 0"
     f, d = (compare.difference_to(whole["vanilla"], whole[name]) for name in ("f", "d"))
     assert (f.seeds, d.seeds) == (20, 20)
-    assert f"over twenty, F at 0.3 has {f.mean:+.1f} and D {d.mean:+.1f}." in page
+    assert f"over twenty, F at 0.3 has {f.mean:+.1f} and D {d.mean:+.1f}." in PAGE
     one, four, sixteen = (compare.difference_to(methods["d"], methods[f"d-{n}-batches"]) for n in (1, 4, 16))
-    assert f"by {one}, {four} and {sixteen}: with four" in page
+    assert f"by {one}, {four} and {sixteen}: with four" in PAGE
     assert f"by {one}, {four} and {sixteen} points" in of_fisher
     assert four.low > -0.1, "nor a loss larger than 0.1"
     seconds = (median(run["fisher_seconds"] for run in methods[name]) for name in ("d-4-batches", "d-p0.1"))
-    assert "took {:.1f} seconds instead of {:.0f},".format(*seconds) in page
+    assert "took {:.1f} seconds instead of {:.0f},".format(*seconds) in PAGE
     at_random, lowest = (compare.difference_to(methods["d"], methods[f"d-{which}"]) for which in ("random", "lowest"))
     assert f"a random child network has {at_random}, the lowest scores have {lowest}." in of_fisher
 
@@ -189,8 +191,8 @@ def test_what_it_says_of_reserve_p_and_fisher_batches_is_what_the_runs_say():
 def differences_of_d(folder):
     """Of D to the AdamW in a folder, on SICK and on other data sets of its task, as the README writes them."""
     task = "transfer/sick_nli"
-    vanilla = compare.by_task(runs.read_all(RESULTS / folder / "runs"), "report")[task]["vanilla"]
-    d = compare.by_task(runs.read_all(RESULTS / "domains" / "runs"), "report")[task]["d"]
+    vanilla = reported(folder)[task]["vanilla"]
+    d = reported("domains")[task]["d"]
     texts = [f"{compare.difference_to(vanilla, d)} on SICK"]
     for name in ("SNLI", "SciTail", "Quora"):
         paired = compare.difference_to(
@@ -201,8 +203,7 @@ def differences_of_d(folder):
 
 
 def test_what_it_says_of_other_tasks_is_what_the_runs_say():
-    page = " ".join(README.read_text(encoding="utf-8").split())
-    methods = compare.by_task(runs.read_all(RESULTS / "heads" / "runs"), "report")["glue/mrpc"]
+    methods = reported("heads")["glue/mrpc"]
     names = {"glue/cola": "CoLA", "glue/stsb": "STS-B", "glue/qnli": "QNLI", "transfer/quora": "Quora"}
     for task, name in names.items():
 
@@ -210,17 +211,14 @@ def test_what_it_says_of_other_tasks_is_what_the_runs_say():
             return next(iter(run["heads_on"][task].values()))
 
         own = 100 * mean(map(score, methods["vanilla"]))
-        assert f"{own:.1f} ({next(iter(methods['vanilla'][0]['heads_on'][task]))})" in page
+        assert f"{own:.1f} ({next(iter(methods['vanilla'][0]['heads_on'][task]))})" in PAGE
         for method in ("f", "d", "lora", "frozen"):
             paired = compare.difference_to(methods["vanilla"], methods[method], score)
-            assert f"{paired} on {name}" in page, (method, f"{paired} on {name}")
+            assert f"{paired} on {name}" in PAGE, (method, f"{paired} on {name}")
 
 
 def test_what_it_says_of_other_data_sets_is_what_the_runs_say():
-    verdict, _, rest = (
-        " ".join(part.split()) for part in README.read_text(encoding="utf-8").partition("**Whom it is for**")
-    )
     for text in differences_of_d("domains") + differences_of_d("domains-at-ds-rate"):
-        assert text in rest
+        assert text in REST
     for text in differences_of_d("domains"):
-        assert text in verdict or "SICK" in text or "SciTail" in text
+        assert text in VERDICT or "SICK" in text or "SciTail" in text

@@ -103,6 +103,7 @@ def test_links_are_absolute_where_the_repository_is_known(tree, tmp_path):
     links = re.findall(pattern, metadata)
     readme = re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) == len(readme) > 20
+    assert {shown for shown, _ in links} == {"", "!"}
     for (shown, link), (_, relative) in zip(links, readme, strict=True):
         if relative.startswith(("https:", "#")):
             assert link == relative
